@@ -1,0 +1,1 @@
+"""The cluster profiles that come with remote-eval, as package data."""

@@ -1,0 +1,1 @@
+"""The client: everything that happens on the user's own machine. Never imports torch."""

@@ -1,0 +1,1 @@
+"""SSH: connections, retries, diagnosis. Everything else talks to a `Transport`."""

@@ -1,0 +1,1 @@
+"""What a job gets and gives, whoever wrote it."""

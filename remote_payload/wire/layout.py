@@ -1,0 +1,148 @@
+"""The one owner of every path under the node root. Nobody else joins a path there."""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+
+from remote_payload.wire import names
+
+MARKER_NAME = ".remote-eval-root"
+"""Stands in the node root; nothing is ever deleted in a folder that lacks it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttemptLayout:
+    """The files of one attempt. `folder` is absolute."""
+
+    folder: str
+
+    def _at(self, name: str) -> str:
+        return posixpath.join(self.folder, name)
+
+    @property
+    def claim(self) -> str:
+        return self._at("claim.json")
+
+    @property
+    def decision(self) -> str:
+        return self._at("decision")
+
+    @property
+    def status(self) -> str:
+        return self._at("status.json")
+
+    @property
+    def events(self) -> str:
+        return self._at("events.jsonl")
+
+    @property
+    def stdout_log(self) -> str:
+        return self._at("stdout.log")
+
+    @property
+    def stderr_log(self) -> str:
+        return self._at("stderr.log")
+
+    @property
+    def stacks_log(self) -> str:
+        return self._at("stacks.log")
+
+    @property
+    def environment(self) -> str:
+        return self._at("environment.json")
+
+    @property
+    def cancel_request(self) -> str:
+        return self._at("cancel")
+
+    @property
+    def artifacts(self) -> str:
+        return self._at("artifacts")
+
+    @property
+    def manifest(self) -> str:
+        return self._at("manifest.json")
+
+    def job_artifacts(self, job: str) -> str:
+        return posixpath.join(self.artifacts, names.check_job_name(job))
+
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """What explains a failure; collected before any artifact, and from failed attempts too."""
+        return (self.status, self.events, self.stdout_log, self.stderr_log, self.stacks_log, self.environment)
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeLayout:
+    """Paths under the node root. `root` is absolute and already expanded (the agent's hello tells it)."""
+
+    root: str
+
+    def __post_init__(self) -> None:
+        if not posixpath.isabs(self.root):
+            raise ValueError(f"node root {self.root!r} is not absolute")
+
+    @property
+    def marker(self) -> str:
+        return posixpath.join(self.root, MARKER_NAME)
+
+    @property
+    def payloads(self) -> str:
+        return posixpath.join(self.root, "payloads")
+
+    def payload(self, sha256: str) -> str:
+        return posixpath.join(self.payloads, names.check_sha256(sha256) + ".pyz")
+
+    @property
+    def checkpoints(self) -> str:
+        return posixpath.join(self.root, "checkpoints")
+
+    def checkpoint_folder(self, file_digest: str) -> str:
+        """One verified file and its chunk manifest; the colon of `v1:` is written as a dash."""
+        return posixpath.join(self.checkpoints, names.check_file_digest(file_digest).replace(":", "-"))
+
+    def checkpoint(self, file_digest: str) -> str:
+        return posixpath.join(self.checkpoint_folder(file_digest), "file")
+
+    def checkpoint_part(self, file_digest: str) -> str:
+        return posixpath.join(self.checkpoint_folder(file_digest), "file.part")
+
+    def checkpoint_journal(self, file_digest: str) -> str:
+        return posixpath.join(self.checkpoint_folder(file_digest), "file.journal")
+
+    def checkpoint_manifest(self, file_digest: str) -> str:
+        return posixpath.join(self.checkpoint_folder(file_digest), "chunks.json")
+
+    @property
+    def code(self) -> str:
+        return posixpath.join(self.root, "code")
+
+    def code_folder(self, sha256: str) -> str:
+        """The user's shipped code, unpacked; named by the archive's sha256."""
+        return posixpath.join(self.code, names.check_sha256(sha256))
+
+    @property
+    def digest_cache(self) -> str:
+        """File digests already computed here, by fingerprint."""
+        return posixpath.join(self.root, "digests.json")
+
+    @property
+    def leases(self) -> str:
+        """Advisory GPU leases among our own runs."""
+        return posixpath.join(self.root, "leases")
+
+    @property
+    def runs(self) -> str:
+        return posixpath.join(self.root, "runs")
+
+    def run_folder(self, run_id: str) -> str:
+        return posixpath.join(self.runs, names.check_run_id(run_id))
+
+    def plan(self, run_id: str) -> str:
+        return posixpath.join(self.run_folder(run_id), "plan.json")
+
+    def attempt(self, run_id: str, attempt: int) -> AttemptLayout:
+        if attempt < 1:
+            raise ValueError("attempts count from 1")
+        return AttemptLayout(posixpath.join(self.run_folder(run_id), f"attempt-{attempt}"))

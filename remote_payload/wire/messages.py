@@ -1,0 +1,257 @@
+"""Requests and replies of the agent's verbs.
+
+A call is `{"verb", "nonce", "protocol", "params"}`; a reply is `{"ok": ...}` or `{"error": RemoteFailure}`. Params and
+results are the dataclasses below through `codec`. Every path in them is absolute on the node.
+
+| verb | params | result | repeatable |
+| --- | --- | --- | --- |
+| hello | HelloRequest | Hello | yes |
+| preflight | PreflightRequest | Preflight | yes |
+| locate | LocateRequest | Located | yes |
+| inspect | InspectRequest | header facts as JSON | yes |
+| claim | ClaimRequest | Claimed | yes: the same nonce claims once |
+| launch | AttemptRef | Launched | yes: the decision file lets one supervisor start |
+| void | AttemptRef | Decided | yes |
+| status | StatusRequest | StatusReply | yes |
+| cancel | AttemptRef | Decided | yes |
+| manifest | AttemptRef | Manifest | yes |
+| unpack_code | UnpackRequest | Unpacked | yes |
+| gc | GcRequest | GcReport | yes |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Optional
+
+from remote_payload.wire.plan import NodePlan
+from remote_payload.wire.results import Finding
+from remote_payload.wire.states import AttemptStatus, Decision, ProcessIdentity
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFailure:
+    """Why the agent could not do it. `kind` maps to the client's exception tree:
+    usage, unfit, integrity, conflict, not_found, internal."""
+
+    kind: str
+    message: str
+    action: str = ""
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class HelloRequest:
+    """`root` may begin with `~` or hold `$VARIABLES` of the node; hello expands it and creates it when asked."""
+
+    root: str
+    create: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    protocol: int
+    payload_sha256: Optional[str]
+    machine_id: str
+    boot_id: str
+    hostname: str
+    user: str
+    home: str
+    root: str
+    root_writable: bool
+    python_version: str
+    python_executable: str
+    platform: str
+    clock_unix_s: float
+    free_bytes: int
+    quota_free_bytes: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PreflightRequest:
+    """`plan` None checks the node alone (the doctor); else the checkpoint's header and the adapter too."""
+
+    root: str
+    gpu_policy: str = "auto"
+    plan: Optional[NodePlan] = None
+    timeout_s: float = 180.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    foreign_processes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """Facts of the node and what is unfit. A finding of severity error refuses the run."""
+
+    python_version: str
+    torch_version: Optional[str]
+    cuda_version: Optional[str]
+    driver_version: Optional[str]
+    gpus: tuple[Gpu, ...]
+    free_bytes: int
+    findings: tuple[Finding, ...]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    header: Optional[dict[str, Any]] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LocateRequest:
+    """Find a file: by `path` in place, or by content (`digest`, `size`) in the store and under `search_roots`.
+
+    `sample` holds [offset, length, sha256] spans that a same-size candidate must match before it is read in full.
+    """
+
+    root: str
+    path: Optional[str] = None
+    digest: Optional[str] = None
+    size: Optional[int] = None
+    search_roots: tuple[str, ...] = ()
+    sample: tuple[tuple[Any, ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """`found` in `how` = in_place | store | by_content | nowhere. For in_place, `digest` may be None: not computed."""
+
+    found: bool
+    how: str
+    path: Optional[str] = None
+    digest: Optional[str] = None
+    size: Optional[int] = None
+    mtime_ns: Optional[int] = None
+    inode: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectRequest:
+    path: str
+    root: str = "/"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClaimRequest:
+    root: str
+    attempt: int
+    nonce: str
+    client: str
+    plan: NodePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Claimed:
+    """`nonce` is the claim's holder now: ours when `ours`."""
+
+    ours: bool
+    nonce: str
+    machine_id: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AttemptRef:
+    root: str
+    run_id: str
+    attempt: int
+    nonce: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """`decision` None: the supervisor was started and has not decided yet; only reading tells what became of it."""
+
+    decision: Optional[Decision]
+    method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Decided:
+    decision: Optional[Decision]
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusRequest:
+    """`offsets` maps a diagnostics file name (events.jsonl, stdout.log, …) to the first byte wanted."""
+
+    root: str
+    run_id: str
+    attempt: int
+    offsets: dict[str, int] = dataclasses.field(default_factory=dict)
+    max_bytes: int = 256 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusReply:
+    """Everything that tells what became of an attempt, read at one time.
+
+    `claim_nonce` None: no such attempt. `supervisor_alive` is None where it cannot be told from this machine (another
+    machine id). `processes_with_nonce` are those whose command line names the attempt's nonce.
+    `tails` maps file name to base64 of the bytes from the wanted offset on.
+    """
+
+    machine_id: str
+    boot_id: str
+    claim_nonce: Optional[str]
+    claim_machine_id: Optional[str]
+    decision: Optional[Decision]
+    status: Optional[AttemptStatus]
+    supervisor_alive: Optional[bool]
+    processes_with_nonce: tuple[ProcessIdentity, ...]
+    manifest_present: bool
+    tails: dict[str, str] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ManifestEntry:
+    """`path` is relative to the attempt's `artifacts/`."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    entries: tuple[ManifestEntry, ...]
+    complete: bool
+    schema: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class UnpackRequest:
+    """Unpack an uploaded, verified code archive (a tar of plain files) into its content-addressed folder."""
+
+    root: str
+    archive_path: str
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    folder: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GcRequest:
+    """Delete finished runs and unpinned stored files until at most `keep_bytes` and `keep_days` remain."""
+
+    root: str
+    keep_days: float
+    keep_bytes: Optional[int] = None
+    dry_run: bool = True
+    pinned_runs: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GcReport:
+    """`deleted` lists paths under the root (would-be ones on a dry run)."""
+
+    deleted: tuple[str, ...]
+    freed_bytes: int
+    kept_bytes: int
