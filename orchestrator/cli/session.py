@@ -1,0 +1,57 @@
+"""What every command shares: folders, services, and completion of names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.layout import LocalLayout
+
+if TYPE_CHECKING:
+    from orchestrator.journal import Journal
+    from orchestrator.pipeline.context import Services
+    from orchestrator.plan import RunPlan
+
+
+def services(*, quiet: bool = False) -> Services:
+    from orchestrator.cli.output import ConsoleReporter, ask_on_terminal
+    from orchestrator.pipeline.world import make_services
+
+    return make_services(LocalLayout.for_user(), ConsoleReporter(quiet=quiet), ask_on_terminal)
+
+
+def journal() -> Journal:
+    from orchestrator.journal import Journal
+
+    return Journal(LocalLayout.for_user().database)
+
+
+def plan_of(run_id: str | None) -> RunPlan:
+    """The plan of `run_id`; of the newest run where none is named."""
+    from orchestrator.errors import UsageError
+    from orchestrator.pipeline.run import load_plan
+
+    layout = LocalLayout.for_user()
+    if run_id is None:
+        known = journal().run_ids()
+        if not known:
+            raise UsageError("there is no run yet", action="Start one: remote-eval --cluster C --checkpoint REF.")
+        run_id = known[0]
+    return load_plan(run_id, layout)
+
+
+def complete_run_id(incomplete: str) -> list[str]:
+    """Run ids for the shell, newest first."""
+    try:
+        folders = sorted((p.name for p in LocalLayout.for_user().runs.iterdir() if p.is_dir()), reverse=True)
+    except OSError:
+        return []
+    return [name for name in folders if name.startswith(incomplete)]
+
+
+def complete_cluster(incomplete: str) -> list[str]:
+    """Cluster names for the shell."""
+    from orchestrator.profiles import find_profiles
+
+    known = find_profiles(LocalLayout.for_user(), Path.cwd())
+    return [name for name in sorted(known) if name.startswith(incomplete)]

@@ -1,0 +1,149 @@
+"""The checks. Each is a function that returns its checks and raises nothing of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import platform
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+from orchestrator.errors import RemoteEvalError
+from orchestrator.layout import LocalLayout
+from orchestrator.node import Node
+from remote_payload.wire.messages import Preflight, PreflightRequest
+from remote_payload.wire.names import printable
+from remote_payload.wire.results import Severity
+
+PROBE_TIMEOUT_S = 180.0
+SLOW_LOGIN_S = 5.0
+CLOCK_OFFSET_S = 120.0
+LOW_SPACE_BYTES = 2 * 1024**3
+_GIB = 1024**3
+
+
+class CheckState(str, enum.Enum):
+    OK = "ok"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One fact, and what to do where it is not well."""
+
+    name: str
+    state: CheckState
+    message: str
+    action: str = ""
+
+
+def check_this_machine(layout: LocalLayout) -> Iterator[Check]:
+    """Python, ssh, our folders."""
+    yield Check("python", CheckState.OK, platform.python_version())
+    yield _ssh_binary()
+    yield _data_folder(layout)
+
+
+def check_node(node: Node, gpu_policy: str) -> Iterator[Check]:
+    """Login, shell, agent, root, clock, space, torch and GPUs of a node. Stops where nothing further can be told."""
+    began = time.monotonic()
+    try:
+        description = node.description
+    except RemoteEvalError as error:
+        yield _from_error("login", error)
+        return
+    yield Check("login", CheckState.OK, printable(description))
+    try:
+        hello = node.hello
+    except RemoteEvalError as error:
+        yield _from_error("agent", error)
+        return
+    seconds = time.monotonic() - began
+    yield Check(
+        "agent",
+        CheckState.OK if seconds < SLOW_LOGIN_S else CheckState.WARNING,
+        f"Python {hello.python_version} on {printable(hello.hostname)}, login and first answer in {seconds:.1f} s",
+        "" if seconds < SLOW_LOGIN_S else "A slow shell start-up file on the node? Try `ssh HOST true` with `time`.",
+    )
+    yield _shell_noise(node)
+    yield _clock(node)
+    yield Check(
+        "node root",
+        CheckState.OK if hello.root_writable else CheckState.ERROR,
+        printable(hello.root),
+        "" if hello.root_writable else "Choose another `node_root` in the profile.",
+    )
+    yield from _fitness(node, gpu_policy)
+
+
+def _ssh_binary() -> Check:
+    path = shutil.which("ssh")
+    if path is None:
+        return Check("ssh", CheckState.WARNING, "no ssh binary", "Install the OpenSSH client; without it, only Fabric works.")
+    try:
+        done = subprocess.run([path, "-V"], capture_output=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("ssh", CheckState.WARNING, f"{path} does not run: {error}", "Reinstall the OpenSSH client.")
+    return Check("ssh", CheckState.OK, printable(done.stderr.decode(errors="replace").strip()))
+
+
+def _data_folder(layout: LocalLayout) -> Check:
+    try:
+        layout.make_private(layout.data)
+        probe = layout.data / f".probe-{secrets.token_hex(4)}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        free = shutil.disk_usage(layout.data).free
+    except OSError as error:
+        return Check("data folder", CheckState.ERROR, f"{layout.data}: {error}", "Set REMOTE_EVAL_HOME to another folder.")
+    state = CheckState.OK if free > LOW_SPACE_BYTES else CheckState.WARNING
+    action = "" if state is CheckState.OK else "Free some space, or set REMOTE_EVAL_HOME."
+    return Check("data folder", state, f"{layout.data}, {free / _GIB:.0f} GiB free", action)
+
+
+def _shell_noise(node: Node) -> Check:
+    try:
+        noise = node.shell_noise()
+    except RemoteEvalError as error:
+        return _from_error("shell", error)
+    if noise.strip():
+        shown = printable(noise.decode(errors="replace")).strip().splitlines()[0][:100]
+        return Check("shell", CheckState.WARNING, f"start-up files print: {shown!r}", "Harmless here; scp and rsync mind.")
+    return Check("shell", CheckState.OK, "prints nothing of its own")
+
+
+def _clock(node: Node) -> Check:
+    before = time.time()
+    offset = node.refresh_hello().clock_unix_s - (before + time.time()) / 2
+    state = CheckState.OK if abs(offset) < CLOCK_OFFSET_S else CheckState.WARNING
+    return Check("clock", state, f"{offset:+.1f} s against this machine", "" if state is CheckState.OK else "Check NTP.")
+
+
+def _fitness(node: Node, gpu_policy: str) -> Iterator[Check]:
+    request = PreflightRequest(node.layout.root, gpu_policy=gpu_policy, timeout_s=PROBE_TIMEOUT_S)
+    try:
+        report = node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + 30)
+    except RemoteEvalError as error:
+        yield _from_error("preflight", error)
+        return
+    yield Check(
+        "torch",
+        CheckState.OK if report.torch_version else CheckState.ERROR,
+        printable(f"torch {report.torch_version}, CUDA {report.cuda_version}, driver {report.driver_version}"),
+    )
+    gpus = [f"{g.name}, {g.free_bytes / _GIB:.0f} of {g.total_bytes / _GIB:.0f} GiB free" for g in report.gpus]
+    yield Check("gpus", CheckState.OK, printable("; ".join(gpus) or "none"))
+    yield Check("space", CheckState.OK, f"{report.free_bytes / _GIB:.0f} GiB free under the node root")
+    states = {Severity.ERROR: CheckState.ERROR, Severity.WARNING: CheckState.WARNING, Severity.INFO: CheckState.OK}
+    for finding in report.findings:
+        message = f"{finding.title}. {finding.explanation}".strip()
+        yield Check(finding.id, states[finding.severity], printable(message), printable(finding.action))
+
+
+def _from_error(name: str, error: RemoteEvalError) -> Check:
+    message = str(error) + (f" ({error.details.splitlines()[-1]})" if error.details else "")
+    return Check(name, CheckState.ERROR, printable(message), printable(error.action))

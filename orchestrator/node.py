@@ -1,0 +1,279 @@
+"""The node as the client sees it: verbs to call and streams to open, over whatever transport reaches it."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from orchestrator import node_script as scripts
+from orchestrator.errors import (
+    CommandTimeoutError,
+    ConnectionLostError,
+    IntegrityError,
+    InternalError,
+    LockedError,
+    NodeUnfitError,
+    ProtocolMismatchError,
+    RemoteEvalError,
+    UsageError,
+)
+from orchestrator.payload import Payload
+from orchestrator.profiles import ClusterProfile
+from orchestrator.ssh.transport import ByteStream, CommandResult, Transport
+from remote_payload.wire import PROTOCOL_VERSION, frames
+from remote_payload.wire.codec import WireError, from_json, to_json
+from remote_payload.wire.layout import MARKER_NAME, NodeLayout
+from remote_payload.wire.messages import Hello, HelloRequest, RemoteFailure
+from remote_payload.wire.names import printable
+
+T = TypeVar("T")
+_SHOWN_BYTES = 2000
+_READY_LIMIT_BYTES = 1024 * 1024
+
+_ENVIRONMENT_PROBLEMS = {
+    scripts.PYTHON_MISSING: (
+        "the node has no {python}",
+        "Set `python: {{path: …}}` in the profile to one that exists.",
+    ),
+    scripts.MODULES_MISSING: ("the node has no `module` command", "Remove `python.modules` from the profile."),
+    scripts.MODULE_FAILED: ("`module load` failed on the node", "Check `python.modules` with `module avail` there."),
+    scripts.CONDA_MISSING: ("conda was not found on the node", "Set `python.path` to the environment's interpreter."),
+    scripts.CONDA_FAILED: (
+        "`conda activate` failed on the node",
+        "Check `python.conda_env` with `conda env list` there.",
+    ),
+    scripts.RUNTIME_MISSING: ("the container runtime was not found on the node", "Check `python.container.runtime`."),
+    scripts.ROOT_FOREIGN: (
+        "the node root {root} holds files and lacks our marker",
+        "Choose an empty or new folder as `node_root` in the profile.",
+    ),
+    scripts.ROOT_UNWRITABLE: (
+        "cannot write in the node root {root}",
+        "Choose another `node_root`, or free space or quota.",
+    ),
+}
+
+_FAILURES: dict[str, type[RemoteEvalError]] = {
+    "usage": UsageError,
+    "unfit": NodeUnfitError,
+    "integrity": IntegrityError,
+    "conflict": LockedError,
+    "not_found": UsageError,
+    "internal": InternalError,
+}
+
+
+def remote_error(failure: RemoteFailure) -> RemoteEvalError:
+    """The client's exception for what the agent could not do."""
+    kind = _FAILURES.get(failure.kind, InternalError)
+    return kind(printable(failure.message), action=printable(failure.action), details=printable(failure.detail))
+
+
+@dataclasses.dataclass
+class ConnectionCounts:
+    """How often the node was logged in to, for provenance and tests."""
+
+    logins: int = 0
+
+
+class Node:
+    """One node, one connection, one payload.
+
+    The connection is made when first needed and made again after it was lost: every verb is repeatable
+    (`wire/messages.py`), so a call whose reply was lost is made again within the profile's patience.
+    Usable from several threads.
+    """
+
+    def __init__(self, profile: ClusterProfile, payload: Payload, connect: Callable[[], Transport]) -> None:
+        self.profile = profile
+        self.payload = payload
+        self.counts = ConnectionCounts()
+        self._connect = connect
+        self._transport: Transport | None = None
+        self._hello: Hello | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def hello(self) -> Hello:
+        """What the agent says of its node; asked once. Installs the payload where it is missing."""
+        if self._hello is None:
+            self._hello = self.call("hello", HelloRequest(self.profile.node_root), Hello)
+        return self._hello
+
+    def refresh_hello(self) -> Hello:
+        """Ask again: clock and free space change."""
+        self._hello = None
+        return self.hello
+
+    def shell_noise(self) -> bytes:
+        """What a script that prints nothing prints all the same."""
+        result = self._ensure_transport().run("exit 0\n", timeout_s=self.profile.command_timeout_s)
+        return result.stdout + result.stderr
+
+    @property
+    def layout(self) -> NodeLayout:
+        return NodeLayout(self.hello.root)
+
+    @property
+    def description(self) -> str:
+        return self._ensure_transport().description
+
+    def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
+        """Call a verb and decode its reply.
+
+        Raises what `remote_error` maps, `ProtocolMismatchError`, or the `UnreachableError` family once patience has run
+        out.
+        """
+        value = self.call_json(verb, to_json(request), timeout_s=timeout_s)
+        try:
+            return from_json(result, value)
+        except WireError as error:
+            raise ProtocolMismatchError(f"the agent's reply to {verb} is malformed: {error}") from error
+
+    def call_json(self, verb: str, params: Any, *, timeout_s: float | None = None) -> Any:
+        """As `call`, with the params and the reply as JSON values."""
+        limit_s = timeout_s or self.profile.command_timeout_s
+        deadline = time.monotonic() + self.profile.retry.patience_s
+        wait_s = 0.5
+        while True:
+            try:
+                return self._call_once(verb, params, limit_s)
+            except CommandTimeoutError:
+                raise
+            except ConnectionLostError:
+                self.disconnect()
+                if time.monotonic() + wait_s > deadline:
+                    raise
+                time.sleep(wait_s)
+                wait_s = min(wait_s * 2, self.profile.retry.longest_wait_s)
+
+    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
+        """Start a stream verb; returns when the agent reads, with everything before its ready line thrown away."""
+        self._ensure_payload()
+        nonce = secrets.token_hex(16)
+        text = self._encode(verb, nonce, to_json(request))
+        script = scripts.stream_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, text)
+        stream = self._ensure_transport().open_stream(script, idle_timeout_s=idle_timeout_s)
+        try:
+            self._await_ready(stream, nonce)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def reconnect(self) -> None:
+        """Drop the connection and log in again, within the profile's patience."""
+        self.disconnect()
+        self._ensure_transport()
+
+    def disconnect(self) -> None:
+        with self._lock:
+            if self._transport is not None:
+                self._transport.close()
+                self._transport = None
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.disconnect()
+
+    def _ensure_transport(self) -> Transport:
+        with self._lock:
+            if self._transport is None:
+                self._transport = self._connect()
+                self.counts.logins += 1
+            return self._transport
+
+    def _call_once(self, verb: str, params: Any, limit_s: float) -> Any:
+        result, nonce = self._run_call(verb, params, limit_s)
+        if scripts.outcome_said(nonce, result.stdout) == scripts.PAYLOAD_MISSING:
+            self._install_payload()
+            result, nonce = self._run_call(verb, params, limit_s)
+        self._refuse_environment_problem(result, nonce)
+        return self._decode(verb, nonce, result)
+
+    def _run_call(self, verb: str, params: Any, limit_s: float) -> tuple[CommandResult, str]:
+        nonce = secrets.token_hex(16)
+        request = self._encode(verb, nonce, params)
+        script = scripts.call_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, request)
+        return self._ensure_transport().run(script, timeout_s=limit_s), nonce
+
+    def _encode(self, verb: str, nonce: str, params: Any) -> str:
+        return frames.encode_request({"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": params})
+
+    def _decode(self, verb: str, nonce: str, result: CommandResult) -> Any:
+        try:
+            protocol, value, _ = frames.decode_reply(nonce, result.stdout)
+        except WireError as error:
+            raise ProtocolMismatchError(
+                f"the node gave no answer of ours to {verb}: {error} (exit status {result.exit_status})",
+                action="Run `remote-eval doctor --cluster …`; it shows what the node printed instead.",
+                details=_shown(result),
+            ) from error
+        if protocol != PROTOCOL_VERSION:
+            raise ProtocolMismatchError(
+                f"the agent speaks protocol {protocol}, this client {PROTOCOL_VERSION}",
+                action="Use the same version of remote-eval on both sides.",
+            )
+        if not isinstance(value, dict) or ("ok" in value) == ("error" in value):
+            raise ProtocolMismatchError(f"the agent's reply to {verb} is neither a result nor a failure")
+        if "error" in value:
+            raise remote_error(from_json(RemoteFailure, value["error"]))
+        return value["ok"]
+
+    def _ensure_payload(self) -> None:
+        """A stream cannot install the payload on its way: make sure by the first call."""
+        _ = self.hello
+
+    def _install_payload(self) -> None:
+        nonce = secrets.token_hex(16)
+        script = scripts.install_script(
+            self.profile.python,
+            self.profile.node_root,
+            self.payload.sha256,
+            nonce,
+            self.payload.path.read_bytes(),
+            MARKER_NAME,
+        )
+        result = self._ensure_transport().run(script, timeout_s=self.profile.command_timeout_s)
+        self._refuse_environment_problem(result, nonce)
+        outcome = scripts.outcome_said(nonce, result.stdout)
+        if outcome == scripts.INSTALL_DAMAGED:
+            raise IntegrityError("the payload arrived damaged on the node", action="Run the command again.")
+        if outcome != scripts.INSTALLED:
+            raise NodeUnfitError(
+                f"the payload could not be installed (exit status {result.exit_status})",
+                action="Check the profile's `python` and `node_root`.",
+                details=_shown(result),
+            )
+
+    def _refuse_environment_problem(self, result: CommandResult, nonce: str) -> None:
+        problem = _ENVIRONMENT_PROBLEMS.get(scripts.outcome_said(nonce, result.stdout) or "")
+        if problem is not None:
+            cause, action = problem
+            names = {"python": self.profile.python.path, "root": self.profile.node_root}
+            raise NodeUnfitError(cause.format(**names), action=action.format(**names), details=_shown(result))
+
+    def _await_ready(self, stream: ByteStream, nonce: str) -> None:
+        wanted = scripts.ready_line(nonce)
+        seen = b"\n"
+        while not seen.endswith(wanted):
+            byte = stream.read(1)
+            if not byte:
+                result = stream.finish(10.0)
+                noise = CommandResult(result.exit_status, seen + result.stdout, result.stderr)
+                self._refuse_environment_problem(noise, nonce)
+                raise ProtocolMismatchError("the agent ended before it was ready", details=_shown(noise))
+            seen += byte
+            if len(seen) > _READY_LIMIT_BYTES:
+                raise ProtocolMismatchError("the node prints without end before the agent starts")
+
+
+def _shown(result: CommandResult) -> str:
+    parts = [result.stderr[-_SHOWN_BYTES:], result.stdout[-_SHOWN_BYTES:]]
+    return printable(b"\n".join(p.strip() for p in parts if p.strip()).decode(errors="replace"))

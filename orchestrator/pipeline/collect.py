@@ -1,0 +1,83 @@
+"""collect: diagnostics first, then artifacts, each checked against the node's manifest, renamed into place."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import shutil
+from pathlib import Path
+
+from orchestrator.errors import IntegrityError, RemoteEvalError, UnreachableError, UsageError
+from orchestrator.fsutil import write_atomically
+from orchestrator.journal import AttemptRecord
+from orchestrator.pipeline.context import RunContext
+from orchestrator.pipeline.launch import reference
+from orchestrator.transfer.download import download_artifact, download_file
+from remote_payload.wire.codec import WireError, to_json
+from remote_payload.wire.messages import Manifest
+
+
+def collect(context: RunContext, attempt: AttemptRecord) -> Manifest:
+    """Bring everything of an attempt here, from a failed one too. Raises `IntegrityError` for what does not verify."""
+    _collect_diagnostics(context, attempt)
+    manifest = context.node.call("manifest", reference(context, attempt), Manifest)
+    _refuse_hostile_names(context, manifest)
+    incoming = context.run.folder / f".artifacts-{attempt.number}"
+    incoming.mkdir(mode=0o700, exist_ok=True)
+    layout = context.node.layout.attempt(context.plan.run_id, attempt.number)
+    for entry in manifest.entries:
+        target = incoming.joinpath(*entry.path.split("/"))
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        download_artifact(
+            context.node,
+            posixpath.join(layout.artifacts, entry.path),
+            target,
+            entry.size,
+            entry.sha256,
+            on_progress=lambda progress: context.reporter.transfer("artifacts", progress),
+        )
+    _replace_folder(incoming, context.run.artifacts)
+    write_atomically(context.run.manifest, (json.dumps(to_json(manifest), indent=1, sort_keys=True) + "\n").encode())
+    context.note_entry("collected", attempt=attempt.number, complete=manifest.complete, files=len(manifest.entries))
+    return manifest
+
+
+def _collect_diagnostics(context: RunContext, attempt: AttemptRecord) -> None:
+    """Logs may be missing (a job that never ran has none); a missing one is no error, an unreachable node is."""
+    context.run.diagnostics.mkdir(mode=0o700, exist_ok=True)
+    layout = context.node.layout.attempt(context.plan.run_id, attempt.number)
+    for path in layout.diagnostics:
+        target = context.run.diagnostics / posixpath.basename(path)
+        try:
+            download_file(context.node, path, target)
+        except UnreachableError:
+            raise
+        except UsageError:
+            target.unlink(missing_ok=True)
+        except RemoteEvalError as error:
+            context.reporter.warn(f"could not collect {posixpath.basename(path)}: {error}")
+
+
+def _refuse_hostile_names(context: RunContext, manifest: Manifest) -> None:
+    seen = set()
+    for entry in manifest.entries:
+        try:
+            context.run.artifact(entry.path)
+        except WireError as error:
+            raise IntegrityError(
+                f"the node's manifest names a path that could lead elsewhere: {error}",
+                action="Do not trust this node; tell its administrator.",
+            ) from error
+        if entry.path.lower() in seen:
+            raise IntegrityError(f"the node's manifest names {entry.path!r} twice")
+        seen.add(entry.path.lower())
+
+
+def _replace_folder(incoming: Path, final: Path) -> None:
+    """Rename `incoming` to `final`; an older attempt's folder steps aside first and goes away last."""
+    old = final.with_name(f".{final.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.replace(old)
+    incoming.replace(final)
+    shutil.rmtree(old, ignore_errors=True)

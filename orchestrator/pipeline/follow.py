@@ -1,0 +1,104 @@
+"""follow: read the truth file and the event log until a terminal record is there. Lost contact is not failure."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import time
+from collections.abc import Callable
+
+from orchestrator.errors import AttemptLostError, UnreachableError
+from orchestrator.journal import AttemptRecord
+from orchestrator.pipeline.assess import Standing, assess
+from orchestrator.pipeline.context import RunContext
+from orchestrator.pipeline.launch import read_status
+from orchestrator.schedulers.base import scheduler_for
+from remote_payload.wire.messages import StatusReply
+from remote_payload.wire.states import AttemptStatus
+
+FIRST_POLL_S = 0.3
+LONGEST_POLL_S = 3.0
+REREAD_S = 2.0
+STALE_WARNING_S = 60.0
+STALE_LIMIT_S = 1800.0
+"""A supervisor whose heartbeat has stood still this long (on our clock) is not waited for: the run is left to `resume`."""
+
+LogListener = Callable[[str, bytes], None]
+"""Called with (file name, new bytes); the bytes are the node's and untrusted."""
+
+
+@dataclasses.dataclass
+class _Heartbeat:
+    """Judges liveliness by change on our own monotonic clock, never by the node's."""
+
+    value: tuple[int, ...] = ()
+    changed_at: float = dataclasses.field(default_factory=time.monotonic)
+    warned: bool = False
+
+    def see(self, status: AttemptStatus | None) -> float:
+        """Seconds since anything moved."""
+        moving = (status.heartbeat, *(job.counter for job in status.jobs.values())) if status else ()
+        if moving != self.value:
+            self.value, self.changed_at, self.warned = moving, time.monotonic(), False
+        return time.monotonic() - self.changed_at
+
+
+def follow(context: RunContext, attempt: AttemptRecord, on_log: LogListener | None = None) -> AttemptStatus:
+    """Return the terminal record. Raises `AttemptLostError` only after two absences and a re-read, and
+    `UnreachableError` when the node or the supervisor stays silent: the job goes on and can be resumed.
+    """
+    scheduler = scheduler_for(context.profile.scheduler)
+    heartbeat = _Heartbeat()
+    offsets = {"stdout.log": 0, "stderr.log": 0} if on_log else {}
+    poll_s, absences, last = FIRST_POLL_S, 0, None
+    while True:
+        reply = read_status(context, attempt, offsets)
+        _hand_on(reply, offsets, on_log)
+        standing = assess(reply, attempt.nonce, scheduler)
+        if standing is Standing.TERMINAL and reply.status is not None:
+            if not _has_more(reply, offsets):
+                context.reporter.attempt(reply.status)
+                context.note_entry("terminal", attempt=attempt.number, state=reply.status.state.value)
+                return reply.status
+            continue
+        if reply.status is not None and reply.status != last:
+            context.reporter.attempt(reply.status)
+            last, poll_s = reply.status, FIRST_POLL_S
+        absences = absences + 1 if standing in (Standing.ABSENT, Standing.NOT_CLAIMED, Standing.VOID) else 0
+        if absences >= 3:
+            context.note_entry("lost", attempt=attempt.number, standing=standing.value)
+            raise lost_error(context.plan.run_id, standing)
+        _refuse_silence(context, heartbeat, heartbeat.see(reply.status), standing)
+        time.sleep(REREAD_S if absences else poll_s)
+        poll_s = min(poll_s * 1.4, LONGEST_POLL_S)
+
+
+def lost_error(run_id: str, standing: Standing) -> AttemptLostError:
+    return AttemptLostError(
+        f"the attempt is {standing.value}: its supervisor is gone without a terminal record "
+        "(killed, out of memory, or the machine restarted)",
+        action=f"`remote-eval resume {run_id} --retry` starts a new attempt; what it wrote so far is collected.",
+    )
+
+
+def _refuse_silence(context: RunContext, heartbeat: _Heartbeat, silent_s: float, standing: Standing) -> None:
+    if silent_s > STALE_LIMIT_S:
+        raise UnreachableError(
+            f"nothing has moved on the node for {silent_s / 60:.0f} minutes ({standing.value})",
+            action=f"The run is left as it is: `remote-eval status {context.plan.run_id}`, `resume`, or `cancel`.",
+        )
+    if silent_s > STALE_WARNING_S and not heartbeat.warned:
+        heartbeat.warned = True
+        context.reporter.warn(f"the supervisor has not moved for {silent_s:.0f} s ({standing.value}); still watching")
+
+
+def _hand_on(reply: StatusReply, offsets: dict[str, int], on_log: LogListener | None) -> None:
+    for name, text in sorted(reply.tails.items()):
+        data = base64.b64decode(text)
+        if data and on_log is not None and name in offsets:
+            offsets[name] += len(data)
+            on_log(name, data)
+
+
+def _has_more(reply: StatusReply, offsets: dict[str, int]) -> bool:
+    return any(reply.sizes.get(name, 0) > offset for name, offset in offsets.items())

@@ -1,0 +1,91 @@
+"""preflight: is the node fit, is the checkpoint readable and whole, does it fit the adapter's model. Refuses early."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from orchestrator.errors import CheckpointError, IntegrityError, NodeUnfitError
+from orchestrator.fsutil import write_atomically
+from orchestrator.inspection import inspect_local
+from orchestrator.pipeline.context import RunContext
+from orchestrator.pipeline.sync import locate_in_place, sync_code
+from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
+from remote_payload.wire.codec import to_json
+from remote_payload.wire.messages import Preflight, PreflightRequest
+from remote_payload.wire.names import printable
+from remote_payload.wire.results import Finding, Severity
+
+PROBE_TIMEOUT_S = 180.0
+_ANSWER_MARGIN_S = 30.0
+CLOCK_OFFSET_WARNING_S = 120.0
+
+
+def preflight(context: RunContext) -> Preflight:
+    """Check everything that can be checked before bytes move. Raises `NodeUnfitError`, `CheckpointError` or
+    `IntegrityError` with what to do; lesser findings are shown and kept.
+    """
+    plan = context.plan
+    header, size, here = None, 0, plan.checkpoint.cluster is None
+    if here:
+        path = local_checkpoint(plan.checkpoint)
+        header, size = inspect_local(path), path.stat().st_size
+        checkpoint = SyncedCheckpoint(str(path), None, size, (), "local")
+    else:
+        checkpoint = locate_in_place(context)
+    sync_code(context)
+    request = PreflightRequest(
+        context.node.layout.root,
+        gpu_policy=context.profile.gpu.device,
+        plan=node_plan(plan, checkpoint),
+        timeout_s=PROBE_TIMEOUT_S,
+        header=header,
+        needed_bytes=size,
+    )
+    report = context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
+    write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
+    for finding in report.findings:
+        context.reporter.finding(finding)
+    refuse_unfit(report, is_health_only=all(job.name == "health" for job in plan.jobs))
+    return report
+
+
+def refuse_unfit(report: Preflight, *, is_health_only: bool) -> None:
+    """Raise for the first finding of severity error.
+
+    A damaged or hostile checkpoint does not stop a run of `health` alone: saying what is wrong with it is that job's work.
+    """
+    errors = [f for f in report.findings if f.severity is Severity.ERROR]
+    if is_health_only:
+        errors = [f for f in errors if f.id.startswith("node.")]
+    if not errors:
+        return
+    first = errors[0]
+    kind: type[NodeUnfitError | CheckpointError | IntegrityError] = CheckpointError
+    if first.id.startswith("node."):
+        kind = NodeUnfitError
+    elif first.id.startswith("integrity."):
+        kind = IntegrityError
+    more = "" if is_health_only or kind is NodeUnfitError else " `--jobs health` gives a report of the damage."
+    raise kind(
+        f"{_text(first)}" + (f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""),
+        action=printable(first.action) + more,
+        details="\n".join(_text(f) for f in errors[1:10]),
+    )
+
+
+def _text(finding: Finding) -> str:
+    where = f" [{', '.join(finding.where[:5])}]" if finding.where else ""
+    explanation = f": {finding.explanation}" if finding.explanation else ""
+    return printable(f"{finding.id}: {finding.title}{where}{explanation}")
+
+
+def facts(report: Preflight) -> dict[str, Any]:
+    """What of a preflight belongs into provenance."""
+    return {
+        "python": report.python_version,
+        "torch": report.torch_version,
+        "cuda": report.cuda_version,
+        "driver": report.driver_version,
+        "gpus": [gpu.name for gpu in report.gpus],
+    }

@@ -1,0 +1,212 @@
+"""The driver: takes a run from wherever its journal says it stands to its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from orchestrator.errors import (
+    AttemptLostError,
+    JobCancelledError,
+    JobFailedError,
+    RemoteEvalError,
+    UsageError,
+)
+from orchestrator.fsutil import exclusive_lock
+from orchestrator.journal import AttemptRecord, RunRecord
+from orchestrator.layout import LocalLayout
+from orchestrator.payload import payload_for
+from orchestrator.pipeline import collect as collecting
+from orchestrator.pipeline import follow as following
+from orchestrator.pipeline import launch as launching
+from orchestrator.pipeline import sync as syncing
+from orchestrator.pipeline.context import RunContext, Services
+from orchestrator.pipeline.preflight import preflight
+from orchestrator.pipeline.provenance import write_provenance
+from orchestrator.pipeline.reporting import report
+from orchestrator.plan import RunPlan, SyncedCheckpoint
+from remote_payload.wire.codec import WireError, from_json, to_json
+from remote_payload.wire.messages import Decided, StatusReply
+from remote_payload.wire.names import check_run_id, printable
+from remote_payload.wire.states import AttemptState, AttemptStatus
+
+_LOG_TAIL_BYTES = 3000
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOutcome:
+    """A run that reached its report. `results` is the content of results.json."""
+
+    plan: RunPlan
+    results: dict[str, Any]
+
+
+def load_plan(run_id: str, layout: LocalLayout) -> RunPlan:
+    """The plan of a known run. Raises `UsageError` for an unknown or unreadable one."""
+    try:
+        text = layout.run(check_run_id(run_id)).plan.read_text()
+    except (WireError, FileNotFoundError):
+        raise UsageError(f"there is no run {run_id!r} here", action="`remote-eval history` lists runs.") from None
+    try:
+        return RunPlan.from_text(text)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"the plan of {run_id} cannot be read: {error}", action="Was it made by a newer version?"
+        ) from error
+
+
+def open_run(plan: RunPlan, services: Services) -> RunContext:
+    """A context for stages; nothing is connected yet."""
+    profile = plan.cluster_profile()
+    payload = payload_for(plan.payload_sha256, services.layout)
+    return RunContext(plan, services.layout.run(plan.run_id), profile, services.open_node(profile, payload), services)
+
+
+def advance(
+    plan: RunPlan,
+    services: Services,
+    *,
+    detach: bool = False,
+    retry: bool = False,
+    on_log: following.LogListener | None = None,
+) -> RunOutcome | None:
+    """Do every stage that is still to be done. None when `detach` was asked for and the job is under way.
+
+    `retry` starts a new attempt where the last one ended without success. Raises `JobFailedError` and its kin after the
+    report is written, `UnreachableError` where the run is paused, `LockedError` where another client is at this run.
+    """
+    run = services.layout.run(plan.run_id)
+    with exclusive_lock(run.lock, plan.run_id):
+        context = open_run(plan, services)
+        try:
+            with context.node:
+                return _advance(context, detach, retry, on_log)
+        except RemoteEvalError as error:
+            context.note_entry(
+                "stopped",
+                error=type(error).__name__,
+                cause=str(error),
+                action=error.action,
+                exit_code=int(error.exit_code),
+            )
+            raise
+
+
+def cancel(plan: RunPlan, services: Services) -> AttemptStatus | None:
+    """Ask the supervisor to end the attempt and wait for its terminal record; None where nothing had started."""
+    context = open_run(plan, services)
+    attempt = context.record().current_attempt
+    if attempt is None:
+        return None
+    with context.node:
+        ref = launching.reference(context, attempt)
+        if attempt.fate == "intended":
+            decided = context.node.call("void", ref, Decided)
+            if decided.decision is not None and decided.decision.value == "void":
+                context.note_entry("void", attempt=attempt.number, nonce=attempt.nonce)
+                return None
+        context.node.call("cancel", ref, Decided)
+        return following.follow(context, attempt)
+
+
+def read_node_status(plan: RunPlan, services: Services, offsets: dict[str, int] | None = None) -> StatusReply | None:
+    """One reading of the current attempt; None where none was launched."""
+    context = open_run(plan, services)
+    attempt = context.record().current_attempt
+    if attempt is None:
+        return None
+    with context.node:
+        return launching.read_status(context, attempt, offsets)
+
+
+def _advance(context: RunContext, detach: bool, retry: bool, on_log: following.LogListener | None) -> RunOutcome | None:
+    record = context.record()
+    if retry:
+        _refuse_retry_of_success(record)
+    checkpoint = _ensure_synced(context, record)
+    attempt = _ensure_launched(context, checkpoint, record, retry)
+    if attempt.fate == "lost":
+        lost: AttemptLostError | None = following.lost_error(context.plan.run_id, following.Standing.ABSENT)
+    else:
+        if detach and attempt.fate == "launched":
+            context.note_entry("detached", attempt=attempt.number)
+            return None
+        lost = _follow(context, attempt, on_log)
+    if context.record().collected != attempt.number:
+        with context.stage("collect"):
+            collecting.collect(context, attempt)
+    write_provenance(context, checkpoint)
+    with context.stage("report"):
+        results = report(context)
+    context.note_entry("reported", verdict=results["verdict"]["overall"])
+    if lost is not None:
+        raise lost
+    _raise_for(context, attempt)
+    return RunOutcome(context.plan, results)
+
+
+def _refuse_retry_of_success(record: RunRecord) -> None:
+    current = record.current_attempt
+    if current is not None and current.state == AttemptState.SUCCEEDED.value:
+        raise UsageError("the last attempt succeeded; there is nothing to retry", action="Start a new run instead.")
+
+
+def _ensure_synced(context: RunContext, record: RunRecord) -> SyncedCheckpoint:
+    if record.synced is not None:
+        return from_json(SyncedCheckpoint, record.synced)
+    with context.stage("preflight"):
+        preflight(context)
+    with context.stage("sync"):
+        checkpoint = syncing.sync_checkpoint(context)
+    context.note_entry("synced", **to_json(checkpoint))
+    return checkpoint
+
+
+def _ensure_launched(
+    context: RunContext, checkpoint: SyncedCheckpoint, record: RunRecord, retry: bool
+) -> AttemptRecord:
+    current = record.current_attempt
+    ended = current is not None and current.fate in ("terminal", "lost")
+    if current is not None and (current.fate == "launched" or (ended and not retry)):
+        return current
+    with context.stage("launch"):
+        launching.launch(context, checkpoint)
+    launched = context.record().current_attempt
+    if launched is None:
+        raise UsageError(f"{context.plan.run_id} has no attempt")
+    return launched
+
+
+def _follow(
+    context: RunContext, attempt: AttemptRecord, on_log: following.LogListener | None
+) -> AttemptLostError | None:
+    if attempt.fate == "terminal":
+        return None
+    try:
+        with context.stage("follow"):
+            following.follow(context, attempt, on_log)
+    except AttemptLostError as error:
+        return error
+    return None
+
+
+def _raise_for(context: RunContext, attempt: AttemptRecord) -> None:
+    status = from_json(AttemptStatus, json.loads((context.run.diagnostics / "status.json").read_text()))
+    if status.state is AttemptState.SUCCEEDED:
+        return
+    if status.state is AttemptState.CANCELLED:
+        raise JobCancelledError(
+            f"{context.plan.run_id} was cancelled",
+            action=f"`remote-eval resume {context.plan.run_id} --retry` starts anew.",
+        )
+    causes = [
+        f"{name}: {job.error or job.state.value}" for name, job in status.jobs.items() if job.state.value == "failed"
+    ]
+    stderr = context.run.diagnostics / "stderr.log"
+    tail = stderr.read_bytes()[-_LOG_TAIL_BYTES:] if stderr.exists() else b""
+    raise JobFailedError(
+        printable("; ".join(causes) or status.cause or f"attempt {attempt.number} failed"),
+        action=f"Logs, stacks and partial results are in {context.run.folder}.",
+        details=printable(tail.decode(errors="replace")),
+    )

@@ -1,0 +1,94 @@
+"""sync: the checkpoint and the user's code on the node, verified; nothing is sent that is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.errors import CheckpointError, ConfigurationError
+from orchestrator.pipeline.context import RunContext
+from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
+from orchestrator.project import find_project
+from orchestrator.transfer.archive import pack_code
+from orchestrator.transfer.fingerprints import digest_local_file, sample_spans
+from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.messages import Located, LocateRequest, Unpacked, UnpackRequest
+
+LOCATE_TIMEOUT_S = 900.0
+"""A candidate of the same size is read in full on the node before it counts as the same file."""
+_BITS_PER_MEGABIT = 1_000_000
+
+
+def locate_in_place(context: RunContext) -> SyncedCheckpoint:
+    """The checkpoint that is on the node already. Raises `CheckpointError` where it is not."""
+    path = node_path(context.plan.checkpoint, context.profile.checkpoint_roots)
+    found = _locate(context, LocateRequest(context.node.layout.root, path=path))
+    if not found.found or found.path is None:
+        raise CheckpointError(
+            f"there is no file at {context.plan.cluster}:{path}",
+            action="Check the path; relative ones start at the profile's first checkpoint root.",
+        )
+    return _synced(found)
+
+
+def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
+    """Find the local checkpoint on the node by content, or send it."""
+    if context.plan.checkpoint.cluster is not None:
+        return locate_in_place(context)
+    path = local_checkpoint(context.plan.checkpoint)
+    local = digest_local_file(path, context.services.layout)
+    manifest = local.manifest
+    found = _locate(
+        context,
+        LocateRequest(
+            context.node.layout.root,
+            digest=manifest.digest,
+            size=manifest.size,
+            search_roots=tuple(context.profile.checkpoint_roots),
+            sample=sample_spans(manifest),
+        ),
+    )
+    if found.found:
+        context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
+        return _synced(found, digest=manifest.digest)
+    sent = upload_file(
+        context.node,
+        path,
+        manifest,
+        on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
+        bandwidth_limit_bytes_per_s=_bandwidth_limit(context),
+    )
+    return SyncedCheckpoint(sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent)
+
+
+def sync_code(context: RunContext) -> None:
+    """Put the user's code on the node, in its content-addressed folder. It must still be what was planned."""
+    plan = context.plan
+    if plan.code is None:
+        return
+    project = find_project(Path(plan.project_folder or "."))
+    archive = pack_code(project.folder, list(plan.code_paths), context.services.layout)
+    if archive.sha256 != plan.code.archive_sha256:
+        raise ConfigurationError(
+            "the code has changed since this run was planned",
+            action="Start a new run, or bring the code back to what it was.",
+        )
+    local = digest_local_file(archive.path, context.services.layout)
+    sent = upload_file(context.node, archive.path, local.manifest, on_progress=lambda _: None)
+    request = UnpackRequest(context.node.layout.root, sent.path_on_node, archive.sha256)
+    context.node.call("unpack_code", request, Unpacked)
+
+
+def _locate(context: RunContext, request: LocateRequest) -> Located:
+    return context.node.call("locate", request, Located, timeout_s=LOCATE_TIMEOUT_S)
+
+
+def _synced(found: Located, digest: str | None = None) -> SyncedCheckpoint:
+    if found.path is None or found.size is None:
+        raise CheckpointError("the node found the checkpoint and names no path")
+    fingerprint = tuple(v for v in (found.size, found.mtime_ns, found.inode) if v is not None)
+    return SyncedCheckpoint(found.path, found.digest or digest, found.size, fingerprint, found.how)
+
+
+def _bandwidth_limit(context: RunContext) -> float | None:
+    megabits = context.profile.bandwidth_limit_mbps
+    return megabits * _BITS_PER_MEGABIT / 8 if megabits is not None else None

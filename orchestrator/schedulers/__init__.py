@@ -1,0 +1,1 @@
+"""How an attempt is started and looked for: one small module for each scheduler, behind `base.Scheduler`."""
