@@ -130,6 +130,10 @@ class NodeLayout:
     def checkpoint_journal(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "file.journal")
 
+    def checkpoint_lock(self, file_digest: str) -> str:
+        """Held (`flock`) by whoever receives the file; it stays behind, since unlinking it would part two holders."""
+        return posixpath.join(self.checkpoint_folder(file_digest), "lock")
+
     def checkpoint_manifest(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "chunks.json")
 

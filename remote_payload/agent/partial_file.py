@@ -1,0 +1,310 @@
+"""A file that is arriving in the store: its lock, its journal, its bytes, and its last step to the final name.
+
+The journal says which chunks are here. A line is written only after the data it speaks of was synced, so whatever
+survives of it is true; a line that a crash cut short does not match its pattern and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import stat
+import time
+from typing import Optional
+
+from remote_payload.agent import files
+from remote_payload.agent.failure import AgentError
+from remote_payload.agent.root import free_bytes
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.names import check_nonce
+from remote_payload.wire.stream import ChunkTable
+
+SYNC_BYTES = 64 * 1024 * 1024
+SYNC_INTERVAL_S = 2.0
+"""What a killed agent or machine loses is at most what arrived in this much: bytes or seconds, whichever is less."""
+
+_JOURNAL_LINE = re.compile(rb"(?m)^(\d{1,7}) ([0-9a-f]{16})\.$")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_data_sync = getattr(os, "fdatasync", os.fsync)
+
+
+class SessionLock:
+    """Lets the streams of one upload session share a checkpoint folder, and keeps all other sessions out.
+
+    The first of a session takes the lock exclusively, writes the session's name, prepares the folder, and then shares
+    it; others join only while that name stands there. Where the file system has no locks everybody is let in: chunks
+    are verified before they are written, so two sessions write the same bytes, and only work is done twice.
+    """
+
+    def __init__(self, path: str, session: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._session = check_nonce(session).encode()
+
+    def try_exclusive(self) -> bool:
+        """Take the lock for this session alone, for now."""
+        if not self._lock(fcntl.LOCK_EX):
+            return False
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, self._session, 0)
+        return True
+
+    def try_shared(self) -> bool:
+        """Take, or fall back to, a share in this session's lock."""
+        if not self._lock(fcntl.LOCK_SH):
+            return False
+        if os.pread(self._fd, len(self._session) + 1, 0) == self._session:
+            return True
+        self._lock(fcntl.LOCK_UN)
+        return False
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _lock(self, operation: int) -> bool:
+        try:
+            fcntl.flock(self._fd, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        return True
+
+
+class PartialFile:
+    """One stream's hold on the file. Make it through `prepare` (under an exclusive lock), or join with `joined`."""
+
+    def __init__(self, layout: NodeLayout, digest: str, table: ChunkTable, fd: int, journal_fd: int) -> None:
+        self.have = bytearray(len(table))
+        self._layout = layout
+        self._digest = digest
+        self._table = table
+        self._fd = fd
+        self._journal_fd = journal_fd
+        self._unsynced: list[int] = []
+        self._unsynced_bytes = 0
+        self._synced_at = time.monotonic()
+
+    @classmethod
+    def prepare(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
+        """Make or take over the part and its journal, and check that the rest will fit.
+
+        Raises `AgentError` unfit where the free space does not suffice, `OSError`.
+        """
+        part, journal = layout.checkpoint_part(digest), layout.checkpoint_journal(digest)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            facts = os.fstat(fd)
+            if not stat.S_ISREG(facts.st_mode):
+                raise AgentError("unfit", f"{part} is no regular file", "Remove it.")
+            journal_fd = _open_journal(journal)
+        except BaseException:
+            os.close(fd)
+            raise
+        found = cls(layout, digest, table, fd, journal_fd)
+        try:
+            head = _journal_head(facts.st_ino)
+            if facts.st_size != table.size or not found._read_journal().startswith(head):
+                # Another part than the journal speaks of: begin anew rather than believe it.
+                os.ftruncate(journal_fd, 0)
+                os.ftruncate(fd, table.size)
+                _write_all(journal_fd, head)
+                _data_sync(journal_fd)
+                files.fsync_folder(layout.checkpoint_folder(digest))
+            found.reload()
+            found._check_space()
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    @classmethod
+    def joined(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
+        """Open what another stream of the session prepared. Raises `FileNotFoundError` if it was finished since."""
+        fd = os.open(layout.checkpoint_part(digest), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            journal_fd = os.open(
+                layout.checkpoint_journal(digest), os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
+        except BaseException:
+            os.close(fd)
+            raise
+        found = cls(layout, digest, table, fd, journal_fd)
+        found.reload()
+        return found
+
+    def close(self) -> None:
+        os.close(self._fd)
+        os.close(self._journal_fd)
+
+    def reload(self) -> None:
+        """Take in what the journal says, other streams' chunks too."""
+        for match in _JOURNAL_LINE.finditer(self._read_journal()):
+            index = int(match.group(1))
+            if index < len(self._table) and self._table.sha256(index).hex().encode().startswith(match.group(2)):
+                self.have[index] = 1
+
+    def write(self, index: int, data: memoryview) -> None:
+        """Put a verified chunk in its place; it is journalled by a later `sync`."""
+        if self.have[index]:
+            return
+        offset, left = self._table.offset(index), data
+        try:
+            while left:
+                count = os.pwrite(self._fd, left, offset)
+                left, offset = left[count:], offset + count
+        except OSError as error:
+            raise self._explain(error) from error
+        self._unsynced.append(index)
+        self._unsynced_bytes += len(data)
+
+    def sync_if_due(self) -> None:
+        is_late = time.monotonic() - self._synced_at >= SYNC_INTERVAL_S
+        if self._unsynced_bytes >= SYNC_BYTES or is_late:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make durable, then journal, what was written. Nothing is journalled where the sync fails."""
+        written, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
+        self._synced_at = time.monotonic()
+        if not written:
+            return
+        lines = [b"%d %s.\n" % (index, self._table.sha256(index).hex()[:16].encode()) for index in written]
+        try:
+            _data_sync(self._fd)
+            # A line that a crash cut short must not swallow the first of ours.
+            _write_all(self._journal_fd, b"\n" + b"".join(lines))
+            _data_sync(self._journal_fd)
+        except OSError as error:
+            raise self._explain(error) from error
+        for index in written:
+            self.have[index] = 1
+
+    def finish(self) -> bool:
+        """Give the file its final name if every chunk is durable here; else False.
+
+        The chunk manifest is written first: where the file stands, its manifest stands beside it.
+        """
+        self.sync()
+        self.reload()
+        if not all(self.have):
+            return False
+        layout, digest = self._layout, self._digest
+        try:
+            os.fsync(self._fd)
+            write_manifest(layout, digest, self._table)
+            os.rename(layout.checkpoint_part(digest), layout.checkpoint(digest))
+            os.fchmod(self._fd, 0o400)
+            files.fsync_folder(layout.checkpoint_folder(digest))
+        except FileNotFoundError:
+            if not is_stored(layout, digest, self._table.size):
+                raise
+        except OSError as error:
+            raise self._explain(error) from error
+        remove_if_there(layout.checkpoint_journal(digest))
+        return True
+
+    def _read_journal(self) -> bytes:
+        parts, offset = [], 0
+        while True:
+            part = os.pread(self._journal_fd, 1 << 20, offset)
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+            offset += len(part)
+
+    def _missing_bytes(self) -> int:
+        return sum(self._table.length(i) for i, is_here in enumerate(self.have) if not is_here)
+
+    def _check_space(self) -> None:
+        not_allocated = self._table.size - os.fstat(self._fd).st_blocks * 512
+        needed = min(self._missing_bytes(), not_allocated)
+        folder = self._layout.checkpoint_folder(self._digest)
+        free = free_bytes(folder)
+        if needed > free:
+            raise AgentError(
+                "unfit",
+                f"{human_bytes(needed)} are still to come and {human_bytes(free)} are free at {folder}",
+                "Free space there (`remote-eval gc`), or set another node_root; what has arrived is kept.",
+            )
+
+    def _explain(self, error: OSError) -> Exception:
+        if error.errno not in _NO_SPACE:
+            return error
+        folder = self._layout.checkpoint_folder(self._digest)
+        reason = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "the limit of a file's size is reached"}.get(
+            error.errno, "the disk is full"
+        )
+        return AgentError(
+            "unfit",
+            f"{reason} at {folder}: {human_bytes(free_bytes(folder))} are free, "
+            f"{human_bytes(self._missing_bytes())} of the file are still missing",
+            "Free space there (`remote-eval gc`) or set another node_root, and run it again: what arrived is kept.",
+        )
+
+
+def is_stored(layout: NodeLayout, digest: str, size: int) -> bool:
+    """Whether the finished file stands in the store. One of another size was tampered with, and is taken away."""
+    path = layout.checkpoint(digest)
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISREG(facts.st_mode) and facts.st_size == size:
+        return True
+    os.unlink(path)
+    return False
+
+
+def write_manifest(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
+    """The file's `ChunkManifest` as JSON, in place at once."""
+    parts = [f'{{"digest": {json.dumps(digest)}, "size": {table.size}, "chunks": [']
+    separator = ""
+    for chunk in table.chunks():
+        parts.append(f'{separator}\n{{"offset": {chunk.offset}, "length": {chunk.length}, "sha256": "{chunk.sha256}"}}')
+        separator = ","
+    parts.append("\n]}\n")
+    files.replace(layout.checkpoint_manifest(digest), "".join(parts).encode())
+
+
+def journal_bytes(layout: NodeLayout, digest: str) -> int:
+    """How long the journal is: it grows while somebody gets on with the file."""
+    try:
+        return os.lstat(layout.checkpoint_journal(digest)).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def remove_if_there(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def human_bytes(count: int) -> str:
+    """`3.2 GB`, in powers of 1000 as disks are sold and links are rated."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _open_journal(path: str) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _journal_head(part_inode: int) -> bytes:
+    return b"remote-eval journal 1 of part %d\n" % part_inode
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    left: Optional[memoryview] = memoryview(data)
+    while left:
+        left = left[os.write(fd, left) :]

@@ -1,0 +1,230 @@
+"""The stream verb `receive`: chunks of a file into the store, each verified before it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from typing import Optional
+
+from remote_payload.agent import partial_file, root
+from remote_payload.agent.channel import FdChannel, PeerGoneError
+from remote_payload.agent.failure import AgentError
+from remote_payload.agent.partial_file import PartialFile, SessionLock
+from remote_payload.wire.chunks import CHUNK_BYTES
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.names import check_file_digest
+from remote_payload.wire.stream import (
+    MAX_CHUNKS,
+    ChunkTable,
+    DamagedStreamError,
+    FinishedFacts,
+    FrameHeader,
+    FrameKind,
+    FrameReader,
+    ReceiveRequest,
+    WaitingFacts,
+    encode_bitmap,
+    page_chunk_count,
+)
+
+MAX_REFUSALS = 64
+ALIVE_INTERVAL_S = 5.0
+_LOCK_POLL_S = 0.25
+_WAITING_INTERVAL_S = 2.0
+
+
+def serve_receive(channel: FdChannel, request: ReceiveRequest) -> None:
+    """Receive the file of `request` until the client is done or gone.
+
+    However it ends, what was acknowledged is durable and journalled first, unless the disk refuses. Raises
+    `AgentError`, `WireError`, `PeerGoneError`, `OSError`.
+    """
+    channel.idle_s = request.idle_s
+    layout = root.open_root(request.root)
+    reader = FrameReader(channel.fill)
+    table = _read_table(reader, request)
+    os.makedirs(layout.checkpoint_folder(request.digest), mode=0o700, exist_ok=True)
+    lock = SessionLock(layout.checkpoint_lock(request.digest), request.session)
+    try:
+        part = _take_hold(channel, layout, request, table, lock)
+        if part is None:
+            channel.send_json(FrameKind.FINISHED, _finished(layout, request))
+            return
+        try:
+            _Receiver(channel, reader, layout, request, table, part).run()
+        finally:
+            part.close()
+    finally:
+        lock.close()
+
+
+class _Receiver:
+    """The protocol behind HAVE, for one stream."""
+
+    def __init__(
+        self,
+        channel: FdChannel,
+        reader: FrameReader,
+        layout: NodeLayout,
+        request: ReceiveRequest,
+        table: ChunkTable,
+        part: PartialFile,
+    ) -> None:
+        self._channel = channel
+        self._reader = reader
+        self._layout = layout
+        self._request = request
+        self._table = table
+        self._part = part
+        self._buffer = memoryview(bytearray(min(CHUNK_BYTES, request.size)))
+        self._taken_bytes = 0
+        self._refusals = 0
+        self._spoke_at = time.monotonic()
+
+    def run(self) -> None:
+        self._send_have()
+        try:
+            while not self._serve_frame():
+                self._part.sync_if_due()
+        except (PeerGoneError, DamagedStreamError):
+            self._part.sync()
+            raise
+        except AgentError:
+            with contextlib.suppress(AgentError, OSError):
+                self._part.sync()
+            raise
+
+    def _serve_frame(self) -> bool:
+        """Serve one frame; True once the file is finished."""
+        header = self._reader.header()
+        if header.kind is FrameKind.DATA:
+            self._take_chunk(header)
+            return False
+        if header.kind is not FrameKind.FINISH:
+            raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
+        self._reader.body(header)
+        if self._part.finish():
+            self._channel.send_json(FrameKind.FINISHED, _finished(self._layout, self._request))
+            return True
+        self._send_have()
+        return False
+
+    def _take_chunk(self, header: FrameHeader) -> None:
+        index = header.argument
+        if index >= len(self._table) or header.length != self._table.length(index):
+            raise DamagedStreamError(f"a chunk numbered {index} of {header.length} bytes is not in the table")
+        view = self._buffer[: header.length]
+        if self._read_hashed(view) == self._table.sha256(index):
+            self._part.write(index, view)
+            self._say(FrameKind.ACK, index)
+            return
+        self._refusals += 1
+        if self._refusals > MAX_REFUSALS:
+            raise AgentError(
+                "integrity",
+                f"{self._refusals} chunks arrived damaged",
+                "Check that the checkpoint is not being written to, then the network.",
+            )
+        self._say(FrameKind.REFUSED, index)
+
+    def _read_hashed(self, view: memoryview) -> bytes:
+        digest = hashlib.sha256()
+        while view:
+            count = self._channel.read_some(view)
+            digest.update(view[:count])
+            view = view[count:]
+            self._taken_bytes += count
+            if time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S:
+                self._say(FrameKind.ALIVE, self._taken_bytes)
+        return digest.digest()
+
+    def _send_have(self) -> None:
+        self._say(FrameKind.HAVE, len(self._table), encode_bitmap(self._part.have))
+
+    def _say(self, kind: FrameKind, argument: int, body: bytes = b"") -> None:
+        self._channel.send_frame(kind, argument, body)
+        self._spoke_at = time.monotonic()
+
+
+def _read_table(reader: FrameReader, request: ReceiveRequest) -> ChunkTable:
+    check_file_digest(request.digest)
+    if not 0 <= request.chunk_count <= MAX_CHUNKS:
+        raise AgentError("usage", f"a file of {request.chunk_count} chunks is too large: {MAX_CHUNKS} are the limit")
+    packed, count = bytearray(), 0
+    while count < request.chunk_count:
+        header = reader.header()
+        if header.kind is not FrameKind.MANIFEST or header.argument != count:
+            raise DamagedStreamError(f"a {header.kind.name} frame arrived instead of the chunk table")
+        page = reader.body(header)
+        count += page_chunk_count(page)
+        packed += page
+    if count != request.chunk_count:
+        raise DamagedStreamError("the chunk table is longer than was said")
+    table = ChunkTable(bytes(packed), request.size)
+    if table.file_digest() != request.digest:
+        raise AgentError("integrity", "the chunk table does not have the digest that was said")
+    return table
+
+
+def _take_hold(
+    channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, table: ChunkTable, lock: SessionLock
+) -> Optional[PartialFile]:
+    """The part to write to, or None where the file is finished. Stands by while another session is at it.
+
+    Raises `AgentError` conflict when that session has not got on for `wait_s`.
+    """
+    grown_to, grown_at, told_at = -1, time.monotonic(), 0.0
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # finished, or deleted, between two looks: look again
+            part = _try_hold(layout, request, table, lock)
+            if part is not None or partial_file.is_stored(layout, request.digest, request.size):
+                return part
+        journalled = partial_file.journal_bytes(layout, request.digest)
+        now = time.monotonic()
+        if journalled > grown_to:
+            grown_to, grown_at = journalled, now
+        if now - grown_at > request.wait_s:
+            raise AgentError(
+                "conflict",
+                "another upload of the same file holds it on the node and does not get on",
+                "Wait for it or end it, then run this again: what has arrived is kept.",
+            )
+        if now - told_at > _WAITING_INTERVAL_S:
+            told_at = now
+            channel.send_json(FrameKind.WAITING, WaitingFacts(journalled))
+        if channel.wait_readable(_LOCK_POLL_S):
+            channel.fill(memoryview(bytearray(1)))
+            raise DamagedStreamError("the client spoke out of turn")
+
+
+def _try_hold(
+    layout: NodeLayout, request: ReceiveRequest, table: ChunkTable, lock: SessionLock
+) -> Optional[PartialFile]:
+    digest = request.digest
+    if not lock.try_exclusive():
+        return PartialFile.joined(layout, digest, table) if lock.try_shared() else None
+    if partial_file.is_stored(layout, digest, request.size):
+        _clean_up(layout, digest, table)
+        return None
+    part = PartialFile.prepare(layout, digest, table)
+    # Changing the lock's kind lets go of it for a moment: whoever took it meanwhile goes first.
+    if lock.try_shared():
+        return part
+    part.close()
+    return None
+
+
+def _clean_up(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
+    """What a crash just after the final rename left undone. Using the file is noted on its folder, for `gc`."""
+    if not os.path.exists(layout.checkpoint_manifest(digest)):
+        partial_file.write_manifest(layout, digest, table)
+    partial_file.remove_if_there(layout.checkpoint_journal(digest))
+    partial_file.remove_if_there(layout.checkpoint_part(digest))
+    with contextlib.suppress(OSError):
+        os.utime(layout.checkpoint_folder(digest))
+
+
+def _finished(layout: NodeLayout, request: ReceiveRequest) -> FinishedFacts:
+    return FinishedFacts(layout.checkpoint(request.digest), request.digest, request.size)

@@ -1,0 +1,78 @@
+"""`agent stream`: the verbs that speak the binary protocol of `wire/stream.py` on standard input and output."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from types import FrameType
+from typing import Any, Callable, Optional
+
+from remote_payload.agent.channel import FdChannel, PeerGoneError
+from remote_payload.agent.failure import AgentError
+from remote_payload.agent.receive import serve_receive
+from remote_payload.agent.send import serve_send
+from remote_payload.wire import PROTOCOL_VERSION
+from remote_payload.wire.codec import WireError, from_json
+from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.names import check_nonce
+from remote_payload.wire.stream import DamagedStreamError, FrameKind, ReceiveRequest, SendRequest, StreamFailure
+
+PEER_GONE_STATUS = 75
+"""Exit status when the client left in the middle: whatever was done stays done, and another stream goes on."""
+
+
+def main_stream(request: dict[str, Any], nonce: str) -> int:
+    """Say that we are ready, serve the verb of `request` until the client is done, and return the exit status.
+
+    Failures travel as FAILURE frames with exit status 0; only our own mistakes end in a traceback.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    output = os.dup(1)
+    os.dup2(2, 1)  # a stray print must not get between frames
+    with FdChannel(0, output) as channel:
+        try:
+            channel.send(f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode())
+            failure = _serve(channel, request)
+            if failure is not None:
+                channel.send_json(FrameKind.FAILURE, failure)
+        except PeerGoneError:
+            return PEER_GONE_STATUS
+    return 0
+
+
+def _serve(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFailure]:
+    try:
+        _verb(request)(channel, request.get("params"))
+    except AgentError as error:
+        return StreamFailure(error.failure)
+    except DamagedStreamError as error:
+        return StreamFailure(RemoteFailure("integrity", f"the stream is damaged: {error}"), resumable=True)
+    except WireError as error:
+        return StreamFailure(RemoteFailure("usage", str(error)))
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or errno.errorcode.get(error.errno or 0, "unknown error")
+        return StreamFailure(RemoteFailure("unfit", f"{what}{reason}"))
+    return None
+
+
+def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:
+    if request.get("protocol") != PROTOCOL_VERSION:
+        raise AgentError(
+            "usage",
+            f"the client speaks protocol {request.get('protocol')!r}, this agent {PROTOCOL_VERSION}",
+            "Use the same version of remote-eval on both sides.",
+        )
+    verb = request.get("verb")
+    if verb == "receive":
+        return lambda channel, params: serve_receive(channel, from_json(ReceiveRequest, params))
+    if verb == "send":
+        return lambda channel, params: serve_send(channel, from_json(SendRequest, params))
+    raise AgentError("usage", f"there is no stream verb {verb!r}")
+
+
+def _leave(number: int, _frame: Optional[FrameType]) -> None:
+    """Asked to end: leave by the same door as when the client goes, past the journal."""
+    raise PeerGoneError(f"signal {number}")

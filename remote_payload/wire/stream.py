@@ -1,0 +1,330 @@
+"""The binary protocol of the stream verbs, spoken behind the agent's ready line on its standard streams.
+
+Both directions carry frames: a header of 22 bytes, big-endian, then `length` bytes of body.
+
+    magic "RE" · version u8 · kind u8 · encoding u8 · zero u8 · length u32 · argument u64 · check u32
+
+`check` is the CRC-32 of the 18 bytes before it and of the body, except for DATA, whose body has a SHA-256 elsewhere.
+`encoding` is 0: the bytes as they are. A frame that breaks these rules ends the stream; nothing it held was used.
+
+`receive` puts a file into the store. The request's params are a `ReceiveRequest`. Then:
+
+    client → agent   MANIFEST  chunk table page: (length u32, sha256) per chunk; argument: index of its first chunk.
+                               As many pages as the table needs, in order; none for an empty file
+    agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file
+                     HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
+                     FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
+    client → agent   DATA      one whole chunk; argument: its index. Any order, any subset
+                     FINISH    every chunk was sent and acknowledged, on whatever stream
+    agent → client   ACK       argument: index of a chunk that was verified and written
+                     REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
+                     ALIVE     argument: bytes of DATA taken so far, so that a slow chunk does not look like silence
+                     HAVE      answers FINISH while chunks are missing; FINISHED answers it when the file is in place
+                     FAILURE   JSON `StreamFailure`; the stream ends
+
+Several streams may carry one file at once: those with the same `session` share the folder, those of other sessions
+wait. A stream that ends, for whatever reason, first makes durable and journals what it acknowledged; so one stream
+finishes after the others have ended. `encoding` and new kinds are where a later protocol version adds to this.
+
+`send` gives spans of files. The request's params are a `SendRequest`. Then, as often as the client likes, and without
+waiting for earlier answers:
+
+    client → agent   WANT      JSON `Want`
+    agent → client   SPAN      JSON `SpanFacts`: what the file is, and what follows
+                     DATA      argument: offset; several, in order, unless the want is for a digest only
+                     END       JSON `SpanEnd`, with the SHA-256 of the span
+                     FAILURE   instead of any of them, or amid DATA; the next want is served all the same if `resumable`
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import enum
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+
+from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
+from remote_payload.wire.codec import WireError, from_json, to_json
+from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.names import FILE_DIGEST_PREFIX
+
+T = TypeVar("T")
+Buffer = Union[bytes, bytearray, memoryview]
+
+STREAM_VERSION = 1
+MAX_DATA_BYTES = CHUNK_BYTES
+MAX_CONTROL_BYTES = 1024 * 1024
+MAX_CHUNKS = 1_000_000
+"""Bounds the agent's memory: the table of so many chunks takes 50 MB."""
+MANIFEST_PAGE_CHUNKS = 16_384
+MAX_SPAN_BYTES = 64 * 1024 * 1024
+
+_MAGIC = b"RE"
+_HEADER = struct.Struct(">2sBBBBIQI")
+_CHECKED_BYTES = _HEADER.size - 4
+_ENTRY = struct.Struct(">I32s")
+HEADER_BYTES = _HEADER.size
+
+
+class FrameKind(enum.IntEnum):
+    MANIFEST = 1
+    WAITING = 2
+    HAVE = 3
+    DATA = 4
+    ACK = 5
+    REFUSED = 6
+    ALIVE = 7
+    FINISH = 8
+    FINISHED = 9
+    FAILURE = 10
+    WANT = 11
+    SPAN = 12
+    END = 13
+
+
+class DamagedStreamError(WireError):
+    """Bytes that are no frame, or a frame out of turn. The stream is of no further use; a new one is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceiveRequest:
+    """Start receiving a file of `size` bytes in `chunk_count` chunks with the `v1:` digest `digest`.
+
+    `session`: 32 hex digits, the same on all streams of one upload. `wait_s`: how long to stand by while another
+    session holds the file and does not get on. `idle_s`: the agent gives up after so long without a byte.
+    """
+
+    root: str
+    digest: str
+    size: int
+    chunk_count: int
+    session: str
+    wait_s: float = 90.0
+    idle_s: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class WaitingFacts:
+    """Another session is sending this file; `journalled` grows as it gets on."""
+
+    journalled: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedFacts:
+    """The verified file stands at `path` on the node."""
+
+    path: str
+    digest: str
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamFailure:
+    """`resumable`: worth another try as it is (receive), or the stream goes on with the next want (send)."""
+
+    failure: RemoteFailure
+    resumable: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SendRequest:
+    root: str
+    idle_s: float = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Want:
+    """A span of a regular file: an artifact (`run_id`, `attempt`, `path` below its artifacts) or, with `run_id` None,
+    the absolute `path`.
+
+    `length` at most `MAX_SPAN_BYTES`; a span is cut at the end of the file. `digest_only`: END without the data.
+    """
+
+    path: str
+    offset: int
+    length: int
+    run_id: Optional[str] = None
+    attempt: int = 0
+    digest_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanFacts:
+    """The file as opened, and `length` bytes of it from `offset` that END will speak of."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    offset: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanEnd:
+    sha256: str
+
+
+class FrameHeader(NamedTuple):
+    kind: FrameKind
+    length: int
+    argument: int
+    raw: bytes
+    check: int
+
+
+def encode_frame(kind: FrameKind, argument: int = 0, body: Buffer = b"") -> bytes:
+    """A whole control frame."""
+    return _encode_header(kind, argument, len(body), body) + bytes(body)
+
+
+def encode_json_frame(kind: FrameKind, value: Any, argument: int = 0) -> bytes:
+    """A control frame whose body is a dataclass as JSON."""
+    return encode_frame(kind, argument, json.dumps(to_json(value)).encode())
+
+
+def encode_data_header(argument: int, length: int) -> bytes:
+    """The header of a DATA frame; its `length` bytes follow it."""
+    return _encode_header(FrameKind.DATA, argument, length, b"")
+
+
+def _encode_header(kind: FrameKind, argument: int, length: int, checked: Buffer) -> bytes:
+    bare = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, 0, 0, length, argument, 0)[:_CHECKED_BYTES]
+    return bare + struct.pack(">I", zlib.crc32(checked, zlib.crc32(bare)))
+
+
+def decode_header(raw: bytes) -> FrameHeader:
+    """Check everything about a header but a control frame's body. Raises `DamagedStreamError`."""
+    magic, version, kind_number, encoding, zero, length, argument, check = _HEADER.unpack(raw)
+    if magic != _MAGIC:
+        raise DamagedStreamError("what arrived is no frame")
+    if version != STREAM_VERSION:
+        raise DamagedStreamError(f"a frame of version {version} arrived, {STREAM_VERSION} is spoken here")
+    try:
+        kind = FrameKind(kind_number)
+    except ValueError:
+        raise DamagedStreamError(f"a frame of unknown kind {kind_number} arrived") from None
+    is_data = kind is FrameKind.DATA
+    if length > (MAX_DATA_BYTES if is_data else MAX_CONTROL_BYTES):
+        raise DamagedStreamError(f"a {kind.name} frame of {length} bytes is too long")
+    if encoding or zero:
+        raise DamagedStreamError(f"a frame of unknown encoding {encoding} arrived")
+    if is_data and zlib.crc32(raw[:_CHECKED_BYTES]) != check:
+        raise DamagedStreamError("a frame's header is damaged")
+    return FrameHeader(kind, length, argument, raw, check)
+
+
+class FrameReader:
+    """Frames from `fill`, which fills a buffer completely or raises `EOFError`, at a frame's border as within it."""
+
+    def __init__(self, fill: Callable[[memoryview], None]) -> None:
+        self._fill = fill
+
+    def header(self) -> FrameHeader:
+        """The next header. A DATA frame's body is left to the caller; any other's is for `body`."""
+        raw = bytearray(HEADER_BYTES)
+        self._fill(memoryview(raw))
+        return decode_header(bytes(raw))
+
+    def body(self, header: FrameHeader) -> bytes:
+        """A control frame's body, checked."""
+        body = bytearray(header.length)
+        self._fill(memoryview(body))
+        if zlib.crc32(body, zlib.crc32(header.raw[:_CHECKED_BYTES])) != header.check:
+            raise DamagedStreamError(f"a {header.kind.name} frame is damaged")
+        return bytes(body)
+
+
+def decode_json(cls: type[T], body: bytes) -> T:
+    """The dataclass in a control frame's body. Raises `DamagedStreamError`."""
+    try:
+        return from_json(cls, json.loads(body))
+    except (ValueError, RecursionError) as error:
+        raise DamagedStreamError(f"a frame's body is malformed: {error}") from None
+
+
+class ChunkTable:
+    """A file's chunks in 44 bytes each; offsets follow from the lengths, so they can neither overlap nor leave gaps."""
+
+    def __init__(self, packed: bytes, size: int) -> None:
+        """`packed` as in MANIFEST pages. Raises `WireError` unless the chunks cover `size` bytes exactly."""
+        if len(packed) % _ENTRY.size or len(packed) // _ENTRY.size > MAX_CHUNKS:
+            raise WireError("the chunk table has a wrong length")
+        self.size = size
+        self._packed = packed
+        self._offsets = array.array("Q")
+        offset = 0
+        for length, _ in _ENTRY.iter_unpack(packed):
+            if not 0 < length <= CHUNK_BYTES:
+                raise WireError(f"a chunk of {length} bytes is not allowed")
+            self._offsets.append(offset)
+            offset += length
+        if offset != size:
+            raise WireError(f"the chunks cover {offset} bytes of {size}")
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def offset(self, index: int) -> int:
+        return self._offsets[index]
+
+    def length(self, index: int) -> int:
+        return int(_ENTRY.unpack_from(self._packed, index * _ENTRY.size)[0])
+
+    def sha256(self, index: int) -> bytes:
+        """The chunk's binary digest."""
+        return bytes(_ENTRY.unpack_from(self._packed, index * _ENTRY.size)[1])
+
+    def file_digest(self) -> str:
+        """The `v1:` digest over ordered chunk digests, as `chunks.file_digest`."""
+        outer = hashlib.sha256()
+        for _, digest in _ENTRY.iter_unpack(self._packed):
+            outer.update(digest)
+        return FILE_DIGEST_PREFIX + outer.hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        for offset, (length, digest) in zip(self._offsets, _ENTRY.iter_unpack(self._packed)):
+            yield Chunk(offset, length, digest.hex())
+
+    def manifest(self) -> ChunkManifest:
+        return ChunkManifest(self.file_digest(), self.size, tuple(self.chunks()))
+
+
+def pack_chunks(chunks: tuple[Chunk, ...]) -> bytes:
+    """Chunks as `ChunkTable` reads them."""
+    return b"".join(_ENTRY.pack(chunk.length, bytes.fromhex(chunk.sha256)) for chunk in chunks)
+
+
+def manifest_pages(packed: bytes) -> Iterator[tuple[int, bytes]]:
+    """(index of the first chunk, page) for MANIFEST frames."""
+    page_bytes = MANIFEST_PAGE_CHUNKS * _ENTRY.size
+    for start in range(0, len(packed), page_bytes):
+        yield start // _ENTRY.size, packed[start : start + page_bytes]
+
+
+def page_chunk_count(page: bytes) -> int:
+    """How many chunks a MANIFEST page holds. Raises `DamagedStreamError` unless it holds whole ones."""
+    if not page or len(page) % _ENTRY.size:
+        raise DamagedStreamError("a page of the chunk table has a wrong length")
+    return len(page) // _ENTRY.size
+
+
+def encode_bitmap(flags: bytearray) -> bytes:
+    """One bit for each byte of `flags`, lowest bit first."""
+    bits = bytearray((len(flags) + 7) // 8)
+    for index, flag in enumerate(flags):
+        if flag:
+            bits[index >> 3] |= 1 << (index & 7)
+    return bytes(bits)
+
+
+def decode_bitmap(bits: bytes, count: int) -> bytearray:
+    """`count` flags. Raises `DamagedStreamError` for a bitmap of another length."""
+    if len(bits) != (count + 7) // 8:
+        raise DamagedStreamError("the bitmap of chunks has a wrong length")
+    return bytearray(bits[index >> 3] >> (index & 7) & 1 for index in range(count))
