@@ -1,0 +1,115 @@
+"""Tables from a job's own keys: generic ones for any job, and the tensors that deserve a look for `health`. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestrator.report.format import cell, flatten, words
+from orchestrator.report.untrusted import mapping, number, objects, text
+
+MAX_ROWS = 40
+MAX_COLUMNS = 9
+MAX_TENSORS = 20
+MAX_TABLES = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table to show. `note` says what was left out; `columns` is empty for name-value pairs."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+    note: str = ""
+
+
+def job_tables(job: str, numbers: Mapping[str, Any], document: Mapping[str, Any]) -> list[Table]:
+    """Every own key of a job's document as a table; `tensors` as the ones that stand out."""
+    tables = []
+    tensors = objects(document.get("tensors"))
+    if tensors:
+        tables.append(tensor_table(tensors))
+    plain: dict[str, Any] = {}
+    for key, value in numbers.items():
+        if key == "tensors":
+            continue
+        rows = objects(value)
+        if rows and len(rows) == len(value):
+            tables.append(object_table(words(key), rows))
+        elif isinstance(value, dict) and value:
+            tables.append(dict_table(words(key), value))
+        else:
+            plain[key] = value
+    if plain:
+        tables.insert(0, pair_table(f"Other facts of {job}", plain))
+    return tables[:MAX_TABLES]
+
+
+def dict_table(title: str, value: Mapping[str, Any]) -> Table:
+    """An object of equally shaped objects becomes rows with a name; any other object name-value pairs."""
+    inner = [v for v in value.values() if isinstance(v, dict)]
+    if len(inner) == len(value) >= 2 and len({tuple(sorted(v)) for v in inner}) <= 2:
+        return object_table(title, [{"name": name, **mapping(v)} for name, v in value.items()])
+    return pair_table(title, value)
+
+
+def pair_table(title: str, value: Mapping[str, Any]) -> Table:
+    """Nested names joined by dots, and their values."""
+    return Table(title, (), tuple(flatten(value)), (False, False))
+
+
+def object_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an object; the columns are the keys of the first ones."""
+    keys = list(dict.fromkeys(k for row in rows[:MAX_ROWS] for k in row))
+    shown = keys[:MAX_COLUMNS]
+    left_out = []
+    if len(rows) > MAX_ROWS:
+        left_out.append(f"{len(rows) - MAX_ROWS} more rows")
+    if len(keys) > MAX_COLUMNS:
+        left_out.append(f"columns {', '.join(keys[MAX_COLUMNS:])[:200]}")
+    note = f"Not shown: {' and '.join(left_out)}; the job's document has them." if left_out else ""
+    return Table(
+        title,
+        tuple(words(k) for k in shown),
+        tuple(tuple(cell(row.get(k)) for k in shown) for row in rows[:MAX_ROWS]),
+        tuple(_is_numeric(rows, k) for k in shown),
+        note,
+    )
+
+
+def tensor_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
+    """The tensors that stand out: those with non-finite values, then beyond fp16, constants, and the largest."""
+    ranked = sorted(tensors, key=_offence, reverse=True)
+    table = object_table("Tensors that stand out", [_tensor_row(t) for t in ranked[:MAX_TENSORS]])
+    total = f"{min(len(tensors), MAX_TENSORS)} of {len(tensors)} tensors, the most conspicuous first."
+    return dataclasses.replace(table, note=total)
+
+
+def _tensor_row(tensor: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("name", "role", "shape", "dtype", "min", "max", "mean", "std", "zero_fraction", "nan", "inf")
+    statistics = mapping(tensor.get("statistics")) or mapping(tensor.get("stats"))
+    flat = {**statistics, **{k: v for k, v in tensor.items() if not isinstance(v, dict)}}
+    flat.setdefault("nan", flat.get("nan_count"))
+    flat.setdefault("inf", flat.get("inf_count"))
+    row = {k: flat[k] for k in wanted if flat.get(k) is not None}
+    shape = row.get("shape")
+    if isinstance(shape, list):
+        row["shape"] = " × ".join(str(v) for v in shape) or "scalar"
+    return row
+
+
+def _offence(tensor: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    row = _tensor_row(tensor)
+    broken = (number(row.get("nan")) or 0) + (number(row.get("inf")) or 0)
+    largest = max(abs(number(row.get("min")) or 0), abs(number(row.get("max")) or 0))
+    is_weight = "counter" not in (text(row.get("role")) or "")
+    constant = 1.0 if number(row.get("std")) == 0 and is_weight else 0.0
+    return float(broken), float(is_weight and largest > 65504), constant, float(largest) if is_weight else 0.0
+
+
+def _is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:
+    values = [row.get(key) for row in rows[:MAX_ROWS] if row.get(key) is not None]
+    return bool(values) and all(number(v) is not None for v in values)
