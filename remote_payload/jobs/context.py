@@ -12,13 +12,15 @@ from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.states import Phase
 
 PROGRESS_FD_VARIABLE = "REMOTE_EVAL_PROGRESS_FD"
+LIFELINE_FD_VARIABLE = "REMOTE_EVAL_LIFELINE_FD"
+"""A pipe that ends when the supervisor does: a job without one would hold its GPU for nobody."""
 
 
 class JobContext:
     """The plan, the job's own artifact folder, and a way to report progress.
 
-    Progress goes to the supervisor through a pipe where there is one; run by hand, `progress` does nothing. A supervisor
-    that has gone away is not the job's failure: a broken pipe is ignored from then on.
+    Progress goes to the supervisor through a pipe where there is one; run by hand, `progress` does nothing. A
+    supervisor that has gone away is not the job's failure: a broken pipe is ignored from then on.
     """
 
     def __init__(self, plan: NodePlan, job: str, artifacts: Path, progress_fd: Optional[int] = None) -> None:

@@ -1,0 +1,172 @@
+"""Deleting what is no longer needed under the node root, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from typing import Optional
+
+from remote_payload.agent import attempts, own_code, root
+from remote_payload.agent.failure import AgentError
+from remote_payload.wire.codec import WireError
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.messages import GcReport, GcRequest
+from remote_payload.wire.names import check_run_id
+from remote_payload.wire.plan import NodePlan
+from remote_payload.wire.states import Decision
+
+_DAY_S = 86_400.0
+_IN_USE_S = 3600.0
+"""What changed less than this long ago may belong to an upload or a run that has not been claimed yet."""
+_ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)\Z")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    path: str
+    size: int
+    last_used: float
+
+
+def gc(request: GcRequest) -> GcReport:
+    """Delete finished runs past `keep_days`, then stored files that no remaining run refers to: those past `keep_days`,
+    and, least recently used first, as many as keep the store over `keep_bytes`.
+
+    Raises `AgentError` where the root lacks our marker.
+    A run that may still start or run stays, as does what it refers to.
+    """
+    layout = root.open_root(request.root)
+    now = time.time()
+    oldest_kept = now - max(request.keep_days, 0.0) * _DAY_S
+    doomed = [
+        item
+        for item in _items(layout.runs)
+        if os.path.basename(item.path) not in request.pinned_runs
+        and item.last_used <= oldest_kept
+        and _is_finished(layout, os.path.basename(item.path), request.dry_run, _is_idle(item, now))
+    ]
+    doomed_runs = {item.path for item in doomed}
+    used = _referenced(layout, doomed_runs)
+    stored = [item for folder in (layout.checkpoints, layout.payloads, layout.code) for item in _items(folder)]
+    loose = [item for item in stored if item.path not in used and _is_idle(item, now)]
+    kept_bytes = sum(item.size for item in stored)
+    for item in sorted(loose, key=lambda item: item.last_used):
+        over = request.keep_bytes is not None and kept_bytes > request.keep_bytes
+        if over or item.last_used <= oldest_kept:
+            doomed.append(item)
+            kept_bytes -= item.size
+    if not request.dry_run:
+        for item in doomed:
+            _delete(layout, item.path)
+        for leftover in _leftovers(layout):
+            _remove(leftover)
+    return GcReport(tuple(item.path for item in doomed), sum(item.size for item in doomed), kept_bytes)
+
+
+def _is_idle(item: _Item, now: float) -> bool:
+    return item.last_used <= now - _IN_USE_S or item.last_used > now + _DAY_S
+
+
+def _is_finished(layout: NodeLayout, run_id: str, dry_run: bool, idle: bool) -> bool:
+    """Whether every attempt is over. One that was claimed long ago and never launched is made void, and stays over."""
+    try:
+        folder = layout.run_folder(check_run_id(run_id))
+        for name in os.listdir(folder):
+            match = _ATTEMPT.match(name)
+            if match is None:
+                continue
+            attempt = layout.attempt(run_id, int(match.group(1)))
+            never_launched = attempts.read_decision(attempt) is None
+            if never_launched and idle and not dry_run:
+                attempts.decide(attempt, Decision.VOID)
+            if attempts.is_over(attempt) is not True and not (never_launched and idle and dry_run):
+                return False
+    except (WireError, AgentError, OSError):
+        return False
+    return True
+
+
+def _referenced(layout: NodeLayout, doomed_runs: set[str]) -> set[str]:
+    """Stored paths that a remaining run's plan needs. A plan that cannot be read keeps everything."""
+    used = {path for path in (own_code.archive(),) if path is not None}
+    for run in _items(layout.runs):
+        if run.path in doomed_runs:
+            continue
+        plan = _plan_of(layout, os.path.basename(run.path))
+        if plan is None:
+            continue
+        used.add(layout.payload(plan.payload_sha256))
+        if plan.code is not None:
+            used.add(layout.code_folder(plan.code.archive_sha256))
+        if plan.checkpoint_digest is not None:
+            used.add(layout.checkpoint_folder(plan.checkpoint_digest))
+        used.add(os.path.dirname(plan.checkpoint_path))
+    return used
+
+
+def _plan_of(layout: NodeLayout, run_id: str) -> Optional[NodePlan]:
+    try:
+        return attempts.read_plan(layout, check_run_id(run_id))
+    except WireError:
+        return None
+
+
+def _items(folder: str) -> Iterator[_Item]:
+    """What stands in `folder` under a name of ours; names that begin with a dot are in the making, or doomed."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if not entry.name.startswith(".") and not entry.is_symlink():
+            yield _measure(entry.path)
+
+
+def _measure(path: str) -> _Item:
+    """Bytes on disk and the latest change of anything in it. Links are counted as themselves."""
+    facts = os.lstat(path)
+    size, latest = facts.st_blocks * 512, facts.st_mtime
+    if stat.S_ISDIR(facts.st_mode):
+        for folder, folder_names, file_names in os.walk(path, followlinks=False):
+            for name in (*folder_names, *file_names):
+                try:
+                    facts = os.lstat(os.path.join(folder, name))
+                except FileNotFoundError:
+                    continue
+                size += facts.st_blocks * 512
+                latest = max(latest, facts.st_mtime)
+    return _Item(path, size, latest)
+
+
+def _leftovers(layout: NodeLayout) -> list[str]:
+    """What an earlier, interrupted deletion had already taken away."""
+    folders = (layout.runs, layout.checkpoints, layout.payloads, layout.code)
+    return [
+        entry.path
+        for folder in folders
+        if os.path.isdir(folder)
+        for entry in os.scandir(folder)
+        if entry.name.startswith(".deleting-")
+    ]
+
+
+def _delete(layout: NodeLayout, path: str) -> None:
+    """Take it out of the way in one step, so that nothing half deleted ever looks whole, then delete it."""
+    doomed = layout.doomed(path)
+    try:
+        os.rename(path, doomed)
+    except OSError as error:
+        raise AgentError("internal", f"{path} cannot be deleted: {error.strerror}") from error
+    _remove(doomed)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        os.unlink(path)

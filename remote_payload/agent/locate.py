@@ -1,0 +1,136 @@
+"""Finding a file that is already on the node: in place, in the store, or anywhere under the search roots."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Callable, Optional
+
+from remote_payload.agent import root
+from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, fingerprint
+from remote_payload.agent.failure import AgentError
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.messages import Located, LocateRequest
+
+MAX_DEPTH = 8
+MAX_ENTRIES = 50_000
+_MAX_SAMPLE_BYTES = 64 * 1024 * 1024
+_NOWHERE = Located(False, "nowhere")
+
+
+def locate(request: LocateRequest) -> Located:
+    """Where the file is, if it is here. A path is only looked at; contents are compared by sample, then by digest.
+
+    Raises `AgentError` usage for a path that is there and is no readable regular file.
+    """
+    layout = root.open_root(request.root)
+    cache = DigestCache(layout)
+    if request.path is not None:
+        return _in_place(request.path, request.search_roots, cache)
+    if request.digest is None or request.size is None:
+        raise AgentError("usage", "locate needs a path, or a digest and a size")
+    return _in_store(layout, request.digest, request.size) or _by_content(request, cache)
+
+
+def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> Located:
+    for path in _absolute_candidates(wanted, search_roots):
+        try:
+            facts = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise AgentError("usage", f"{path} cannot be looked at: {error.strerror}") from error
+        if stat.S_ISDIR(facts.st_mode):
+            raise AgentError("usage", f"{path} is a folder, not a checkpoint file", "Name the file in it.")
+        if not stat.S_ISREG(facts.st_mode):
+            raise AgentError("usage", f"{path} is no regular file")
+        if not os.access(path, os.R_OK):
+            raise AgentError("usage", f"{path} may not be read by this user", f"Run `chmod u+r {path}` on the node.")
+        found = fingerprint(path)
+        return Located(True, "in_place", path, cache.get(found), found.size, found.mtime_ns, found.inode)
+    return _NOWHERE
+
+
+def _absolute_candidates(wanted: str, search_roots: Iterable[str]) -> Iterator[str]:
+    expanded = os.path.expanduser(os.path.expandvars(wanted))
+    if "\0" in expanded:
+        raise AgentError("usage", f"{wanted!r} is no path")
+    if os.path.isabs(expanded):
+        yield os.path.normpath(expanded)
+        return
+    for folder in search_roots:
+        yield os.path.normpath(os.path.join(root.expand(folder, "checkpoint root"), expanded))
+    yield os.path.normpath(os.path.join(os.path.expanduser("~"), expanded))
+
+
+def _in_store(layout: NodeLayout, digest: str, size: int) -> Optional[Located]:
+    """A stored file was verified before it got its name. Using it is noted on its folder, for `gc`."""
+    path = layout.checkpoint(digest)
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(layout.checkpoint_folder(digest))
+    return Located(True, "store", path, digest, size, facts.st_mtime_ns, facts.st_ino)
+
+
+def _by_content(request: LocateRequest, cache: DigestCache) -> Located:
+    deadline = time.monotonic() + request.time_limit_s
+
+    def go_on() -> bool:
+        return time.monotonic() < deadline
+
+    for path in _same_size_files(request, go_on):
+        try:
+            if not _matches_sample(path, request.sample):
+                continue
+            found, digest = digest_of(path, cache, go_on)
+        except OutOfTimeError:
+            break
+        except (OSError, EOFError, ValueError):
+            continue
+        if digest == request.digest:
+            return Located(True, "by_content", path, digest, found.size, found.mtime_ns, found.inode)
+    return _NOWHERE
+
+
+def _same_size_files(request: LocateRequest, go_on: Callable[[], bool]) -> Iterator[str]:
+    """Regular files of the wanted size, the shallowest first. Links to folders are not followed."""
+    queue = [(root.expand(folder, "checkpoint root"), 0) for folder in request.search_roots]
+    seen = 0
+    while queue and go_on():
+        folder, depth = queue.pop(0)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > MAX_ENTRIES or not go_on():
+                        return
+                    if entry.is_dir(follow_symlinks=False):
+                        if depth < MAX_DEPTH:
+                            queue.append((entry.path, depth + 1))
+                    elif entry.is_file() and entry.stat().st_size == request.size:
+                        yield entry.path
+        except OSError:
+            continue
+
+
+def _matches_sample(path: str, sample: Iterable[tuple[Any, ...]]) -> bool:
+    with open(path, "rb") as file:
+        for span in sample:
+            if len(span) != 3 or not isinstance(span[0], int) or not isinstance(span[1], int):
+                raise AgentError("usage", "a sample span is [offset, length, sha256]")
+            offset, length, wanted = span
+            if not (offset >= 0 and 0 < length <= _MAX_SAMPLE_BYTES):
+                raise AgentError("usage", f"a sample span of {length} bytes at {offset} is out of bounds")
+            file.seek(offset)
+            if hashlib.sha256(file.read(length)).hexdigest() != wanted:
+                return False
+    return True
