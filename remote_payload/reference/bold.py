@@ -62,7 +62,9 @@ def haemodynamic_response(step_s: float, length_s: float = 32.0) -> Floats:
     return np.asarray(response / response.sum())
 
 
-def simulate_run(features: Floats, weights: Floats, generator: np.random.Generator, noise: float = NOISE_DEVIATION) -> Floats:
+def simulate_run(
+    features: Floats, weights: Floats, generator: np.random.Generator, noise: float = NOISE_DEVIATION
+) -> Floats:
     """Volumes `(T + DELAY_VOLUMES, V)` of one run: convolved features times weights, plus AR(1) noise.
 
     `features` are z-scored; after the last frame the screen goes back to the run's mean.

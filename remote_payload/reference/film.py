@@ -97,7 +97,9 @@ def shrink(image: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
 def _box_means(values: NDArray[np.float64], boxes: int, axis: int) -> NDArray[np.float64]:
     length = values.shape[axis]
     if length < boxes:
-        raise DemonstrationDataError(f"a film of {length} pixels is smaller than the {boxes} wanted: use a larger scale")
+        raise DemonstrationDataError(
+            f"a film of {length} pixels is smaller than the {boxes} wanted: use a larger scale"
+        )
     starts = np.arange(boxes) * length // boxes
     counts = np.diff(np.append(starts, length))
     shape = [1] * values.ndim

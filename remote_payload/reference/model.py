@@ -20,6 +20,7 @@ class FilmAutoencoder(nn.Module):
 
     def __init__(self, sizes: ReferenceSizes, dropout: float = 0.1) -> None:
         super().__init__()
+        self.sizes = sizes
         self.encoder = Encoder(sizes, dropout)
         self.decoder = Decoder(sizes, dropout)
 
@@ -107,6 +108,4 @@ def _block(width_in: int, width: int, dropout: float) -> nn.Sequential:
 
 def _head_body(width_in: int, widths: tuple[int, int], dropout: float) -> nn.Sequential:
     first, second = widths
-    return nn.Sequential(
-        *_block(width_in, first, dropout), nn.Linear(first, second), nn.BatchNorm1d(second), nn.ReLU()
-    )
+    return nn.Sequential(*_block(width_in, first, dropout), nn.Linear(first, second), nn.BatchNorm1d(second), nn.ReLU())
