@@ -33,6 +33,7 @@ from remote_payload.wire.results import Dimension, Finding, Severity
 OLDEST_TORCH = (2, 2)
 _LOW_DISK_BYTES = 1024**3
 _NO_DISK_BYTES = 64 * 1024**2
+_DAMAGE = {"truncated", "malformed"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -89,7 +90,7 @@ class Probe:
                 self._look_at_cuda(torch)
         if self._plan is not None:
             with self._phase("header"):
-                header = self._read_header(self._plan)
+                header = self._header(self._plan)
             if header is not None and any(spec.name == "reconstruct" for spec in self._plan.jobs):
                 with self._phase("adapter"):
                     self._check_adapter(self._plan, header, torch)
@@ -113,6 +114,18 @@ class Probe:
     def _add(self, *findings: Finding) -> None:
         self.result = dataclasses.replace(self.result, findings=(*self.result.findings, *findings))
 
+    def _header(self, plan: NodePlan) -> Optional[Any]:
+        """The checkpoint's header, from the file or, where that is yet to be sent, from what the client read of it."""
+        checkpoint = importlib.import_module("remote_payload.checkpoint")
+        if self._request.header is None:
+            header = self._read_header(checkpoint, plan)
+        else:
+            header = from_json(checkpoint.CheckpointHeader, {**self._request.header, "records": []})
+        if header is not None:
+            self.result = dataclasses.replace(self.result, header=self._request.header or header.to_json())
+            self._add(*checkpoint.header_findings(header))
+        return header
+
     def _look_at_disk(self) -> None:
         folder = self._request.root
         free = root.free_bytes(folder)
@@ -127,13 +140,15 @@ class Probe:
                 )
             )
         left = min((n for n in (free, quota.quota_free_bytes(folder)) if n is not None), default=free)
-        if left < _LOW_DISK_BYTES:
+        needed = max(0, self._request.needed_bytes)
+        if left < needed + _LOW_DISK_BYTES:
+            wanted = f", and the checkpoint takes {needed / 1024**2:.0f} MiB" if needed else ""
             self._add(
                 Finding(
                     id="node.low_disk",
-                    severity=Severity.ERROR if left < _NO_DISK_BYTES else Severity.WARNING,
-                    title=f"Only {left / 1024**2:.0f} MiB are left under the node root",
-                    evidence={"free_bytes": left, "folder": folder},
+                    severity=Severity.ERROR if left < needed + _NO_DISK_BYTES else Severity.WARNING,
+                    title=f"Only {left / 1024**2:.0f} MiB are left under the node root{wanted}",
+                    evidence={"free_bytes": left, "needed_bytes": needed, "folder": folder},
                     action="Free some space there (`remote-eval gc`), or name another node_root in the profile.",
                 )
             )
@@ -199,22 +214,16 @@ class Probe:
             )
         )
 
-    def _read_header(self, plan: NodePlan) -> Optional[Any]:
-        checkpoint = importlib.import_module("remote_payload.checkpoint")
-        errors = importlib.import_module("remote_payload.checkpoint.errors")
+    def _read_header(self, checkpoint: Any, plan: NodePlan) -> Optional[Any]:
         path = plan.checkpoint_path
         try:
-            changed = _changed_since_planned(plan)
-            header = checkpoint.read_header(path)
+            self._add(*_changed_since_planned(plan))
+            return checkpoint.read_header(path)
         except OSError as error:
-            self._add(_unreadable("unreadable", f"The checkpoint cannot be read: {error.strerror}", path))
-            return None
-        except errors.CheckpointError as error:
-            self._add(_unreadable(str(getattr(error, "kind", "unreadable")), str(error), path))
-            return None
-        self.result = dataclasses.replace(self.result, header=header.to_json())
-        self._add(*changed, *checkpoint.header_findings(header))
-        return header
+            self._add(unreadable("unreadable", f"The checkpoint cannot be read: {error.strerror}", path))
+        except checkpoint.CheckpointError as error:
+            self._add(unreadable(error.kind, str(error), path, error.action), *error.findings)
+        return None
 
     def _check_adapter(self, plan: NodePlan, header: Any, torch: Optional[Any]) -> None:
         if plan.settings.adapter is None or torch is None:
@@ -292,14 +301,15 @@ def _changed_since_planned(plan: NodePlan) -> list[Finding]:
     ]
 
 
-def _unreadable(kind: str, words: str, path: str) -> Finding:
+def unreadable(kind: str, words: str, path: str, action: str = "") -> Finding:
+    """The finding for a checkpoint that cannot be read at all; damage counts as integrity, the rest as a wrong file."""
     return Finding(
-        id=f"checkpoint.{kind}",
+        id=f"{'integrity' if kind in _DAMAGE else 'checkpoint'}.{kind}",
         severity=Severity.ERROR,
         title=words[:500],
         dimension=Dimension.INTEGRITY,
         where=(path,),
-        action="Check that the file is a complete checkpoint, and copy it again if it is not.",
+        action=action or "Check that the file is there and may be read by this user.",
     )
 
 

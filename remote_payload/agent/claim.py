@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import secrets
 import shutil
@@ -63,10 +64,15 @@ def _make_run_folder(layout: NodeLayout, run_id: str) -> None:
 
 
 def _fix_plan(layout: NodeLayout, plan: NodePlan) -> None:
-    """Write the plan once; every attempt of a run has the same."""
-    path = layout.plan(plan.run_id)
-    data = files.json_bytes(to_json(plan))
-    if not files.create_once(path, data) and files.read_up_to(path, len(data) + 1) != data:
+    """Write the plan once; every attempt of a run has the same. A digest that was learnt since does not count."""
+    fixed = attempts.read_plan(layout, plan.run_id)
+    if fixed is None:
+        files.create_once(layout.plan(plan.run_id), files.json_bytes(to_json(plan)))
+        fixed = attempts.read_plan(layout, plan.run_id)
+    if fixed is not None and None in (fixed.checkpoint_digest, plan.checkpoint_digest):
+        plan = dataclasses.replace(plan, checkpoint_digest=fixed.checkpoint_digest)
+    # Compared as written: numbers that JSON cannot tell apart are the same.
+    if fixed is None or files.json_bytes(to_json(fixed)) != files.json_bytes(to_json(plan)):
         raise AgentError(
             "conflict",
             f"run {plan.run_id} has another plan on this node",

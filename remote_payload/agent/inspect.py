@@ -14,13 +14,11 @@ def inspect(request: InspectRequest) -> dict[str, Any]:
     """The header as JSON. Raises `AgentError` usage for what is missing, damaged or no checkpoint."""
     # By name and late: the package beside it may import torch, which the agent must never wait for.
     checkpoint = importlib.import_module("remote_payload.checkpoint")
-    errors = importlib.import_module("remote_payload.checkpoint.errors")
     path = expand(request.path, "checkpoint path")
     try:
         header: dict[str, Any] = checkpoint.read_header(path).to_json()
-    except errors.CheckpointError as error:
-        kind = str(getattr(error, "kind", ""))
-        raise AgentError("usage", f"{path}: {error}", detail=kind) from error
+    except checkpoint.CheckpointError as error:
+        raise AgentError("usage", str(error), error.action, error.kind) from error
     except OSError as error:
         raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
     return header

@@ -57,6 +57,7 @@ class JobRun:
         self._clock = PhaseClock(policy.budgets_s, time.monotonic())
         self._lines = LineReader()
         self._reported_error: Optional[str] = None
+        self._untold: Optional[Report] = None
         self._event_written_at = 0.0
         self._dumps = 0
 
@@ -108,6 +109,8 @@ class JobRun:
                 continue
             next_look = now + _TICK_S / 2
             self._to.truth.tick(now)
+            if now - self._event_written_at >= _PROGRESS_EVENT_S:
+                self._tell_progress(now)
             if self._wants_stop():
                 self._stop(child, "stop was asked for")
                 return JobState.CANCELLED, "stopped on request"
@@ -185,18 +188,28 @@ class JobRun:
         self._to.truth.set_job(
             self._name, phase=phase, counter=report.counter, total=report.total, message=report.message
         )
-        if is_new_phase or (is_new and now - self._event_written_at >= _PROGRESS_EVENT_S):
-            self._event_written_at = now
-            self._to.events.add(
-                "progress",
-                job=self._name,
-                phase=phase.value,
-                counter=report.counter,
-                total=report.total,
-                message=report.message,
-            )
+        if is_new:
+            self._untold = report
+        if is_new_phase or now - self._event_written_at >= _PROGRESS_EVENT_S:
+            self._tell_progress(now)
+
+    def _tell_progress(self, now: float) -> None:
+        """Write the latest progress as an event, unless it stands there already."""
+        if self._untold is None:
+            return
+        report, self._untold = self._untold, None
+        self._event_written_at = now
+        self._to.events.add(
+            "progress",
+            job=self._name,
+            phase=(report.phase or self._clock.phase).value,
+            counter=report.counter,
+            total=report.total,
+            message=report.message,
+        )
 
     def _end(self, state: JobState, returncode: Optional[int], error: Optional[str]) -> JobState:
+        self._tell_progress(time.monotonic())
         exit_status = returncode if returncode is not None and returncode >= 0 else None
         ended_by = -returncode if returncode is not None and returncode < 0 else None
         self._to.truth.set_job(

@@ -25,7 +25,11 @@ _MAX_LINE_BYTES = 64 * 1024 * 1024
 _MAX_STDERR_BYTES = 64 * 1024
 _STACKS_WAIT_S = 5.0
 _TELL_S = 0.1
-_TORCH_PHASE = "torch"
+_BLAMED = {
+    "torch": ("node.torch_import_hangs", "node.torch_import_fails", "Importing torch"),
+    "adapter": ("adapter.check_hangs", "adapter.check_died", "The check of the adapter"),
+}
+_NODE = ("node.probe_hangs", "node.probe_died", "The check of the node")
 _MAX_TIMEOUT_S = 3600.0
 
 
@@ -100,24 +104,22 @@ class _Probe:
                 continue
 
     def _hung(self, timeout_s: float, stacks: str) -> Finding:
-        in_torch = self.phase == _TORCH_PHASE
+        hangs, _, what = _BLAMED.get(self.phase, _NODE)
         return Finding(
-            id="node.torch_import_hangs" if in_torch else "node.probe_hangs",
+            id=hangs,
             severity=Severity.ERROR,
-            title="Importing torch hangs on this node" if in_torch else "The node's check did not end",
+            title=f"{what} hangs on this node",
             evidence={"phase": self.phase, "limit_s": timeout_s, "stacks": stacks, "stderr": self._words()},
             explanation=f"No end within {timeout_s:g} s, in the phase {self.phase!r}; the stacks show where it waits.",
             action="Look at the stacks: a slow or full file system, a stale lock file, or a driver that is stuck.",
         )
 
     def _died(self, returncode: Optional[int]) -> Finding:
-        in_torch = self.phase == _TORCH_PHASE
+        _, died, what = _BLAMED.get(self.phase, _NODE)
         return Finding(
-            id="node.torch_import_fails" if in_torch else "node.probe_died",
+            id=died,
             severity=Severity.ERROR,
-            title=f"Importing torch ended the process: {describe_exit(returncode)}"
-            if in_torch
-            else f"The node's check died: {describe_exit(returncode)}",
+            title=f"{what} ended the process: {describe_exit(returncode)}",
             evidence={"phase": self.phase, "stderr": self._words()},
             action="Run the profile's Python on the node and import torch there.",
         )
