@@ -1,8 +1,8 @@
 """What an adapter is: the user's code that builds the model and the samples for `reconstruct`.
 
-An adapter is a class without constructor arguments, named `module:Class` in the config. It declares, it never guesses:
-which modalities there are, how each is laid out, and in which range its values lie. Ours is the rest: weights go from the
-file to the device, batches, metrics, baselines, chance levels and pictures.
+An adapter is a class without constructor arguments, named `module:Class` in the config. It declares and never guesses:
+which modalities there are, how each is laid out, and in which range its values lie. Ours is the rest: weights straight
+from the file to the device, batches, metrics, baselines, chance levels and pictures.
 
 Subclass `AdapterBase` for the defaults, or write a class with the members of `Adapter`. Arrays may be torch tensors or
 numpy arrays wherever one is asked for.
@@ -65,9 +65,9 @@ class VoxelPlaces:
 class Modality:
     """One thing that the model gives back and that has a target to be compared with.
 
-    `shape` is one sample's, in `layout`'s order. `value_range` is (lowest, highest) of target and prediction alike, None
-    where there is no bound. `unit` is the values' unit in words. `label` is the caption that must go with the data
-    wherever it is shown, such as "simulated BOLD". Rates are needed for playable sound.
+    `shape` is one sample's, in `layout`'s order. `value_range` is (lowest, highest) of target and prediction alike,
+    None where there is no bound. `unit` is the values' unit in words. `label` is the caption that must go with the data
+    wherever it is shown, such as "simulated BOLD". `sample_rate_hz` is needed for playable sound.
     """
 
     name: str
@@ -101,7 +101,7 @@ class AdapterConfig:
     """What an adapter is told.
 
     `user` is the config's `user_config`, or empty; `user_text` the whole text of a config that is the user's own, with
-    its file name. `checkpoint` is the plain dict that the checkpoint carries under its `config`: data, not to be trusted.
+    its file name. `checkpoint` is the plain dict that the checkpoint carries under `config`: data, not to be trusted.
     """
 
     user: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -137,13 +137,13 @@ class Adapter(Protocol):
         """The split's samples: sized and indexable, always in the same order."""
 
     def collate(self, samples: Sequence[Sample]) -> Any:
-        """One batch for `predict`. Tensors in it, however nested in dicts, lists and tuples, are moved to the device."""
+        """One batch for `predict`. Tensors in it, nested in dicts, lists and tuples, are moved to the device."""
 
     def predict(self, model: Any, batch: Any) -> Mapping[str, Any]:
         """Modality name to a tensor `(N, *shape)` in the declared layout and range. Runs without gradients."""
 
     def train_reference(self, data: Mapping[str, str], config: AdapterConfig) -> Optional[Sequence[Sample]]:
-        """Training samples for the baselines, sized and indexable, or None: then nothing is said about the train mean."""
+        """Training samples for the baselines, sized and indexable; None: nothing is said about the train mean."""
 
     def finish_model(self, model: Any) -> None:
         """Fill what no checkpoint holds, such as non-persistent buffers; the weights are in by now."""
@@ -162,10 +162,14 @@ class AdapterBase:
     def collate(self, samples: Sequence[Sample]) -> Any:
         return stack_inputs(samples)
 
-    def train_reference(self, data: Mapping[str, str], config: AdapterConfig) -> Optional[Sequence[Sample]]:
+    def train_reference(
+        self,
+        data: Mapping[str, str],  # noqa: ARG002 - the protocol's signature
+        config: AdapterConfig,  # noqa: ARG002
+    ) -> Optional[Sequence[Sample]]:
         return None
 
-    def finish_model(self, model: Any) -> None:
+    def finish_model(self, model: Any) -> None:  # noqa: ARG002 - the protocol's signature
         return None
 
 

@@ -54,7 +54,7 @@ class FilmSamples(Sequence[Sample]):
 
 
 class ReferenceAdapter(AdapterBase):
-    """The film autoencoder on the demonstration data, at the scale that the checkpoint's config (or the user's) names."""
+    """The film autoencoder on the demonstration data, at the scale that the user's or the checkpoint's config names."""
 
     data_names = ("film",)
     dependence = WINDOW_FRAMES

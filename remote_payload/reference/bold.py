@@ -1,8 +1,8 @@
 """BOLD simulated from features of the real stimuli. Nothing here was ever measured in a brain.
 
 The film is played slowly: one frame a volume, so that a few seconds of film give a time series that a haemodynamic
-response can be told apart in. Each segment of the film is a run of its own: its response starts from rest, hence no tail
-of a training frame reaches a held-out volume.
+response can be told apart in. Each part of a film is a run of its own: its response starts from rest, so no tail of a
+training frame reaches a held-out volume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 def stimulus_features(frames: NDArray[np.uint8], mel: Optional[NDArray[np.float32]]) -> tuple[Floats, list[str]]:
     """Features `(T, F)` of a segment and their names.
 
-    Luminance and motion energy of 3 x 4 patches, contrast, colourfulness, and the log power of four sound bands (0 where
+    Luminance and motion energy of 2 x 2 patches, contrast, colourfulness, and the log power of two sound bands (0 where
     the film is silent). `mel` is `(T, MEL_BANDS)`, one row a frame.
     """
     luminance = frames.astype(np.float64) @ np.array([0.2126, 0.7152, 0.0722]) / 255.0

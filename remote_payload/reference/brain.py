@@ -95,4 +95,4 @@ def _cell_fill(total: NDArray[np.int64], spacing: float) -> NDArray[np.float64]:
     inside = np.diff(np.diff(np.diff(corners, axis=0), axis=1), axis=2)
     sides = [np.diff(e) for e in edges]
     volume = sides[0][:, None, None] * sides[1][None, :, None] * sides[2][None, None, :]
-    return inside / volume
+    return np.asarray(inside / volume)

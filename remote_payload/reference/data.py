@@ -1,7 +1,7 @@
 """The demonstration data set: prepared once from real stimuli, read by the adapter.
 
 A folder of `.npy` arrays and `manifest.json`. Each film is cut, in time, into a training, a validation and a test part
-with unused frames between them. A sample is a window of ten frames within one part; its target frame is the window's last.
+with unused frames between them. A sample is a window of ten frames within one part; its target frame is the last.
 
 | array | form | what |
 | --- | --- | --- |
@@ -181,12 +181,15 @@ def _training_frames(parts: Sequence[Part], films: dict[str, tuple[film.Film, in
         movie, offset = films[part.film]
         if part.split == "train" and movie.sound is not None:
             start, stop = ((f - offset) / movie.frame_rate_hz for f in (part.start, part.stop))
-            frames.append(sound.log_mel(movie.sound, movie.sound_rate_hz, np.arange(start, stop, step_s)))
+            frames.append(
+                sound.log_mel(movie.sound, movie.sound_rate_hz, np.arange(start, stop, step_s, dtype=np.float64))
+            )
     return np.concatenate(frames)
 
 
 def _features(films: Sequence[film.Film]) -> tuple[NDArray[np.float64], list[str]]:
-    rows, names = [], []
+    rows: list[NDArray[np.float64]] = []
+    names: list[str] = []
     for movie in films:
         mel = None
         if movie.sound is not None:
@@ -200,7 +203,7 @@ def _features(films: Sequence[film.Film]) -> tuple[NDArray[np.float64], list[str
 def _standardised(rows: NDArray[np.float64], parts: Sequence[Part]) -> NDArray[np.float64]:
     """z-scored by the training parts' frames."""
     training = np.concatenate([rows[p.start : p.stop] for p in parts if p.split == "train"])
-    return (rows - training.mean(axis=0)) / np.maximum(training.std(axis=0), 1e-9)
+    return np.asarray((rows - training.mean(axis=0)) / np.maximum(training.std(axis=0), 1e-9))
 
 
 def _text(parts: Sequence[Part], rows: NDArray[np.float64], sizes: ReferenceSizes) -> dict[str, NDArray[np.float32]]:

@@ -25,7 +25,7 @@ class DemonstrationDataError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """One decoded film. `frames` is uint8 `(T, H, W, 3)`; `sound` is float32 mono at `sound_rate_hz`, None if silent."""
+    """One film. `frames` is uint8 `(T, H, W, 3)`; `sound` is float32 mono at `sound_rate_hz`, None if silent."""
 
     name: str
     frames: NDArray[np.uint8]

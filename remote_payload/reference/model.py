@@ -31,7 +31,7 @@ class FilmAutoencoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The three encoders, the shared trunk down to the bottleneck, and the bottleneck's voxels. Torch's default init."""
+    """The three encoders, the trunk down to the bottleneck, and the bottleneck's voxels. Torch's default init."""
 
     def __init__(self, sizes: ReferenceSizes, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The reference model's widths at any scale. Standard library only, so that plans and headers can be checked cheaply."""
+"""The reference model's widths at any scale. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NARROWEST = 4
 class ReferenceSizes:
     """Every width of the reference architecture, in elements.
 
-    Scale 1 is the laboratory's model. At scale `s` each hidden width and the text embedding are divided by `s` (a hidden
-    width never falls below 4), while each side of what was measured, that is a frame's height and width, the voxel grid's
-    three sides and the audio codes' time axis, is divided by the cube root of `s`: so voxels fall with `s` and pixels more
-    slowly, and the pictures stay readable. The number of frames, codebooks and text segments stays.
+    Scale 1 is the laboratory's model. At scale `s` each hidden width and the text embedding are divided by `s` (none
+    falls below 4), while each side of what was measured, that is a frame's height and width, the voxel grid's three
+    sides and the audio codes' time axis, is divided by the cube root of `s`: so voxels fall with `s`, pixels fall more
+    slowly, and pictures stay readable. The numbers of frames, codebooks and text segments stay.
     """
 
     scale: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ class Quantiser:
         return np.stack(codes)
 
 
-def log_mel(sound: Floats, rate_hz: int, centres_s: NDArray[np.float64]) -> Floats:
+def log_mel(sound: Floats, rate_hz: int, centres_s: NDArray[np.floating[Any]]) -> Floats:
     """Natural log of mel power `(n, MEL_BANDS)` of Hann windows of 1024 samples about the given times."""
     padded = np.pad(sound, _WINDOW_SAMPLES)
     starts = np.rint(centres_s * rate_hz).astype(np.int64) + _WINDOW_SAMPLES // 2
@@ -46,7 +47,7 @@ def log_mel(sound: Floats, rate_hz: int, centres_s: NDArray[np.float64]) -> Floa
     windows = padded[starts[:, None] + np.arange(_WINDOW_SAMPLES)] * np.hanning(_WINDOW_SAMPLES).astype(np.float32)
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     mel = power @ _mel_filters(rate_hz).T
-    return np.log(np.maximum(mel, _FLOOR)).astype(np.float32)
+    return np.asarray(np.log(np.maximum(mel, _FLOOR)), dtype=np.float32)
 
 
 def train_quantiser(frames: Floats, seed: int) -> Quantiser:
@@ -71,7 +72,7 @@ def _kmeans(points: Floats, generator: np.random.Generator) -> Floats:
         np.add.at(sums, nearest, points)
         used = counts > 0
         centres[used] = (sums[used] / counts[used, None]).astype(np.float32)
-    return centres
+    return np.asarray(centres)
 
 
 def _nearest(points: Floats, centres: Floats) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ CODE_SCALE = float(CODES_PER_BOOK - 1)
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """`video` `(N, 10, H, W, 3)` in 0…1, `codes` `(N, 8*K)` divided by `CODE_SCALE`, `text` `(N, 3*W)`, `fmri` `(N, V)`.
+    """`video` `(N, 10, H, W, 3)` in 0…1, `codes` `(N, 8*K)` over `CODE_SCALE`, `text` `(N, 3*W)`, `fmri` `(N, V)`.
 
     `has_sound` `(N,)` is False where the film has none: `codes` are then zero and no target.
     """
