@@ -1,0 +1,114 @@
+"""A file that is read by position and never mapped: a file that shrinks meanwhile gives an error, not a crash."""
+
+from __future__ import annotations
+
+import os
+import stat
+from types import TracebackType
+from typing import Optional
+
+from remote_payload.checkpoint.errors import (
+    CheckpointIsDirectoryError,
+    MissingCheckpointError,
+    NotACheckpointError,
+    TruncatedCheckpointError,
+    UnreadableCheckpointError,
+)
+from remote_payload.wire.chunks import Fingerprint
+
+
+class Source:
+    """An open regular file. Context manager; `read` is safe from several threads at once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = _open(path)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes. Raises `TruncatedCheckpointError` if the file ends before."""
+        if offset + length > self.size:
+            raise TruncatedCheckpointError(f"{self.path} ends at byte {self.size}, {offset + length} bytes are needed")
+        pieces, got = [], 0
+        while got < length:
+            try:
+                piece = os.pread(self._descriptor, min(length - got, 1 << 30), offset + got)
+            except OSError as error:
+                raise UnreadableCheckpointError(f"{self.path}: {error.strerror} at byte {offset + got}") from error
+            if not piece:
+                raise TruncatedCheckpointError(
+                    f"{self.path} became shorter while it was read: it ends at {offset + got}"
+                )
+            pieces.append(piece)
+            got += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` from `offset` on. Raises as `read` does."""
+        got, length = 0, len(target)
+        while got < length:
+            try:
+                count = _read_once(self._descriptor, target[got:], offset + got)
+            except OSError as error:
+                raise UnreadableCheckpointError(f"{self.path}: {error.strerror} at byte {offset + got}") from error
+            if not count:
+                raise TruncatedCheckpointError(
+                    f"{self.path} became shorter while it was read: it ends at {offset + got}"
+                )
+            got += count
+
+    def fingerprint(self) -> Fingerprint:
+        """What the open file is now: a change between two calls means that somebody wrote to it."""
+        return _fingerprint(self.path, os.fstat(self._descriptor))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        self.close()
+
+
+def _read_once(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    piece = os.pread(descriptor, len(target), offset)
+    target[: len(piece)] = piece
+    return len(piece)
+
+
+def fingerprint_of(path: str) -> Optional[Fingerprint]:
+    """What stands at `path` now, None if nothing does."""
+    try:
+        return _fingerprint(path, os.stat(path))
+    except OSError:
+        return None
+
+
+def _fingerprint(path: str, status: os.stat_result) -> Fingerprint:
+    return Fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _open(path: str) -> int:
+    try:
+        # A FIFO would block for ever without O_NONBLOCK; regular files ignore it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise MissingCheckpointError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the path holds a null character"
+        raise UnreadableCheckpointError(f"{path} cannot be opened: {reason}") from error
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise CheckpointIsDirectoryError(f"{path} is a folder, not a file")
+    raise NotACheckpointError(f"{path} is no regular file")
