@@ -121,6 +121,11 @@ class LocalLayout:
         return self.data / "nightly.lock"
 
     @property
+    def nightly_log(self) -> Path:
+        """What ticks print that launchd or cron started."""
+        return self.data / "nightly.log"
+
+    @property
     def fingerprint_cache(self) -> Path:
         """Digests of local files by fingerprint."""
         return self.cache / "digests.sqlite3"

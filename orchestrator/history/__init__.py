@@ -3,11 +3,10 @@
 from orchestrator.history.compare import Change, compare, regressions
 from orchestrator.history.database import file_system_warning
 from orchestrator.history.rows import HistoryRow, MetricValue, row_from_results
-from orchestrator.history.store import HistoryFilter, RebuildReport, earlier_runs, list_runs, rebuild, record_run
+from orchestrator.history.store import RebuildReport, earlier_runs, list_runs, rebuild, record_run
 
 __all__ = [
     "Change",
-    "HistoryFilter",
     "HistoryRow",
     "MetricValue",
     "RebuildReport",

@@ -50,8 +50,8 @@ class HistoryRow:
 
     run_id: str
     created_at: str | None
-    cluster: str | None
-    checkpoint: str | None
+    cluster: str
+    checkpoint: str
     checkpoint_identity: str | None
     config: str | None
     adapter: str | None
@@ -73,8 +73,9 @@ class HistoryRow:
         """Raises `WireError` for what is no row."""
         return from_json(cls, value)
 
-    def key_metrics(self, limit: int = 3) -> tuple[MetricValue, ...]:
-        """The metrics worth a column: those with a value, with a chance level first, one a modality before a second."""
+    @property
+    def key_metrics(self) -> dict[str, float]:
+        """Name → value of what was measured, worth showing first: with a chance level, one a modality."""
         valued = [m for m in self.metrics if m.value is not None]
         ranked = sorted(valued, key=lambda m: m.chance is None)
         seen: set[str | None] = set()
@@ -83,7 +84,7 @@ class HistoryRow:
         for metric in ranked:
             (rest if metric.modality in seen else first).append(metric)
             seen.add(metric.modality)
-        return tuple([*first, *rest][:limit])
+        return {m.name: m.value for m in [*first, *rest] if m.value is not None}
 
 
 def row_from_results(results: Mapping[str, Any]) -> HistoryRow:
@@ -92,8 +93,8 @@ def row_from_results(results: Mapping[str, Any]) -> HistoryRow:
     return HistoryRow(
         run_id=run["run_id"],
         created_at=utc_text(provenance.get("created_at")),
-        cluster=run["cluster"],
-        checkpoint=run["checkpoint"],
+        cluster=run["cluster"] or "",
+        checkpoint=run["checkpoint"] or "",
         checkpoint_identity=checkpoint_identity(provenance),
         config=run["config"],
         adapter=run["adapter"],

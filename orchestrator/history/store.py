@@ -35,16 +35,6 @@ _INSERT = "INSERT OR REPLACE INTO history_runs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?
 
 
 @dataclasses.dataclass(frozen=True)
-class HistoryFilter:
-    """Which runs to list, newest first. `checkpoint` matches any part of the reference; None asks for all."""
-
-    cluster: str | None = None
-    checkpoint: str | None = None
-    overall: str | None = None
-    limit: int = 50
-
-
-@dataclasses.dataclass(frozen=True)
 class RebuildReport:
     """What a rebuild found. `unreadable` lists (run id, why); `kept` rows have no run folder any more."""
 
@@ -61,22 +51,18 @@ def record_run(layout: LocalLayout, results: Mapping[str, Any]) -> HistoryRow:
     return row
 
 
-def list_runs(layout: LocalLayout, chosen: HistoryFilter | None = None) -> list[HistoryRow]:
-    """Runs, newest first. Creates nothing and waits for no writer."""
-    wanted = chosen or HistoryFilter()
-    clauses: list[str] = []
-    values: list[Any] = []
-    if wanted.cluster is not None:
-        clauses.append("cluster = ?")
-        values.append(wanted.cluster)
-    if wanted.checkpoint is not None:
-        clauses.append("instr(checkpoint, ?) > 0")
-        values.append(wanted.checkpoint)
-    if wanted.overall is not None:
-        clauses.append("overall = ?")
-        values.append(wanted.overall)
-    where = " AND ".join(clauses) or "1"
-    return _select(layout, where, values, wanted.limit)
+def list_runs(
+    layout: LocalLayout,
+    *,
+    cluster: str | None = None,
+    checkpoint: str | None = None,
+    overall: str | None = None,
+    limit: int = 50,
+) -> list[HistoryRow]:
+    """Runs, newest first; `checkpoint` matches any part of the reference. Creates nothing, waits for no writer."""
+    asked = {"cluster = ?": cluster, "instr(checkpoint, ?) > 0": checkpoint, "overall = ?": overall}
+    chosen = {clause: value for clause, value in asked.items() if value is not None}
+    return _select(layout, " AND ".join(chosen) or "1", list(chosen.values()), limit)
 
 
 def earlier_runs(layout: LocalLayout, results: Mapping[str, Any], limit: int = 10) -> list[HistoryRow]:

@@ -82,6 +82,7 @@ def results_from_documents(
     }
     results["verdict"]["sentence"] = verdict_sentence(results)
     results["comparison"] = _comparison(results, earlier)
+    results["regressions"] = results["comparison"].pop("regressions")
     return results
 
 
@@ -202,4 +203,5 @@ def _comparison(results: dict[str, Any], earlier: Sequence[HistoryRow]) -> dict[
         "against": rows[0].run_id if rows else None,
         "earlier": [row.to_json() for row in rows],
         "changes": [change.to_json() for change in changes],
+        "regressions": [change.sentence for change in changes if change.kind == "regression"],
     }
