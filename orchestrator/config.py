@@ -61,8 +61,8 @@ def load_config(
 ) -> LoadedConfig:
     """Read `path` (None: defaults). `adapter` holds where the config names none.
 
-    `data_base` is where relative data paths start: the config's folder for the embedded node, None for a real one, where
-    they are refused. Raises `ConfigurationError` with file, line and field.
+    `data_base` is where relative data paths start: the config's folder for the embedded node, None for a real one,
+    where they are refused. Raises `ConfigurationError` with file, line and field.
     """
     if path is None:
         return LoadedConfig(EvaluationSettings(adapter=adapter, num_samples=num_samples))

@@ -12,34 +12,53 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError, InternalError
+from orchestrator.errors import CheckpointError, IntegrityError, InternalError, RemoteEvalError
 from remote_payload.wire.names import printable
 
 INSPECT_TIMEOUT_S = 60.0
+_UNREADABLE_STATUS = 2
+_DAMAGED = ("truncated", "malformed")
 
 
 def inspect_local(path: Path) -> dict[str, Any]:
-    """The header as JSON. Raises `CheckpointError` where the file is no checkpoint that can be read."""
-    command = [sys.executable, "-m", "remote_payload.checkpoint", "--json", "--", str(path)]
+    """`{"header", "findings"}` of a file. Raises `IntegrityError` for a damaged one, `CheckpointError` for none."""
+    done = _run(path, "--json")
     try:
-        done = subprocess.run(command, capture_output=True, timeout=INSPECT_TIMEOUT_S, stdin=subprocess.DEVNULL)
+        document = json.loads(done.stdout)
+    except ValueError:
+        raise _no_answer(done) from None
+    if document.get("error"):
+        raise _unreadable(document["error"])
+    return {"header": document["header"], "findings": document["findings"]}
+
+
+def render_local(path: Path) -> str:
+    """The same as text for a terminal."""
+    done = _run(path)
+    if done.returncode == _UNREADABLE_STATUS:
+        inspect_local(path)
+        raise _no_answer(done)
+    return printable(done.stdout.decode(errors="replace"))
+
+
+def _run(path: Path, *options: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "remote_payload.checkpoint", *options, "--", str(path)]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=INSPECT_TIMEOUT_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         raise CheckpointError(
             f"reading the header of {path} took longer than {INSPECT_TIMEOUT_S:.0f} s",
             action="The file is damaged or made to be slow; check where it comes from.",
         ) from None
-    try:
-        document = json.loads(done.stdout)
-    except ValueError:
-        details = printable(done.stderr.decode(errors="replace")[-4000:])
-        raise InternalError(
-            f"the header reader gave no answer (exit status {done.returncode})", details=details
-        ) from None
-    if "error" in document:
-        raise CheckpointError(printable(str(document["error"])), action="Check --checkpoint.")
-    return dict(document)
 
 
-def render_local(path: Path) -> str:
-    """The header as text for a terminal. Raises as `inspect_local`."""
-    return str(inspect_local(path, text=True)["text"])
+def _unreadable(error: dict[str, Any]) -> RemoteEvalError:
+    kind = IntegrityError if error.get("kind") in _DAMAGED else CheckpointError
+    return kind(
+        printable(str(error.get("message"))), action=printable(str(error.get("action") or "Check --checkpoint."))
+    )
+
+
+def _no_answer(done: subprocess.CompletedProcess[bytes]) -> InternalError:
+    details = printable(done.stderr.decode(errors="replace")[-4000:])
+    return InternalError(f"the header reader gave no answer (exit status {done.returncode})", details=details)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -24,22 +24,20 @@ app.add_typer(clusters_app, name="clusters")
 app.add_typer(nightly_app, name="nightly")
 
 Cluster = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--cluster", "-c", help="Cluster profile: a name or a file.", autocompletion=complete_cluster),
 ]
 Checkpoint = Annotated[
-    Optional[str], typer.Option("--checkpoint", help="A local path, or CLUSTER:path for one that is there already.")
+    str | None, typer.Option("--checkpoint", help="A local path, or CLUSTER:path for one that is there already.")
 ]
-Config = Annotated[Optional[Path], typer.Option("--config", help="Evaluation config (YAML), or the user's own file.")]
+Config = Annotated[Path | None, typer.Option("--config", help="Evaluation config (YAML), or the user's own file.")]
 NumSamples = Annotated[int, typer.Option("--num-samples", help="Samples to show pictures of.")]
 Jobs = Annotated[
-    Optional[str], typer.Option("--jobs", help="Comma-separated; default: health, reconstruct, the project's.")
+    str | None, typer.Option("--jobs", help="Comma-separated; default: health, reconstruct, the project's.")
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Return once the job is under way.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-RunId = Annotated[
-    Optional[str], typer.Argument(help="Run id; default: the newest run.", autocompletion=complete_run_id)
-]
+RunId = Annotated[str | None, typer.Argument(help="Run id; default: the newest run.", autocompletion=complete_run_id)]
 Retry = Annotated[bool, typer.Option("--retry", help="Start a new attempt where the last one did not succeed.")]
 
 
@@ -62,6 +60,10 @@ def root(
         print(f"remote-eval {orchestrator.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is not None:
+        if detach or json or any(option is not None for option in (cluster, checkpoint, config, jobs)):
+            raise typer.BadParameter(
+                f"write options behind the sub-command: remote-eval {context.invoked_subcommand} …"
+            )
         return
     if checkpoint is None and cluster is None:
         print(context.get_help())
@@ -140,7 +142,7 @@ def report(run_id: RunId = None, json: Json = False) -> None:
 @app.command()
 def history(
     cluster: Cluster = None,
-    checkpoint: Annotated[Optional[str], typer.Option("--checkpoint", help="Only runs of this reference.")] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="Only runs of this reference.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, max=10000, help="At most so many.")] = 20,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild from the run folders first.")] = False,
     json: Json = False,
@@ -183,7 +185,7 @@ def demo(json: Json = False) -> None:
 def gc(
     cluster: Cluster = None,
     keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Keep what is younger.")] = 30.0,
-    keep_gib: Annotated[Optional[float], typer.Option("--keep-gib", min=0, help="Bound for stored files.")] = None,
+    keep_gib: Annotated[float | None, typer.Option("--keep-gib", min=0, help="Bound for stored files.")] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Do it; without, only say what would go.")] = False,
     json: Json = False,
 ) -> None:
@@ -223,7 +225,7 @@ def show(
 @nightly_app.command()
 def tick(
     file: Annotated[
-        Optional[Path], typer.Option("--file", help="Default: nightly.yaml of the user's config folder.")
+        Path | None, typer.Option("--file", help="Default: nightly.yaml of the user's config folder.")
     ] = None,
     json: Json = False,
 ) -> None:

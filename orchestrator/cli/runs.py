@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -122,7 +123,7 @@ def status(run_id: str | None, *, as_json: bool) -> int:
     }
     if current is not None and current.fate in ("intended", "launched"):
         reply = read_node_status(plan, world)
-        document["node"] = to_json(reply) if reply is not None else None
+        document["node"] = to_json(dataclasses.replace(reply, tails={})) if reply is not None else None
     if as_json:
         print_json(document)
         return int(ExitCode.DONE)

@@ -44,6 +44,7 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
     """Header facts of a local file, or of one on a node."""
     from orchestrator.inspection import inspect_local, render_local
     from orchestrator.plan import local_checkpoint, node_path, parse_reference
+    from remote_payload.wire.codec import to_json
     from remote_payload.wire.messages import InspectRequest
 
     exists_here = Path(checkpoint).expanduser().exists()
@@ -59,11 +60,11 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
     with _node(services(quiet=as_json), _profile(reference.cluster)) as node:
         path_there = node_path(reference, node.profile.checkpoint_roots)
         request = InspectRequest(path_there, node.layout.root)
-        header = node.call_json("inspect", {"path": request.path, "root": request.root}, timeout_s=_INSPECT_TIMEOUT_S)
+        found = node.call_json("inspect", to_json(request), timeout_s=_INSPECT_TIMEOUT_S)
     if as_json:
-        print_json(header)
+        print_json({"header": found.get("header"), "findings": found.get("findings")})
     else:
-        print(printable(str(header.get("text", ""))), end="")
+        print(printable(str(found.get("text", ""))), end="")
     return int(ExitCode.DONE)
 
 

@@ -83,7 +83,9 @@ def check_node(node: Node, gpu_policy: str) -> Iterator[Check]:
 def _ssh_binary() -> Check:
     path = shutil.which("ssh")
     if path is None:
-        return Check("ssh", CheckState.WARNING, "no ssh binary", "Install the OpenSSH client; without it, only Fabric works.")
+        return Check(
+            "ssh", CheckState.WARNING, "no ssh binary", "Install the OpenSSH client; only Fabric works without."
+        )
     try:
         done = subprocess.run([path, "-V"], capture_output=True, timeout=10, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -99,7 +101,7 @@ def _data_folder(layout: LocalLayout) -> Check:
         probe.unlink()
         free = shutil.disk_usage(layout.data).free
     except OSError as error:
-        return Check("data folder", CheckState.ERROR, f"{layout.data}: {error}", "Set REMOTE_EVAL_HOME to another folder.")
+        return Check("data folder", CheckState.ERROR, f"{layout.data}: {error}", "Set REMOTE_EVAL_HOME elsewhere.")
     state = CheckState.OK if free > LOW_SPACE_BYTES else CheckState.WARNING
     action = "" if state is CheckState.OK else "Free some space, or set REMOTE_EVAL_HOME."
     return Check("data folder", state, f"{layout.data}, {free / _GIB:.0f} GiB free", action)
@@ -112,7 +114,7 @@ def _shell_noise(node: Node) -> Check:
         return _from_error("shell", error)
     if noise.strip():
         shown = printable(noise.decode(errors="replace")).strip().splitlines()[0][:100]
-        return Check("shell", CheckState.WARNING, f"start-up files print: {shown!r}", "Harmless here; scp and rsync mind.")
+        return Check("shell", CheckState.WARNING, f"start-up files print {shown!r}", "Harmless here; scp minds.")
     return Check("shell", CheckState.OK, "prints nothing of its own")
 
 
@@ -120,7 +122,8 @@ def _clock(node: Node) -> Check:
     before = time.time()
     offset = node.refresh_hello().clock_unix_s - (before + time.time()) / 2
     state = CheckState.OK if abs(offset) < CLOCK_OFFSET_S else CheckState.WARNING
-    return Check("clock", state, f"{offset:+.1f} s against this machine", "" if state is CheckState.OK else "Check NTP.")
+    action = "" if state is CheckState.OK else "Check NTP on both."
+    return Check("clock", state, f"{offset:+.1f} s against this machine", action)
 
 
 def _fitness(node: Node, gpu_policy: str) -> Iterator[Check]:

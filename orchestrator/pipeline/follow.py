@@ -21,7 +21,7 @@ LONGEST_POLL_S = 3.0
 REREAD_S = 2.0
 STALE_WARNING_S = 60.0
 STALE_LIMIT_S = 1800.0
-"""A supervisor whose heartbeat has stood still this long (on our clock) is not waited for: the run is left to `resume`."""
+"""A supervisor that stood still this long on our clock is not waited for: the run is left to `resume`."""
 
 LogListener = Callable[[str, bytes], None]
 """Called with (file name, new bytes); the bytes are the node's and untrusted."""

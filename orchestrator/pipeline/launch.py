@@ -1,7 +1,7 @@
 """launch: claim an attempt and start its supervisor, exactly once, whatever gets lost on the way.
 
-The intent with its nonce is journalled first. Claim and launch are repeatable with the same nonce: the attempt folder is
-claimed by one rename, and one supervisor creates `decision`. So after any crash or lost reply, reading and repeating
+The intent with its nonce is journalled first. Claim and launch are repeatable with the same nonce: the attempt folder
+is claimed by one rename, and one supervisor creates `decision`. So after any crash or lost reply, reading and repeating
 cannot start a second one. An attempt that nobody started is made void before the next is claimed.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointError, IntegrityError, NodeUnfitError
@@ -18,7 +19,13 @@ from remote_payload.wire.results import Finding, Severity
 
 PROBE_TIMEOUT_S = 180.0
 _ANSWER_MARGIN_S = 30.0
-CLOCK_OFFSET_WARNING_S = 120.0
+_DAMAGED = ("checkpoint.truncated", "checkpoint.malformed")
+_NO_CHECKPOINT = (
+    "checkpoint.missing",
+    "checkpoint.is_directory",
+    "checkpoint.not_a_checkpoint",
+    "checkpoint.unsupported",
+)
 
 
 def preflight(context: RunContext) -> Preflight:
@@ -26,10 +33,11 @@ def preflight(context: RunContext) -> Preflight:
     `IntegrityError` with what to do; lesser findings are shown and kept.
     """
     plan = context.plan
+    is_health_only = all(job.name == "health" for job in plan.jobs)
     header, size, here = None, 0, plan.checkpoint.cluster is None
     if here:
         path = local_checkpoint(plan.checkpoint)
-        header, size = inspect_local(path), path.stat().st_size
+        header, size = _local_header(path, is_health_only), path.stat().st_size
         checkpoint = SyncedCheckpoint(str(path), None, size, (), "local")
     else:
         checkpoint = locate_in_place(context)
@@ -37,7 +45,7 @@ def preflight(context: RunContext) -> Preflight:
     request = PreflightRequest(
         context.node.layout.root,
         gpu_policy=context.profile.gpu.device,
-        plan=node_plan(plan, checkpoint),
+        plan=node_plan(plan, checkpoint) if header is not None or not here else None,
         timeout_s=PROBE_TIMEOUT_S,
         header=header,
         needed_bytes=size,
@@ -46,25 +54,35 @@ def preflight(context: RunContext) -> Preflight:
     write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
     for finding in report.findings:
         context.reporter.finding(finding)
-    refuse_unfit(report, is_health_only=all(job.name == "health" for job in plan.jobs))
+    refuse_unfit(report, is_health_only=is_health_only)
     return report
+
+
+def _local_header(path: Path, is_health_only: bool) -> dict[str, Any] | None:
+    """None for a damaged file that is going to `health` alone, which reports damage."""
+    try:
+        return dict(inspect_local(path)["header"])
+    except IntegrityError:
+        if not is_health_only:
+            raise
+        return None
 
 
 def refuse_unfit(report: Preflight, *, is_health_only: bool) -> None:
     """Raise for the first finding of severity error.
 
-    A damaged or hostile checkpoint does not stop a run of `health` alone: saying what is wrong with it is that job's work.
+    A damaged or hostile checkpoint does not stop a run of `health` alone: to say what is wrong with it is its work.
     """
     errors = [f for f in report.findings if f.severity is Severity.ERROR]
     if is_health_only:
-        errors = [f for f in errors if f.id.startswith("node.")]
+        errors = [f for f in errors if f.id.startswith("node.") or f.id in _NO_CHECKPOINT]
     if not errors:
         return
     first = errors[0]
     kind: type[NodeUnfitError | CheckpointError | IntegrityError] = CheckpointError
     if first.id.startswith("node."):
         kind = NodeUnfitError
-    elif first.id.startswith("integrity."):
+    elif first.id.startswith("integrity.") or first.id in _DAMAGED:
         kind = IntegrityError
     more = "" if is_health_only or kind is NodeUnfitError else " `--jobs health` gives a report of the damage."
     raise kind(

@@ -7,18 +7,21 @@ from typing import Any
 
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.root import expand
+from remote_payload.wire.codec import to_json
 from remote_payload.wire.messages import InspectRequest
 
 
 def inspect(request: InspectRequest) -> dict[str, Any]:
-    """The header as JSON. Raises `AgentError` usage for what is missing, damaged or no checkpoint."""
+    """`header`, its `findings`, and both as `text`. Raises `AgentError` usage for what cannot be read."""
     # By name and late: the package beside it may import torch, which the agent must never wait for.
     checkpoint = importlib.import_module("remote_payload.checkpoint")
+    render = importlib.import_module("remote_payload.checkpoint.render")
     path = expand(request.path, "checkpoint path")
     try:
-        header: dict[str, Any] = checkpoint.read_header(path).to_json()
+        header = checkpoint.read_header(path)
     except checkpoint.CheckpointError as error:
         raise AgentError("usage", str(error), error.action, error.kind) from error
     except OSError as error:
         raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
-    return header
+    findings = checkpoint.header_findings(header)
+    return {"header": header.to_json(), "findings": to_json(findings), "text": render.render_header(header, findings)}

@@ -8,7 +8,7 @@ results are the dataclasses below through `codec`. Every path in them is absolut
 | hello | HelloRequest | Hello | yes |
 | preflight | PreflightRequest | Preflight | yes |
 | locate | LocateRequest | Located | yes |
-| inspect | InspectRequest | header facts as JSON | yes |
+| inspect | InspectRequest | `header`, `findings`, `text` as JSON | yes |
 | claim | ClaimRequest | Claimed | yes: the same nonce claims once |
 | launch | AttemptRef | Launched | yes: the decision file lets one supervisor start |
 | void | AttemptRef | Decided | yes |

@@ -83,7 +83,7 @@ def test_a_root_that_holds_somebody_elses_files_is_left_alone(tmp_path: Path) ->
     sha = hashlib.sha256(b"p").hexdigest()
     script = scripts.install_script(PythonProfile(path=sys.executable), str(root), sha, NONCE, b"p", MARKER_NAME)
     assert scripts.outcome_said(NONCE, run("/bin/sh", script, tmp_path).stdout) == scripts.ROOT_FOREIGN
-    assert os.listdir(root) == ["thesis.tex"]
+    assert [p.name for p in root.iterdir()] == ["thesis.tex"]
 
 
 def test_a_damaged_payload_never_stands_at_its_place(tmp_path: Path) -> None:

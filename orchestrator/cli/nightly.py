@@ -1,0 +1,137 @@
+"""Commands of the nightly watch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from orchestrator.cli.output import print_json
+from orchestrator.cli.session import services
+from orchestrator.errors import ExitCode, UsageError
+from orchestrator.layout import LocalLayout
+
+if TYPE_CHECKING:
+    from orchestrator.nightly import InstallPlan, Target, TargetOutcome
+    from orchestrator.pipeline.context import Services
+
+
+def tick(file: Path | None, *, as_json: bool) -> int:
+    """Visit every target; the exit code is the summary's."""
+    from orchestrator import nightly
+
+    layout = LocalLayout.for_user()
+    world = services(quiet=as_json)
+    targets = nightly.load_targets(file or layout.nightly_file).targets
+    summary = nightly.tick(
+        layout,
+        targets,
+        run_target=lambda target: _evaluate(target, world),
+        checkpoint_identity=lambda target: _identity(target, world),
+    )
+    if as_json:
+        print_json(summary.to_json())
+    else:
+        print(summary.to_text(), end="")
+    return summary.exit_code
+
+
+def install(at: str, *, yes: bool, as_json: bool) -> int:
+    from orchestrator import nightly
+
+    layout = LocalLayout.for_user()
+    command = nightly.nightly_command(layout)
+    return _show_and_apply(nightly.plan_install(nightly.find_scheduler(), command, at), yes=yes, as_json=as_json)
+
+
+def uninstall(*, yes: bool, as_json: bool) -> int:
+    from orchestrator import nightly
+
+    plan = nightly.plan_uninstall(nightly.find_scheduler())
+    if plan is None:
+        if as_json:
+            print_json({"applied": False, "text": ""})
+        else:
+            print("nothing of ours is scheduled here")
+        return int(ExitCode.DONE)
+    return _show_and_apply(plan, yes=yes, as_json=as_json)
+
+
+def _show_and_apply(plan: InstallPlan, *, yes: bool, as_json: bool) -> int:
+    from orchestrator.nightly import apply_plan
+
+    print(plan.text, file=sys.stderr if as_json else sys.stdout)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError("nothing was changed: there is no terminal to ask on", action="Repeat with --yes.")
+        if not typer.confirm("Do this?", default=False, err=True):
+            print("nothing was changed", file=sys.stderr)
+            return int(ExitCode.DONE)
+    apply_plan(plan)
+    if as_json:
+        print_json({"applied": True, "scheduler": plan.scheduler, "text": plan.text})
+    return int(ExitCode.DONE)
+
+
+def _evaluate(target: Target, world: Services) -> TargetOutcome:
+    from orchestrator.history import row_from_results
+    from orchestrator.nightly import TargetOutcome
+    from orchestrator.pipeline.resolve import DEFAULT_NUM_SAMPLES, Request, resolve
+    from orchestrator.pipeline.run import advance
+
+    folder = Path(target.project or ".")
+    config = folder / Path(target.config).expanduser() if target.config else None
+    request = Request(
+        target.cluster,
+        _reference(target),
+        config,
+        DEFAULT_NUM_SAMPLES if target.num_samples is None else target.num_samples,
+        target.jobs,
+        start_folder=folder,
+        nightly_target=target.name,
+    )
+    plan = resolve(request, world)
+    outcome = advance(plan, world)
+    if outcome is None:
+        raise UsageError(f"{plan.run_id} was detached")
+    report = world.layout.run(plan.run_id).report_html
+    worse = tuple(str(item) for item in outcome.results.get("regressions", []))
+    return TargetOutcome(plan.run_id, row_from_results(outcome.results).overall, worse, str(report))
+
+
+def _reference(target: Target) -> str:
+    """The target's checkpoint as a reference; a pattern here stands for the newest match."""
+    from orchestrator.nightly import is_pattern, newest_match
+
+    folder = Path(target.project or ".")
+    text = target.checkpoint
+    is_remote = target.cluster is not None and text.startswith(f"{target.cluster}:")
+    if is_remote:
+        if is_pattern(text):
+            raise UsageError("a pattern names files here only", action="Name the node's checkpoint itself.")
+        return text
+    return str(newest_match(text, folder) if is_pattern(text) else folder / Path(text).expanduser())
+
+
+def _identity(target: Target, world: Services) -> str:
+    """What tells this content of the checkpoint from others: size, mtime and inode, here or on the node."""
+    from orchestrator.payload import build_payload
+    from orchestrator.pipeline.resolve import resolve_profile, resolve_reference
+    from orchestrator.plan import node_path
+    from orchestrator.project import find_project
+    from remote_payload.wire.messages import Located, LocateRequest
+
+    project = find_project(Path(target.project or "."))
+    named = resolve_profile(target.cluster, project, world.layout)
+    reference = resolve_reference(_reference(target), named.name)
+    if reference.cluster is None:
+        status = Path(reference.path).stat()
+        return f"{reference.path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+    with world.open_node(named.profile, build_payload(world.layout)) as node:
+        path = node_path(reference, named.profile.checkpoint_roots)
+        found = node.call("locate", LocateRequest(node.layout.root, path=path), Located)
+    if not found.found:
+        raise UsageError(f"there is no file at {reference}", action="Check the target's checkpoint.")
+    return f"{found.path}:{found.size}:{found.mtime_ns}:{found.inode}"

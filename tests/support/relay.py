@@ -1,0 +1,115 @@
+"""A TCP relay on loopback whose link a test can cut, hold and mend: a bounded stand-in for hotel Wi-Fi."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import threading
+from collections.abc import Iterator
+
+_BUFFER_BYTES = 64 * 1024
+
+
+class Relay:
+    """Carries connections from `port` to `target_port` on loopback.
+
+    `cut()` resets every connection now; `refuse()` also refuses new ones until `mend()`; `hold()` lets nothing through
+    without a sign to either side, a black hole, until `mend()`.
+    """
+
+    def __init__(self, target_port: int) -> None:
+        self._target_port = target_port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.bytes_carried = 0
+        self.connections_made = 0
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._lock = threading.Lock()
+        self._refusing = False
+        self._flowing = threading.Event()
+        self._flowing.set()
+        self._closed = threading.Event()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        with self._lock:
+            pairs = list(self._pairs)
+        for pair in pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    # Linger 0 turns the close into a reset, as a router that forgot the flow answers.
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def refuse(self) -> None:
+        self._refusing = True
+        self.cut()
+
+    def hold(self) -> None:
+        self._flowing.clear()
+
+    def mend(self) -> None:
+        self._refusing = False
+        self._flowing.set()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._flowing.set()
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while not self._closed.is_set():
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            if self._refusing:
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(("127.0.0.1", self._target_port), timeout=10)
+            except OSError:
+                near.close()
+                continue
+            self.connections_made += 1
+            threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
+
+    def _carry(self, near: socket.socket, far: socket.socket) -> None:
+        pair = (near, far)
+        with self._lock:
+            self._pairs.add(pair)
+        selector = selectors.DefaultSelector()
+        selector.register(near, selectors.EVENT_READ, far)
+        selector.register(far, selectors.EVENT_READ, near)
+        try:
+            while selector.get_map():
+                for key, _ in selector.select(timeout=1.0):
+                    self._flowing.wait()
+                    source: socket.socket = key.fileobj  # type: ignore[assignment]
+                    data = source.recv(_BUFFER_BYTES)
+                    if not data:
+                        selector.unregister(source)
+                        with contextlib.suppress(OSError):
+                            key.data.shutdown(socket.SHUT_WR)
+                        continue
+                    key.data.sendall(data)
+                    self.bytes_carried += len(data)
+        except OSError:
+            pass
+        finally:
+            with self._lock:
+                self._pairs.discard(pair)
+            selector.close()
+            near.close()
+            far.close()
+
+
+@contextlib.contextmanager
+def relay_to(target_port: int) -> Iterator[Relay]:
+    relay = Relay(target_port)
+    try:
+        yield relay
+    finally:
+        relay.close()
