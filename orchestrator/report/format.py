@@ -74,10 +74,10 @@ def cell(value: Any) -> str:
     if isinstance(value, (int, float)):
         return number_text(value)
     if isinstance(value, str):
-        return _cut(value)
+        return cut(value)
     if isinstance(value, list) and all(v is None or isinstance(v, (str, int, float, bool)) for v in value):
-        return _cut(", ".join(cell(v) for v in value)) if value else "none"
-    return _cut(json.dumps(value, ensure_ascii=False, sort_keys=True))
+        return cut(", ".join(cell(v) for v in value)) if value else "none"
+    return cut(json.dumps(value, ensure_ascii=False, sort_keys=True))
 
 
 def flatten(value: Mapping[str, Any], limit: int = 60, prefix: str = "") -> list[tuple[str, str]]:
@@ -109,8 +109,9 @@ def _leaves(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
         if isinstance(item, dict) and item:
             yield from _leaves(item, f"{where}.")
         else:
-            yield where, cell(item)
+            yield cut(where, 200), cell(item)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_CELL else text[:MAX_CELL] + " …"
+def cut(text: str, limit: int = MAX_CELL) -> str:
+    """At most `limit` characters of `text`, with an ellipsis where there was more."""
+    return text if len(text) <= limit else text[:limit] + " …"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.layout import RunLayout
-from orchestrator.report.format import bytes_text, cell, command_text, flatten, number_text, seconds_text, words
+from orchestrator.report.format import bytes_text, cell, command_text, cut, flatten, number_text, seconds_text, words
 from orchestrator.report.logs import log_tails
 from orchestrator.report.media import UnsafeMediaError, load
 from orchestrator.report.metrics_view import judge
@@ -15,12 +15,15 @@ from orchestrator.report.untrusted import mapping, number
 from orchestrator.report.verdict import OUTCOME_WORDS, job_state_sentence
 
 MAX_FINDINGS = 60
+MAX_METRICS = 200
+MAX_PICTURES = 200
+MAX_TEXT = 1000
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&$:@/=^\"'])")
 
 
 def escape(text: str) -> str:
-    """`text` on one line with every character that Markdown or HTML could take for markup escaped."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    """The start of `text` on one line, every character that Markdown or HTML could take for markup escaped."""
+    return _SPECIAL.sub(r"\\\1", " ".join(cut(text, MAX_TEXT).split()))
 
 
 def render_markdown(run: RunLayout, results: Mapping[str, Any]) -> str:
@@ -50,7 +53,7 @@ def render_markdown(run: RunLayout, results: Mapping[str, Any]) -> str:
 
 def code(text: str) -> str:
     """`text` as a code span that cannot be left: one line, fenced by more backticks than it holds, safe in a table."""
-    flat = " ".join(text.split()).replace("|", "¦").replace("<", "‹").replace(">", "›")
+    flat = " ".join(cut(text, MAX_TEXT).split()).replace("|", "¦").replace("<", "‹").replace(">", "›")
     longest = max((len(run) for run in re.findall(r"`+", flat)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
@@ -85,7 +88,7 @@ def _metrics(results: Mapping[str, Any]) -> list[str]:
     lines = ["", "## Numbers", "", *(f"{s}\n" for s in said)]
     if results["metrics"]:
         lines += ["| metric | value | chance | interval | n | judgement |", "| --- | ---: | ---: | --- | ---: | --- |"]
-    for metric in results["metrics"]:
+    for metric in results["metrics"][:MAX_METRICS]:
         interval = metric["interval"]
         shown = f"{number_text(interval[0])} to {number_text(interval[1])}" if interval else "—"
         value = "not measured" if metric["value"] is None else number_text(metric["value"])
@@ -100,7 +103,7 @@ def _metrics(results: Mapping[str, Any]) -> list[str]:
 
 def _pictures(run: RunLayout, pictures: Sequence[Mapping[str, Any]]) -> list[str]:
     lines: list[str] = []
-    for picture in pictures:
+    for picture in pictures[:MAX_PICTURES]:
         try:
             load(run.artifact(picture["path"]), picture["kind"])
         except UnsafeMediaError as error:
@@ -116,7 +119,7 @@ def _pictures(run: RunLayout, pictures: Sequence[Mapping[str, Any]]) -> list[str
 def _comparison(comparison: Mapping[str, Any]) -> list[str]:
     if not comparison["against"]:
         return []
-    changes = [f"- **{c['kind']}** {escape(c['sentence'])}" for c in comparison["changes"]]
+    changes = [f"- **{c['kind']}** {escape(c['sentence'])}" for c in comparison["changes"][:MAX_FINDINGS]]
     return [
         "",
         f"## Against run {code(comparison['against'])}",

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.report.format import cell, number_text, words
+from orchestrator.report.format import cell, cut, number_text, words
+
+MAX_BASELINES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class MetricRow:
     interval: str
     n: str
     chance: str
-    baselines: tuple[tuple[str, str, str], ...]
+    baselines: tuple[tuple[str, str], ...]
     parameters: str
     direction: str
     tone: str
@@ -53,25 +55,23 @@ class MetricRow:
 
 def metric_row(metric: Mapping[str, Any]) -> MetricRow:
     """Everything that the page shows of one metric of results.json."""
+    shown = {cut(name, 60): value for name, value in list(metric["baselines"].items())[:MAX_BASELINES]}
+    metric = {**metric, "baselines": shown}
     tone, judgement = judge(metric)
     interval = metric["interval"]
     direction = metric["direction"]
     return MetricRow(
-        name=words(metric["id"].rsplit(".", 1)[-1]),
-        id=metric["id"],
-        modality=words(metric["modality"] or ""),
+        name=words(cut(metric["id"].rsplit(".", 1)[-1], 80)),
+        id=cut(metric["id"], 120),
+        modality=words(cut(metric["modality"] or "", 40)),
         job=metric["job"],
         value=number_text(metric["value"]),
-        unit=metric["unit"] or "",
+        unit=cut(metric["unit"] or "", 40),
         interval=f"{number_text(interval[0])} to {number_text(interval[1])}" if interval else "",
         n=number_text(metric["n"]),
         chance=number_text(metric["chance"]),
-        baselines=tuple(
-            (words(name), number_text(value), "beaten" if _beats(metric, value) else "not beaten")
-            for name, value in metric["baselines"].items()
-            if value is not None
-        ),
-        parameters="; ".join(f"{k} {cell(v)}" for k, v in metric["parameters"].items()),
+        baselines=tuple((words(name), number_text(value)) for name, value in shown.items() if value is not None),
+        parameters=cut("; ".join(f"{k} {cell(v)}" for k, v in metric["parameters"].items())),
         direction=f"{direction} is better" if direction else "",
         tone=tone,
         judgement=judgement,
@@ -83,7 +83,7 @@ def judge(metric: Mapping[str, Any]) -> tuple[str, str]:
     """(tone, sentence) of a metric against its chance level and baselines; empty where the numbers carry no claim."""
     value, chance, interval = metric["value"], metric["chance"], metric["interval"]
     if value is None:
-        return "none", f"Not measured: {metric['reason']}"
+        return "none", cut(f"Not measured: {metric['reason']}")
     unbeaten = [words(n).lower() for n, v in metric["baselines"].items() if v is not None and not _beats(metric, v)]
     loses = f"does not beat {_and(unbeaten)}" if unbeaten and metric["direction"] else ""
     if chance is None or metric["direction"] is None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.layout import RunLayout
-from orchestrator.report.format import words
+from orchestrator.report.format import cut, words
 from orchestrator.report.media import Media, UnsafeMediaError, load
 
 
@@ -66,9 +66,9 @@ def _shown(picture: Mapping[str, Any], media: Media) -> Shown:
     return Shown(
         kind=picture["kind"],
         path=picture["path"],
-        title=name,
-        caption=picture["caption"] or "",
-        alt=", ".join(part for part in about if part),
+        title=cut(name),
+        caption=cut(picture["caption"] or ""),
+        alt=cut(", ".join(part for part in about if part)),
         media=media,
     )
 
@@ -78,4 +78,4 @@ def _group_title(key: tuple[Any, ...]) -> str:
     parts = [words(modality) if modality else words(job)]
     if sample is not None:
         parts.append(f"sample {sample}")
-    return ", ".join(parts)
+    return cut(", ".join(parts), 120)

@@ -200,8 +200,8 @@ def _comparison(results: dict[str, Any], earlier: Sequence[HistoryRow]) -> dict[
     rows = [row for row in earlier if row.run_id != results["run"]["run_id"]]
     changes = compare(row_from_results(results), rows[0]) if rows else ()
     return {
-        "against": rows[0].run_id if rows else None,
-        "earlier": [row.to_json() for row in rows],
+        "against": clean(rows[0].run_id) if rows else None,
+        "earlier": [clean(row.to_json()) for row in rows],
         "changes": [change.to_json() for change in changes],
         "regressions": [change.sentence for change in changes if change.kind == "regression"],
     }

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.report.format import cell, flatten, words
+from orchestrator.report.format import cell, cut, flatten, words
 from orchestrator.report.untrusted import mapping, number, objects, text
 
 MAX_ROWS = 40
@@ -38,9 +38,9 @@ def job_tables(job: str, numbers: Mapping[str, Any], document: Mapping[str, Any]
             continue
         rows = objects(value)
         if rows and len(rows) == len(value):
-            tables.append(object_table(words(key), rows))
+            tables.append(object_table(words(cut(key, 80)), rows))
         elif isinstance(value, dict) and value:
-            tables.append(dict_table(words(key), value))
+            tables.append(dict_table(words(cut(key, 80)), value))
         else:
             plain[key] = value
     if plain:
@@ -73,7 +73,7 @@ def object_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     note = f"Not shown: {' and '.join(left_out)}; the job's document has them." if left_out else ""
     return Table(
         title,
-        tuple(words(k) for k in shown),
+        tuple(words(cut(k, 80)) for k in shown),
         tuple(tuple(cell(row.get(k)) for k in shown) for row in rows[:MAX_ROWS]),
         tuple(_is_numeric(rows, k) for k in shown),
         note,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.history.rows import utc_text
-from orchestrator.report.format import bytes_text, cell, command_text, flatten, seconds_text, words
+from orchestrator.report.format import bytes_text, cell, command_text, cut, flatten, seconds_text, words
 from orchestrator.report.metrics_view import metric_row
 from orchestrator.report.tables import Table, job_tables, object_table
 from orchestrator.report.untrusted import mapping, number
@@ -16,6 +16,7 @@ MAX_FINDINGS = 150
 MAX_METRICS = 200
 MAX_ARTIFACTS = 60
 MAX_EARLIER = 8
+MAX_CHANGES = 60
 _STAGES = ("resolve", "preflight", "sync", "launch", "follow", "collect", "report")
 
 
@@ -30,18 +31,20 @@ def page(results: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]])
         "created_at": _moment(results["provenance"].get("created_at")),
         "overall": verdict["overall"],
         "headline": "No verdict" if nothing_measured else HEADLINES[verdict["overall"]],
-        "clauses": _capital(sentence.partition(": ")[2] or sentence),
-        "failed": attempt_sentence(results["attempt"]),
+        "clauses": cut(_capital(sentence.partition(": ")[2] or sentence), 1500),
+        "failed": cut(attempt_sentence(results["attempt"]), 1500),
         "dimensions": [
             {
                 "name": words(name),
                 "outcome": outcome,
                 "word": OUTCOME_WORDS[outcome],
-                "reason": verdict["reasons"].get(name, ""),
+                "reason": cut(verdict["reasons"].get(name, ""), 600),
             }
             for name, outcome in verdict["dimensions"].items()
         ],
-        "headlines": [(job, entry["headline"]) for job, entry in results["jobs"].items() if entry["headline"]],
+        "headlines": [
+            (job, cut(entry["headline"], 600)) for job, entry in results["jobs"].items() if entry["headline"]
+        ],
         "finding_counts": {s: sum(f["severity"] == s for f in findings) for s in ("error", "warning", "info")},
         "findings": [_finding(f) for f in findings[:MAX_FINDINGS]],
         "findings_left_out": max(len(findings) - MAX_FINDINGS, 0),
@@ -57,7 +60,7 @@ def page(results: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]])
         "provenance": flatten({k: v for k, v in results["provenance"].items() if k != "stage_seconds"}, limit=80),
         "settings": flatten(results["run"]["settings"], limit=40),
         "artifacts": _artifacts(results["artifacts"]),
-        "notes": results["notes"][:50],
+        "notes": [cut(note) for note in results["notes"][:50]],
         "command": command_text(results),
     }
 
@@ -65,11 +68,13 @@ def page(results: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]])
 def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
     more = finding["where_count"] - 12
     return {
-        **{k: finding[k] for k in ("id", "severity", "title", "job", "explanation", "refuted_by", "action")},
+        **{k: finding[k] for k in ("severity", "job")},
+        **{k: cut(finding[k], 120 if k == "id" else 400) for k in ("id", "title", "refuted_by", "action")},
+        "explanation": cut(finding["explanation"], 1500),
         "dimension": words(finding["dimension"] or ""),
-        "where": finding["where"][:12],
+        "where": [cut(w, 160) for w in finding["where"][:12]],
         "where_more": max(more, 0),
-        "evidence": flatten(finding["evidence"], limit=40),
+        "evidence": flatten(finding["evidence"], limit=24),
         "confidence": f"{_confidence_word(finding['confidence'])} ({finding['confidence']:.0%})",
     }
 
@@ -92,7 +97,7 @@ def _job(name: str, entry: Mapping[str, Any], provenance: Mapping[str, Any]) -> 
         "name": name,
         "state": words(entry["state"]),
         "tone": "good" if entry["counts"] else "none" if entry["state"] in ("not_run", "pending") else "bad",
-        "sentence": "" if entry["counts"] else job_state_sentence(name, entry["state"], entry["error"]),
+        "sentence": "" if entry["counts"] else cut(job_state_sentence(name, entry["state"], entry["error"]), 1500),
         "progress": progress,
         "exit": _exit(entry),
         "overran": ", ".join(entry["overran"]),
@@ -138,7 +143,7 @@ def _comparison(comparison: Mapping[str, Any], results: Mapping[str, Any]) -> di
         )
     return {
         "against": comparison["against"],
-        "changes": comparison["changes"],
+        "changes": [{"kind": c["kind"], "sentence": cut(c["sentence"])} for c in comparison["changes"][:MAX_CHANGES]],
         "rows": rows,
         "trends": trends(results["metrics"], comparison["earlier"][:MAX_EARLIER]),
     }
@@ -156,8 +161,8 @@ def trends(metrics: Sequence[Mapping[str, Any]], earlier: Sequence[Mapping[str, 
         span = (high - low) or 1.0
         found.append(
             {
-                "name": words(metric["id"].rsplit(".", 1)[-1]),
-                "modality": words(metric["modality"] or ""),
+                "name": words(cut(metric["id"].rsplit(".", 1)[-1], 80)),
+                "modality": words(cut(metric["modality"] or "", 40)),
                 "bars": [None if v is None else (max(round(100 * (v - low) / span), 2), cell(v)) for v in values],
                 "text": ", ".join("not measured" if v is None else cell(v) for v in values),
             }

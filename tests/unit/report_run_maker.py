@@ -83,14 +83,14 @@ def document(job: str, dimensions: dict[str, str] | None = None, **over: Any) ->
     }
 
 
-def plan(run_id: str, jobs: tuple[str, ...] = ("health", "reconstruct"), **over: Any) -> dict[str, Any]:
+def plan(run_id: str, job_names: tuple[str, ...], **over: Any) -> dict[str, Any]:
     return {
         "run_id": run_id,
         "created_at": "2026-01-02T03:04:05+00:00",
         "cluster": "tensor02",
         "profile": {"host": "tensor02.example"},
         "checkpoint": {"path": "ckpts/best checkpoint.pt", "cluster": "tensor02"},
-        "jobs": [{"name": j, "entry": "builtin"} for j in jobs],
+        "jobs": [{"name": j, "entry": "builtin"} for j in job_names],
         "settings": {"adapter": "lab:Adapter", "seed": 0, "num_samples": 5, "user_config_text": "token: hunter2"},
         "plan_key": "ab" * 32,
         "config_path": "configs/eval.yaml",
