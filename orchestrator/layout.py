@@ -135,6 +135,11 @@ class LocalLayout:
         return self.cache / "payloads"
 
     @property
+    def code_archives(self) -> Path:
+        """Archives of the user's code, named by their SHA-256."""
+        return self.cache / "code"
+
+    @property
     def sockets(self) -> Path:
         """ControlMaster sockets; kept short, since a Unix socket's path is limited to about 100 bytes."""
         return self.cache / "s"

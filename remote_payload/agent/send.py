@@ -5,20 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import posixpath
 import stat
 from typing import Union
 
 from remote_payload.agent import root
 from remote_payload.agent.channel import FdChannel
 from remote_payload.agent.failure import AgentError
-from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import RemoteFailure
-from remote_payload.wire.names import check_artifact_path
 from remote_payload.wire.stream import (
     HEADER_BYTES,
     MAX_SPAN_BYTES,
+    DamagedStreamError,
     FrameKind,
     FrameReader,
     SendRequest,
@@ -45,18 +42,16 @@ def serve_send(channel: FdChannel, request: SendRequest) -> None:
     while True:
         header = reader.header()
         if header.kind is not FrameKind.WANT:
-            raise WireError(f"a {header.kind.name} frame arrived out of turn")
+            raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         want = decode_json(Want, reader.body(header))
         try:
             _serve_want(channel, layout, want, buffer)
         except AgentError as error:
-            channel.send_json(FrameKind.FAILURE, StreamFailure(error.failure, resumable=True))
-        except WireError as error:
-            channel.send_json(FrameKind.FAILURE, StreamFailure(RemoteFailure("usage", str(error)), resumable=True))
+            channel.send_json(FrameKind.FAILURE, StreamFailure(error.failure))
 
 
 def _serve_want(channel: FdChannel, layout: NodeLayout, want: Want, buffer: memoryview) -> None:
-    fd = open_wanted(layout, want)
+    fd = open_wanted(layout, want.path)
     try:
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
@@ -78,36 +73,31 @@ def _serve_want(channel: FdChannel, layout: NodeLayout, want: Want, buffer: memo
         after = os.fstat(fd)
     finally:
         os.close(fd)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if not want.may_grow and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise AgentError("integrity", f"{want.path} changed while it was read", "Fetch it again when it is complete.")
     channel.send_json(FrameKind.END, SpanEnd(digest.hexdigest()))
 
 
-def open_wanted(layout: NodeLayout, want: Want) -> int:
+def open_wanted(layout: NodeLayout, path: str) -> int:
     """A file descriptor of what is wanted.
 
-    Below an attempt's artifacts no symbolic link is followed, at any step: a job must not be able to show us another
-    file than one that it wrote. An absolute path is the person's own and is followed. Raises `AgentError`, `WireError`.
+    Below the node root no symbolic link is followed, at any step: a job must not be able to show us another file than
+    one that it wrote. Any other path is the person's own and is followed. Raises `AgentError`.
     """
-    try:
-        if want.run_id is None:
-            return _open_absolute(want.path)
-        folder = layout.attempt(want.run_id, want.attempt).artifacts
-        return _open_beneath(layout.root, posixpath.relpath(folder, layout.root), check_artifact_path(want.path))
-    except ValueError as error:
-        raise WireError(str(error)) from None
-    except OSError as error:
-        raise _explain(error, want.path) from error
-
-
-def _open_absolute(path: str) -> int:
     if not os.path.isabs(path) or "\0" in path:
         raise AgentError("usage", f"{path!r} is no absolute path")
-    return os.open(path, _OPEN_FILE)
+    try:
+        if path.startswith(layout.root + "/"):
+            return _open_beneath(layout.root, path[len(layout.root) + 1 :])
+        return os.open(path, _OPEN_FILE)
+    except OSError as error:
+        raise _explain(error, path) from error
 
 
-def _open_beneath(base: str, *below: str) -> int:
-    *folders, name = posixpath.join(*below).split("/")
+def _open_beneath(base: str, relative: str) -> int:
+    *folders, name = relative.split("/")
+    if {"", ".", ".."} & {*folders, name}:
+        raise AgentError("usage", f"{relative!r} is no plain path below the node root")
     folder_fd = os.open(base, _OPEN_FOLDER)
     try:
         for folder in folders:

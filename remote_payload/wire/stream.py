@@ -33,7 +33,7 @@ waiting for earlier answers:
     agent → client   SPAN      JSON `SpanFacts`: what the file is, and what follows
                      DATA      argument: offset; several, in order, unless the want is for a digest only
                      END       JSON `SpanEnd`, with the SHA-256 of the span
-                     FAILURE   instead of any of them, or amid DATA; the next want is served all the same if `resumable`
+                     FAILURE   instead of any of them, or amid DATA; the next want is served all the same
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
 from remote_payload.wire.codec import WireError, from_json, to_json
@@ -126,7 +126,7 @@ class FinishedFacts:
 
 @dataclasses.dataclass(frozen=True)
 class StreamFailure:
-    """`resumable`: worth another try as it is (receive), or the stream goes on with the next want (send)."""
+    """`resumable`: the stream was at fault, and the same on a new one may succeed."""
 
     failure: RemoteFailure
     resumable: bool = False
@@ -140,18 +140,17 @@ class SendRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Want:
-    """A span of a regular file: an artifact (`run_id`, `attempt`, `path` below its artifacts) or, with `run_id` None,
-    the absolute `path`.
+    """A span of the regular file at the absolute `path`. Below the node root no symbolic link is followed.
 
     `length` at most `MAX_SPAN_BYTES`; a span is cut at the end of the file. `digest_only`: END without the data.
+    `may_grow`: what is appended meanwhile is no change.
     """
 
     path: str
     offset: int
     length: int
-    run_id: Optional[str] = None
-    attempt: int = 0
     digest_only: bool = False
+    may_grow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Bulk data between here and a node: fingerprints, upload, download, code archives."""
