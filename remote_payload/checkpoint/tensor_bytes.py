@@ -42,8 +42,8 @@ def iter_tensor_bytes(header: CheckpointHeader, name: str, block_bytes: int = 8 
 def map_tensor(header: CheckpointHeader, name: str) -> MappedTensor:
     """The tensor's span of the file, mapped read-only; pages are file-backed and cost no memory of the process.
 
-    Raises `KeyError` and `CheckpointError` as `iter_tensor_bytes`. The map stays valid as long as it is referenced; a file
-    that is cut short while mapped makes access fail with SIGBUS, so write to copies only.
+    Raises `KeyError` and `CheckpointError` as `iter_tensor_bytes`. The map stays valid as long as it is referenced. A
+    file that is cut short while it is mapped ends the process that touches the lost part (SIGBUS).
     """
     tensor = _readable(header, name)
     file = header.files[tensor.file]

@@ -1,0 +1,11 @@
+"""Checks: pure functions from facts to findings, and the list of them all."""
+
+from __future__ import annotations
+
+from remote_payload.health.checks import batchnorm, integrity, values, weights
+from remote_payload.health.checks.check import Check
+
+ALL_CHECKS: tuple[Check, ...] = (*integrity.CHECKS, *values.CHECKS, *weights.CHECKS, *batchnorm.CHECKS)
+"""In the order of the report. A new family of checks is one module and one entry here."""
+
+__all__ = ["ALL_CHECKS", "Check"]

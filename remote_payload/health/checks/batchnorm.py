@@ -1,0 +1,155 @@
+"""Normalisation layers: scales that never moved, running statistics that cannot be, counters that disagree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
+from remote_payload.health.checks.check import Check
+from remote_payload.health.facts import HealthFacts
+from remote_payload.health.stats import FP16_MAX, TensorStats
+from remote_payload.wire.results import Dimension, Finding, Severity
+
+_AT_INIT_FRACTION = 0.5
+_MIN_CHANNELS = 16
+"""A handful of scales may well be exactly 1 by chance in a 16-bit type."""
+
+
+def _gamma_at_init(facts: HealthFacts) -> Iterator[Finding]:
+    scales = list(facts.measured(Role.NORM_SCALE, section=Section.MODEL))
+    stuck = [
+        (t, s)
+        for t, s in scales
+        if s.count >= _MIN_CHANNELS and s.one_fraction is not None and s.one_fraction >= _AT_INIT_FRACTION
+    ]
+    if not stuck:
+        return
+    trained = facts.steps_trained() > 0
+    yield Finding(
+        id="batchnorm.gamma_at_init",
+        severity=Severity.WARNING if trained else Severity.INFO,
+        title=f"{len(stuck)} of {len(scales)} normalisation scales are still at their initial 1",
+        dimension=Dimension.NUMERICS,
+        where=tuple(t.name[:200] for t, _ in stuck[:50]),
+        evidence={
+            "steps_trained": facts.steps_trained(),
+            "tensors": [
+                {"tensor": t.name[:200], "dtype": t.dtype, "fraction_at_one": s.one_fraction, "of": s.count}
+                for t, s in stuck[:20]
+            ],
+        },
+        explanation="Scales start at exactly 1. That they are there still after training means that they got no "
+        "gradient, are no part of the optimizer, or that every step was rounded away: leaving 1.0 takes a step "
+        "beyond 0.00195 down or 0.0039 up in bfloat16, and Adam's steps are about as large as the learning rate.",
+        confidence=0.95 if trained else 0.5,
+        refuted_by="float32 master weights kept elsewhere in which these scales differ from 1.",
+        action="Train with float32 master weights (autocast) instead of a 16-bit model, and check that the scales "
+        "are in the optimizer.",
+    )
+
+
+def _running_var(facts: HealthFacts) -> Iterator[Finding]:
+    variances = list(facts.measured(Role.RUNNING_VAR, section=Section.MODEL))
+    bad = [(t, s) for t, s in variances if s.minimum is not None and s.minimum <= 0 and not _is_untouched(facts, t)]
+    negative = [(t, s) for t, s in bad if s.minimum is not None and s.minimum < 0]
+    if bad:
+        yield Finding(
+            id="batchnorm.running_var_nonpositive",
+            severity=Severity.ERROR if negative else Severity.WARNING,
+            title=f"{len(bad)} running variances are zero or negative",
+            dimension=Dimension.NUMERICS,
+            where=tuple(t.name[:200] for t, _ in bad[:50]),
+            evidence={"tensors": [_range(t, s) for t, s in bad[:20]]},
+            explanation="A negative variance gives NaN in the square root. A variance of exactly 0 means a channel "
+            "whose input never varied: it is divided by the square root of eps, which magnifies any later input "
+            "about 300 times.",
+            confidence=0.9,
+            refuted_by="Channels that are masked or pruned on purpose.",
+            action="Look for dead inputs of these channels; recompute the running statistics on real data.",
+        )
+    large = [(t, s) for t, s in variances if s.maximum is not None and s.maximum > FP16_MAX]
+    if large:
+        yield Finding(
+            id="batchnorm.running_var_large",
+            severity=Severity.WARNING,
+            title=f"{len(large)} running variances reach beyond {FP16_MAX:,.0f}",
+            dimension=Dimension.NUMERICS,
+            where=tuple(t.name[:200] for t, _ in large[:50]),
+            evidence={"tensors": [_range(t, s) for t, s in large[:20]]},
+            explanation="The layer's inputs have a standard deviation above 256: raw pixel or code values come in "
+            "without normalisation, or activations have grown. fp16 cannot hold such a variance, bfloat16 holds it "
+            "to three digits.",
+            confidence=0.9,
+            refuted_by="Inputs that are of that size by design.",
+            action="Normalise the inputs; keep running statistics in float32.",
+        )
+
+
+def _is_untouched(facts: HealthFacts, tensor: TensorEntry) -> bool:
+    """The layer's own counter says that it never saw a batch."""
+    counter = tensor.name[: -len("running_var")] + "num_batches_tracked"
+    return any(t.name == counter and t.value == 0 for t in facts.header.tensors)
+
+
+def _range(tensor: TensorEntry, stats: TensorStats) -> dict[str, object]:
+    return {"tensor": tensor.name[:200], "minimum": stats.minimum, "maximum": stats.maximum, "of": stats.count}
+
+
+def counters(header: CheckpointHeader) -> dict[str, int]:
+    """Batches that each normalisation layer of the model has counted."""
+    return {t.name: t.value for t in header.model_tensors() if t.role is Role.COUNTER and isinstance(t.value, int)}
+
+
+def _counter_mismatch(facts: HealthFacts) -> Iterator[Finding]:
+    counted = counters(facts.header)
+    values = Counter(counted.values())
+    if len(values) < 2:
+        return
+    usual = min(v for v, n in values.items() if n == max(values.values()))
+    others = {n: v for n, v in counted.items() if v != usual}
+    doubled = [n for n, v in others.items() if usual > 0 and v == 2 * usual]
+    halved = [n for n, v in others.items() if v > 0 and usual == 2 * v]
+    twice = doubled or halved
+    yield Finding(
+        id="batchnorm.counter_mismatch",
+        severity=Severity.WARNING if twice else Severity.INFO,
+        title=f"{len(others)} of {len(counted)} layers have counted other numbers of batches than the rest",
+        dimension=Dimension.TRAINING_DYNAMICS,
+        where=tuple(n[:200] for n in list(others)[:50]),
+        evidence={
+            "counts": {str(v): n for v, n in values.most_common(20)},
+            "usual": usual,
+            "twice": [n[:200] for n in (doubled or halved)[:20]],
+        },
+        explanation="Layers of one model see the same batches. Exactly twice as many means that the forward pass ran "
+        "twice a step, as activation checkpointing does: running statistics then move at an effective momentum of "
+        "0.19 instead of 0.1. Other numbers mean layers that were frozen, shared or added later.",
+        confidence=0.9 if twice else 0.6,
+        refuted_by="A layer that the model really calls twice a step.",
+        action="Keep normalisation layers out of activation checkpointing, or freeze their statistics in its second "
+        "pass.",
+    )
+
+
+CHECKS = (
+    Check(
+        Dimension.NUMERICS,
+        "normalisation scales at their initial value",
+        _gamma_at_init,
+        lambda facts: any(True for _ in facts.measured(Role.NORM_SCALE, section=Section.MODEL)),
+    ),
+    Check(
+        Dimension.NUMERICS,
+        "running variances",
+        _running_var,
+        lambda facts: any(True for _ in facts.measured(Role.RUNNING_VAR, section=Section.MODEL)),
+    ),
+    Check(
+        Dimension.TRAINING_DYNAMICS,
+        "batch counters of normalisation layers",
+        _counter_mismatch,
+        lambda facts: len(counters(facts.header)) > 1,
+        can_pass=False,
+    ),
+)

@@ -1,0 +1,116 @@
+"""`health.json`: the health job's document."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from remote_payload.checkpoint.errors import CheckpointError
+from remote_payload.checkpoint.header import Role
+from remote_payload.checkpoint.plain import json_number
+from remote_payload.health.facts import HealthFacts
+from remote_payload.health.verdict import unreadable_verdict
+from remote_payload.wire.codec import to_json
+from remote_payload.wire.results import RESULTS_SCHEMA_VERSION, Dimension, Finding, Severity, Verdict
+
+
+def health_document(facts: HealthFacts, findings: list[Finding], verdict: Verdict, device: str) -> dict[str, Any]:
+    """The document of a file that could be read, at least in part."""
+    header = facts.header.to_json()
+    # The tensors stand in the document's own list, with their statistics.
+    header.pop("tensors")
+    return {
+        **_frame(findings, verdict),
+        "header": header,
+        "tensors": [_tensor(facts, index) for index in range(len(facts.header.tensors))],
+        "classes": classes(facts),
+        "checksums": to_json(facts.scan.checksums),
+        "device": device,
+        "bytes_read": facts.scan.bytes_read,
+    }
+
+
+def unreadable_document(error: CheckpointError) -> dict[str, Any]:
+    """The document of a file that has no readable header: a finding says why."""
+    finding = Finding(
+        id="integrity.truncated" if error.kind == "truncated" else f"integrity.{error.kind}",
+        severity=Severity.ERROR,
+        title=str(error)[:300],
+        dimension=Dimension.INTEGRITY,
+        evidence={"kind": error.kind},
+        explanation="The header could not be read, so nothing else was measured.",
+        refuted_by="A copy of the same file that can be read.",
+        action=error.action,
+    )
+    findings = [finding, *error.findings]
+    document = _frame(findings, unreadable_verdict(findings, str(error)[:300]))
+    document.update(
+        {"header": None, "tensors": [], "classes": None, "checksums": None, "device": None, "bytes_read": 0}
+    )
+    return document
+
+
+def classes(facts: HealthFacts) -> dict[str, Any]:
+    """The lab's table: counts by class, and what each role's values come to over all its tensors."""
+    return {"counts": dict(facts.header.class_counts), "by_role": _by_role(facts)}
+
+
+def _by_role(facts: HealthFacts) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for role in Role:
+        measured = list(facts.measured(role))
+        minima = [s.minimum for _, s in measured if s.minimum is not None]
+        maxima = [s.maximum for _, s in measured if s.maximum is not None]
+        if measured:
+            table[role.value] = {
+                "tensors": len(measured),
+                "elements": sum(s.count for _, s in measured),
+                "nan": sum(s.nan for _, s in measured),
+                "inf": sum(s.inf for _, s in measured),
+                "constant_tensors": sum(1 for _, s in measured if s.is_constant),
+                "minimum": min(minima, default=None),
+                "maximum": max(maxima, default=None),
+            }
+    return table
+
+
+def _frame(findings: list[Finding], verdict: Verdict) -> dict[str, Any]:
+    return {
+        "schema_version": RESULTS_SCHEMA_VERSION,
+        "job": "health",
+        "findings": [_json_finding(f) for f in findings],
+        "verdict": to_json(verdict),
+        "metrics": [],
+        "pictures": [],
+    }
+
+
+def _json_finding(finding: Finding) -> Any:
+    return _without_infinities(to_json(finding))
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, float):
+        return json_number(value)
+    if isinstance(value, dict):
+        return {k: _without_infinities(v) for k, v in value.items()}
+    return [_without_infinities(v) for v in value] if isinstance(value, list) else value
+
+
+def _tensor(facts: HealthFacts, index: int) -> dict[str, Any]:
+    tensor = facts.header.tensors[index]
+    stats = facts.scan.stats.get(tensor.name)
+    reason: Optional[str] = None
+    if stats is None:
+        reason = facts.scan.not_measured.get(tensor.name, "the pass ended before it")
+    return {
+        "name": tensor.name,
+        "section": tensor.section.value,
+        "role": tensor.role.value,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "numel": tensor.numel,
+        "nbytes": tensor.nbytes,
+        "value": tensor.value,
+        "statistics": stats.to_json() if stats else None,
+        "not_measured": reason,
+    }

@@ -1,0 +1,70 @@
+"""What the checks get: everything that was read, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Optional
+
+from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
+from remote_payload.health.stats import TensorStats
+
+
+@dataclasses.dataclass(frozen=True)
+class ChecksumMismatch:
+    """A record whose bytes are not those that were written."""
+
+    record: str
+    stated: int
+    computed: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChecksumFacts:
+    """Of `records`, `checked` were compared with their checksum and `without` carry none."""
+
+    records: int
+    checked: int
+    without: int
+    mismatches: tuple[ChecksumMismatch, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanResult:
+    """The pass over a file: statistics by tensor name, or why there are none."""
+
+    stats: dict[str, TensorStats]
+    not_measured: dict[str, str]
+    checksums: ChecksumFacts
+    read_errors: dict[str, str]
+    bytes_read: int
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthFacts:
+    """A header and the pass over its file. `changed` says how the file changed while it was read."""
+
+    header: CheckpointHeader
+    scan: ScanResult
+    changed: Optional[str] = None
+
+    def measured(self, *roles: Role, section: Optional[Section] = None) -> Iterator[tuple[TensorEntry, TensorStats]]:
+        """Tensors that have statistics, of the given roles (all if none) and section (all if None)."""
+        for tensor in self.header.tensors:
+            stats = self.scan.stats.get(tensor.name)
+            if stats is None or (roles and tensor.role not in roles) or (section and tensor.section is not section):
+                continue
+            yield tensor, stats
+
+    def steps_trained(self) -> int:
+        """The most optimizer steps that the file itself gives evidence of: its labels, counters or optimizer."""
+        found = [0]
+        for key in ("global_step", "step", "steps", "iteration", "epoch"):
+            value = self.header.scalars.get(key)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append(int(value))
+        found.extend(int(t.value) for t in self.header.tensors if t.role is Role.COUNTER and isinstance(t.value, int))
+        if self.header.optimizer is not None:
+            found.extend(int(s) for s in self.header.optimizer.steps)
+        return max(found)

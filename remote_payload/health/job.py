@@ -1,0 +1,65 @@
+"""The health job: header, one streaming pass, checks, `health.json`."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from remote_payload.checkpoint.errors import CheckpointError, MissingCheckpointError
+from remote_payload.checkpoint.header import CheckpointHeader
+from remote_payload.checkpoint.reader import read_header
+from remote_payload.checkpoint.source import fingerprint_of
+from remote_payload.health.checks import ALL_CHECKS
+from remote_payload.health.document import health_document, unreadable_document
+from remote_payload.health.facts import HealthFacts
+from remote_payload.health.verdict import run_checks
+from remote_payload.jobs.context import JobContext
+from remote_payload.wire.states import Phase
+
+
+def run(context: JobContext) -> None:
+    """Write `health.json` for the plan's checkpoint, whatever state it is in.
+
+    Raises `MissingCheckpointError` if nothing is there: that is no verdict on a file.
+    """
+    context.write_results(examine(context.plan.checkpoint_path, context.plan.gpu.device, context))
+
+
+def examine(path: str, device: str, context: JobContext) -> dict[str, Any]:
+    """The document for one checkpoint. `device` is auto, cpu or cuda."""
+    context.progress(Phase.LOAD, message="reading the header")
+    try:
+        header = read_header(path)
+    except MissingCheckpointError:
+        raise
+    except CheckpointError as error:
+        return unreadable_document(error)
+    context.progress(Phase.IMPORT, message="importing torch")
+    from remote_payload.health import scan
+    from remote_payload.health.device import choose_device
+
+    context.progress(Phase.CUDA, message="choosing the device")
+    chosen = choose_device(device)
+
+    def report(done: int, total: int) -> None:
+        context.progress(Phase.RUN, counter=done, total=total, message="bytes examined")
+
+    try:
+        result = scan.scan(header, chosen, report)
+    except CheckpointError as error:
+        # The file went away between the header and the pass.
+        return unreadable_document(error)
+    facts = HealthFacts(header, result, _change(header))
+    findings, verdict = run_checks(facts, ALL_CHECKS)
+    return health_document(facts, findings, verdict, chosen)
+
+
+def _change(header: CheckpointHeader) -> Optional[str]:
+    now = fingerprint_of(header.path)
+    if now is None:
+        return "the file is gone"
+    for label, before, after in zip(
+        ("size", "modification time", "inode"), header.fingerprint, (now.size, now.mtime_ns, now.inode)
+    ):
+        if before != after:
+            return f"its {label} went from {before} to {after}"
+    return None
