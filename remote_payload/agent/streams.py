@@ -32,17 +32,22 @@ def main_stream(request: dict[str, Any], nonce: str) -> int:
     output = os.dup(1)
     os.dup2(2, 1)  # a stray print must not get between frames
     with FdChannel(0, output) as channel:
-        try:
-            channel.send(f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode())
-            failure = _serve(channel, request)
-            if failure is not None:
-                channel.send_json(FrameKind.FAILURE, failure)
-        except PeerGoneError:
-            return PEER_GONE_STATUS
+        return serve_stream(channel, request, nonce)
+
+
+def serve_stream(channel: FdChannel, request: dict[str, Any], nonce: str) -> int:
+    """As `main_stream`, over any channel."""
+    try:
+        channel.send(f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode())
+        failure = _perform(channel, request)
+        if failure is not None:
+            channel.send_json(FrameKind.FAILURE, failure)
+    except PeerGoneError:
+        return PEER_GONE_STATUS
     return 0
 
 
-def _serve(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFailure]:
+def _perform(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFailure]:
     try:
         _verb(request)(channel, request.get("params"))
     except AgentError as error:
