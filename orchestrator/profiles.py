@@ -143,6 +143,10 @@ class ClusterProfile(_Strict):
     def gpu_policy(self) -> GpuPolicy:
         return GpuPolicy(self.gpu.device, self.gpu.count, int(self.gpu.min_free_gib * 1024**3), self.gpu.allow_shared)
 
+    @property
+    def bandwidth_limit_bytes_per_s(self) -> float | None:
+        return self.bandwidth_limit_mbps * 1e6 / 8 if self.bandwidth_limit_mbps is not None else None
+
     def overrun_policy(self) -> OverrunPolicy:
         return OverrunPolicy(self.budgets_s.seconds(), self.on_overrun)
 

@@ -237,7 +237,7 @@ def collect(run_id: str | None, *, as_json: bool) -> int:
     if attempt is None:
         raise UsageError(f"{plan.run_id} was not launched yet", action=f"remote-eval resume {plan.run_id}")
     with context.node:
-        manifest = collect_now(context, attempt)
+        manifest = collect_now(context, attempt, is_final=attempt.fate in ("terminal", "lost"))
     if as_json:
         print_json({"run_id": plan.run_id, "folder": str(context.run.folder), "complete": manifest.complete})
     else:

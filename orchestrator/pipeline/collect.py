@@ -7,55 +7,60 @@ import posixpath
 import shutil
 from pathlib import Path
 
-from orchestrator.errors import IntegrityError, RemoteEvalError, UnreachableError, UsageError
+from orchestrator.errors import IntegrityError
 from orchestrator.fsutil import write_atomically
 from orchestrator.journal import AttemptRecord
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.launch import reference
-from orchestrator.transfer.download import download_artifact, download_file
+from orchestrator.pipeline.launch import read_status, reference
+from orchestrator.transfer.download import Download, download_files
 from remote_payload.wire.codec import WireError, to_json
 from remote_payload.wire.messages import Manifest
 
 
-def collect(context: RunContext, attempt: AttemptRecord) -> Manifest:
-    """Bring everything of an attempt here, from a failed one too. Raises `IntegrityError` for what does not verify."""
+def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> Manifest:
+    """Bring everything of an attempt here, from a failed one too, over one stream each for logs and artifacts.
+
+    `is_final`: the attempt has ended, so what is collected now is all there will be. Raises `IntegrityError` for what
+    does not verify.
+    """
     _collect_diagnostics(context, attempt)
     manifest = context.node.call("manifest", reference(context, attempt), Manifest)
     _refuse_hostile_names(context, manifest)
     incoming = context.run.folder / f".artifacts-{attempt.number}"
     incoming.mkdir(mode=0o700, exist_ok=True)
     layout = context.node.layout.attempt(context.plan.run_id, attempt.number)
+    wanted = []
     for entry in manifest.entries:
         target = incoming.joinpath(*entry.path.split("/"))
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        download_artifact(
+        wanted.append(Download(posixpath.join(layout.artifacts, entry.path), target, entry.size, entry.sha256))
+    if wanted:
+        download_files(
             context.node,
-            posixpath.join(layout.artifacts, entry.path),
-            target,
-            entry.size,
-            entry.sha256,
+            wanted,
             on_progress=lambda progress: context.reporter.transfer("artifacts", progress),
+            bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         )
     _replace_folder(incoming, context.run.artifacts)
     write_atomically(context.run.manifest, (json.dumps(to_json(manifest), indent=1, sort_keys=True) + "\n").encode())
-    context.note_entry("collected", attempt=attempt.number, complete=manifest.complete, files=len(manifest.entries))
+    if is_final:
+        context.note_entry("collected", attempt=attempt.number, complete=manifest.complete, files=len(wanted))
     return manifest
 
 
 def _collect_diagnostics(context: RunContext, attempt: AttemptRecord) -> None:
-    """Logs may be missing (a job that never ran has none); a missing one is no error, an unreachable node is."""
+    """Those that exist: a job that never ran has no logs."""
     context.run.diagnostics.mkdir(mode=0o700, exist_ok=True)
     layout = context.node.layout.attempt(context.plan.run_id, attempt.number)
+    sizes = read_status(context, attempt).sizes
+    wanted = []
     for path in layout.diagnostics:
         target = context.run.diagnostics / posixpath.basename(path)
-        try:
-            download_file(context.node, path, target)
-        except UnreachableError:
-            raise
-        except UsageError:
-            target.unlink(missing_ok=True)
-        except RemoteEvalError as error:
-            context.reporter.warn(f"could not collect {posixpath.basename(path)}: {error}")
+        target.unlink(missing_ok=True)
+        if target.name in sizes:
+            wanted.append(Download(path, target, may_grow=True))
+    if wanted:
+        download_files(context.node, wanted)
 
 
 def _refuse_hostile_names(context: RunContext, manifest: Manifest) -> None:

@@ -6,13 +6,16 @@ from typing import Any
 
 from orchestrator.history import earlier_runs, record_run
 from orchestrator.pipeline.context import RunContext
-from orchestrator.report import build_results, write_report
+from orchestrator.report import AttemptOutcome, build_results, write_report
 
 
-def report(context: RunContext) -> dict[str, Any]:
-    """Write report.html, report.md and results.json from the run folder alone, and return the results."""
+def report(context: RunContext, attempt: AttemptOutcome | None = None) -> dict[str, Any]:
+    """Write report.html, report.md and results.json from the run folder, and return the results.
+
+    `attempt` tells what the folder cannot: that the attempt was lost.
+    """
     layout = context.services.layout
-    earlier = earlier_runs(layout, build_results(context.run))
-    results = write_report(context.run, earlier)
+    earlier = earlier_runs(layout, build_results(context.run, attempt=attempt))
+    results = write_report(context.run, earlier, attempt)
     record_run(layout, results)
     return results

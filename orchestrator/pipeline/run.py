@@ -21,11 +21,13 @@ from orchestrator.pipeline import collect as collecting
 from orchestrator.pipeline import follow as following
 from orchestrator.pipeline import launch as launching
 from orchestrator.pipeline import sync as syncing
+from orchestrator.pipeline.assess import Standing
 from orchestrator.pipeline.context import RunContext, Services
 from orchestrator.pipeline.preflight import preflight
 from orchestrator.pipeline.provenance import write_provenance
 from orchestrator.pipeline.reporting import report
 from orchestrator.plan import RunPlan, SyncedCheckpoint
+from orchestrator.report import AttemptOutcome
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.messages import Decided, StatusReply
 from remote_payload.wire.names import check_run_id, printable
@@ -127,7 +129,7 @@ def _advance(context: RunContext, detach: bool, retry: bool, on_log: following.L
     checkpoint = _ensure_synced(context, record)
     attempt = _ensure_launched(context, checkpoint, record, retry)
     if attempt.fate == "lost":
-        lost: AttemptLostError | None = following.lost_error(context.plan.run_id, following.Standing.ABSENT)
+        lost: AttemptLostError | None = following.lost_error(context.plan.run_id, Standing.ABSENT)
     else:
         if detach and attempt.fate == "launched":
             context.note_entry("detached", attempt=attempt.number)
@@ -135,10 +137,10 @@ def _advance(context: RunContext, detach: bool, retry: bool, on_log: following.L
         lost = _follow(context, attempt, on_log)
     if context.record().collected != attempt.number:
         with context.stage("collect"):
-            collecting.collect(context, attempt)
+            collecting.collect(context, attempt, is_final=True)
     write_provenance(context, checkpoint)
     with context.stage("report"):
-        results = report(context)
+        results = report(context, AttemptOutcome(attempt.number, "lost", str(lost)) if lost else None)
     context.note_entry("reported", verdict=results["verdict"]["overall"])
     if lost is not None:
         raise lost

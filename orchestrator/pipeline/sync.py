@@ -15,7 +15,6 @@ from remote_payload.wire.messages import Located, LocateRequest, Unpacked, Unpac
 
 LOCATE_TIMEOUT_S = 900.0
 """A candidate of the same size is read in full on the node before it counts as the same file."""
-_BITS_PER_MEGABIT = 1_000_000
 
 
 def locate_in_place(context: RunContext) -> SyncedCheckpoint:
@@ -37,6 +36,10 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     path = local_checkpoint(context.plan.checkpoint)
     local = digest_local_file(path, context.services.layout)
     manifest = local.manifest
+    if context.profile.embedded:
+        # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
+        here = _locate(context, LocateRequest(context.node.layout.root, path=str(path)))
+        return _synced(here, digest=manifest.digest)
     found = _locate(
         context,
         LocateRequest(
@@ -55,7 +58,7 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
         path,
         manifest,
         on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
-        bandwidth_limit_bytes_per_s=_bandwidth_limit(context),
+        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
     )
     return SyncedCheckpoint(sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent)
 
@@ -87,8 +90,3 @@ def _synced(found: Located, digest: str | None = None) -> SyncedCheckpoint:
         raise CheckpointError("the node found the checkpoint and names no path")
     fingerprint = tuple(v for v in (found.size, found.mtime_ns, found.inode) if v is not None)
     return SyncedCheckpoint(found.path, found.digest or digest, found.size, fingerprint, found.how)
-
-
-def _bandwidth_limit(context: RunContext) -> float | None:
-    megabits = context.profile.bandwidth_limit_mbps
-    return megabits * _BITS_PER_MEGABIT / 8 if megabits is not None else None
