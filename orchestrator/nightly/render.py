@@ -19,6 +19,7 @@ CRON_END = b"# remote-eval nightly: end"
 SPREAD_MINUTES = 20
 TICK_LIMIT = "20h"
 _TIME = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])\Z")
+_NOT_IN_EXECUTABLES = frozenset("\"'\\$")
 _SYSTEMD_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
@@ -57,8 +58,8 @@ class DailyTime:
 def systemd_service(command: Command) -> str:
     """The unit that runs one tick. A tick that found another one at work (exit 75) has not failed."""
     argv = command.argv
-    if "$" in argv[0]:
-        # systemd takes the first word literally but expands `$` when it hands it on as argv[0].
+    if set(argv[0]) & _NOT_IN_EXECUTABLES:
+        # systemd refuses quotes there, and hands on an argv[0] in which it has expanded `$`.
         argv = ("/bin/sh", "-c", 'exec "$0" "$@"', *argv)
     environment = "".join(f"Environment={_systemd_word(f'{k}={v}')}\n" for k, v in sorted(command.environment.items()))
     start = " ".join([_systemd_word(argv[0]), *(_systemd_word(a).replace("$", "$$") for a in argv[1:])])
