@@ -1,0 +1,209 @@
+"""The one login of the OpenSSH transport: a ControlMaster of our own, which every command then goes through."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from orchestrator.errors import ConfigurationError, InternalError, LoginRefusedError, UnreachableError
+from orchestrator.ssh import openssh_messages
+from orchestrator.ssh.askpass import AskpassServer
+from orchestrator.ssh.config import EffectiveConfig, find_ssh, ssh_arguments
+from orchestrator.ssh.known_hosts import KnownHost, read_known_hosts
+from orchestrator.ssh.settings import ConnectionSettings, Prompt
+
+CONTROL_PERSIST_S = 600
+"""A master that its client left behind (killed, power cut) ends itself after this long without a session."""
+
+_CONTROL_TIMEOUT_S = 10.0
+_POLL_S = 0.02
+_LONGEST_PERSON_WAIT_S = 300.0
+_LONGEST_SOCKET_PATH = 103
+_TEMPORARY_SUFFIX = 18  # ssh binds ControlPath + "." + 16 random characters first
+_MAX_LOG_BYTES = 1024 * 1024
+
+
+class Master:
+    """A running ControlMaster. `command_prefix()` starts a session on it and on nothing else."""
+
+    def __init__(self, binary: str, folder: Path, host: str) -> None:
+        self._binary = binary
+        self._host = host
+        self.folder = folder
+
+    @property
+    def control_path(self) -> Path:
+        return self.folder / "c"
+
+    def command_prefix(self, log: Path) -> list[str]:
+        """`ssh` up to the remote command. It reads no configuration, and should the master be gone it fails instead of
+        logging in anew."""
+        options = _options(
+            ControlPath=_quoted(self.control_path), ControlMaster="no", BatchMode="yes", ProxyCommand="exit 1"
+        )
+        return [self._binary, "-F", os.devnull, "-E", str(log), "-T", *options, "--", self._host]
+
+    def close(self) -> None:
+        """End the master and remove its folder. Never raises."""
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self._control("exit")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def answers(self) -> bool:
+        """Whether the master's process is there; the connection behind it may be dead all the same."""
+        try:
+            return self._control("check").returncode == 0
+        except (OSError, subprocess.SubprocessError):
+            return False
+
+    def _control(self, request: str) -> subprocess.CompletedProcess[bytes]:
+        path = _options(ControlPath=_quoted(self.control_path))
+        return subprocess.run(
+            [self._binary, "-F", os.devnull, *path, "-O", request, "--", self._host],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_CONTROL_TIMEOUT_S,
+            check=False,
+        )
+
+
+def start_master(
+    settings: ConnectionSettings, effective: EffectiveConfig, prompt: Prompt, sockets_folder: Path
+) -> Master:
+    """Log in with the system's `ssh`. One try; raises the diagnosed error."""
+    binary = find_ssh()
+    if binary is None:
+        raise ConfigurationError("transport: openssh needs an `ssh` program", action="Install OpenSSH's client.")
+    folder = _private_folder(sockets_folder)
+    master = Master(binary, folder, settings.host)
+    try:
+        askpass = AskpassServer(folder, prompt)
+        with contextlib.closing(askpass):
+            _log_in(binary, settings, effective, master, askpass)
+    except BaseException:
+        master.close()
+        raise
+    return master
+
+
+def _log_in(
+    binary: str, settings: ConnectionSettings, effective: EffectiveConfig, master: Master, askpass: AskpassServer
+) -> None:
+    log = master.folder / "login.log"
+    command = [binary, "-f", "-N", "-T", *_login_options(settings, master.control_path), "--", settings.host]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            env=_environment(askpass),
+            start_new_session=True,
+        )
+    askpass.on_no_answer = process.terminate
+    in_time = _wait(process, settings, askpass)
+    text = log.read_bytes()[-_MAX_LOG_BYTES:].decode("utf-8", "replace")
+    log.unlink()
+    if askpass.no_answer:
+        record = openssh_messages.login_record(text)
+        raise LoginRefusedError(
+            f"{effective.description} asks a question, and there is no terminal to ask on: {askpass.questions[-1]}",
+            action="Run on a terminal, or use a key that needs no passphrase here (`ssh-add`).",
+            details="\n".join(record.server_words),
+        )
+    if not in_time:
+        raise UnreachableError(
+            f"{effective.description} did not finish the login in time",
+            action="Check that the machine is up, and that the VPN or jump host that leads to it works.",
+            details="\n".join(openssh_messages.plain_lines(text)),
+        )
+    if process.returncode != 0:
+        known: tuple[KnownHost, ...] = ()
+        with contextlib.suppress(OSError):
+            known = read_known_hosts(effective.known_hosts_files)
+        raise openssh_messages.login_failure(text, effective, known)
+    if not master.answers():
+        raise InternalError("ssh logged in without leaving a control socket", details=text[-2000:])
+
+
+def _login_options(settings: ConnectionSettings, control_path: Path) -> list[str]:
+    options = _options(
+        ControlMaster="yes",
+        ControlPath=_quoted(control_path),
+        ControlPersist=str(CONTROL_PERSIST_S),
+        ClearAllForwardings="yes",
+        ForwardAgent="no",
+        ForwardX11="no",
+        Tunnel="no",
+        PermitLocalCommand="no",
+        RemoteCommand="none",
+        RequestTTY="no",
+        UpdateHostKeys="no",
+        StrictHostKeyChecking="ask" if settings.host_key_policy == "ask" else "yes",
+        NumberOfPasswordPrompts="1",
+        ConnectionAttempts="1",
+        ConnectTimeout=str(math.ceil(settings.connect_timeout_s)),
+        ServerAliveInterval=str(max(1, round(settings.keepalive_s))),
+        ServerAliveCountMax="3",
+        # The log is read when the login fails: which keys were offered, what the server allows.
+        LogLevel="DEBUG1",
+    )
+    if settings.identity_files:
+        options += _options(IdentitiesOnly="yes")
+        for path in settings.identity_files:
+            options += _options(IdentityFile=_quoted(path))
+    if settings.known_hosts_files:
+        files = " ".join(_quoted(path) for path in settings.known_hosts_files)
+        options += _options(UserKnownHostsFile=files, GlobalKnownHostsFile=os.devnull)
+    # First value wins in ssh, so ours stand before -F and what it holds.
+    return [*options, *ssh_arguments(settings)]
+
+
+def _wait(process: subprocess.Popen[bytes], settings: ConnectionSettings, askpass: AskpassServer) -> bool:
+    """Wait for the login's end. False: it took too long, and is ended; a person's time is counted apart."""
+    limit_s = settings.connect_timeout_s + settings.banner_timeout_s + settings.auth_timeout_s
+    began = time.monotonic()
+    while process.poll() is None:
+        if time.monotonic() - began > limit_s + min(askpass.asked_s, _LONGEST_PERSON_WAIT_S):
+            # The whole group: a ProxyCommand or jump host's ssh goes with it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _environment(askpass: AskpassServer) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment.update(askpass.environment())
+    environment["LC_ALL"] = "C"
+    return environment
+
+
+def _private_folder(sockets_folder: Path) -> Path:
+    """A folder of our own for one master; in /tmp where the usual place has too long a path for a Unix socket."""
+    sockets_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = sockets_folder / secrets.token_hex(4)
+    if len(os.fsencode(folder / "c")) + _TEMPORARY_SUFFIX > _LONGEST_SOCKET_PATH:
+        return Path(tempfile.mkdtemp(prefix="re-", dir="/tmp"))
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _options(**options: str) -> list[str]:
+    return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+
+
+def _quoted(path: Path) -> str:
+    """A path as an option's value: quoted for spaces, its percent signs kept from being tokens."""
+    return '"' + str(path.absolute()).replace("%", "%%") + '"'

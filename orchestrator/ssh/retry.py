@@ -1,0 +1,47 @@
+"""Network trouble is retried with exponential backoff and jitter; anything else ends at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from orchestrator.errors import UnreachableError
+from orchestrator.ssh.settings import RetryListener, RetryNotice, RetryPolicy
+
+T = TypeVar("T")
+
+
+def with_retry(
+    attempt: Callable[[], T],
+    policy: RetryPolicy,
+    on_retry: RetryListener | None = None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Call `attempt` until it succeeds. `UnreachableError` is retried until `policy.patience_s` has passed since the
+    first call and is then raised as it is; every other error is raised at once."""
+    import tenacity
+
+    began = time.monotonic()
+
+    def patience_left_s() -> float:
+        return policy.patience_s - (time.monotonic() - began)
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome is not None else None
+        if on_retry is not None and error is not None:
+            on_retry(RetryNotice(str(error), state.attempt_number, state.upcoming_sleep, max(0.0, patience_left_s())))
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(UnreachableError),
+        # Full jitter would let a crowd of nightly runs come back at once after a short wait; this keeps the growth.
+        wait=tenacity.wait_exponential_jitter(
+            initial=policy.first_wait_s, max=policy.longest_wait_s, jitter=policy.first_wait_s
+        ),
+        stop=lambda state: state.upcoming_sleep >= patience_left_s(),
+        before_sleep=tell,
+        sleep=sleep,
+        reraise=True,
+    )
+    return retrying(attempt)
