@@ -20,7 +20,7 @@ _WARNING_FILTERS = threading.Lock()
 def load_tensor(
     header: CheckpointHeader, name: str, device: Union[str, torch.device] = "cpu", *, copy: bool = True
 ) -> torch.Tensor:
-    """One tensor on `device`, with the shape and strides that it was saved with.
+    """One tensor on `device`, with the shape that it was saved with, and the strides if it is dense.
 
     On the CPU it is a copy; with `copy=False` it is the mapped file itself, which must not be written to. Raises
     `KeyError`, `CheckpointError`, and `UnsupportedCheckpointError` for a type that this torch does not have.
@@ -63,5 +63,5 @@ def _swapped(tensor: torch.Tensor) -> torch.Tensor:
 
     plain = tensor.contiguous()
     width = plain.element_size() // (2 if plain.is_complex() else 1)
-    swapped = plain.view(torch.uint8).reshape(-1, width).flip(1).contiguous()
+    swapped = plain.reshape(-1).view(torch.uint8).reshape(-1, width).flip(1).contiguous()
     return swapped.view(plain.dtype).reshape(plain.shape)
