@@ -17,7 +17,7 @@ from remote_payload.wire.states import AttemptStatus, JobStatus
 HEARTBEAT_S = 5.0
 MAX_LOG_BYTES = 64 * 1024 * 1024
 _MIN_INTERVAL_S = 0.5
-_RESERVE_BYTES = 128 * 1024
+_RESERVE_BYTES = 256 * 1024
 _FINAL_TRIES = 60
 _FINAL_WAIT_S = 1.0
 _LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,17 +61,18 @@ class TruthFile:
                 self._write()
                 break
             except OSError:
-                self._release_reserve()
+                self.release_reserve()
                 if not left:
                     raise
                 time.sleep(_FINAL_WAIT_S if left < _FINAL_TRIES - 1 else 0.0)
-        self._release_reserve()
+        self.release_reserve()
 
     def _write(self) -> None:
         files.replace(self._attempt.status, files.json_bytes(to_json(self.status)))
         self._is_stale = False
 
-    def _release_reserve(self) -> None:
+    def release_reserve(self) -> None:
+        """Give the reserved blocks back, once nothing but the last records is to be written."""
         with contextlib.suppress(OSError):
             os.unlink(self._attempt.reserve)
 

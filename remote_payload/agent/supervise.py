@@ -161,6 +161,7 @@ class Supervisor:
             try:
                 files.replace(self._attempt.manifest, data)
             except OSError as error:
+                self._truth.release_reserve()
                 if not left:
                     return f"the manifest could not be written: {error.strerror}"
                 self._truth.tick(time.monotonic())
