@@ -134,7 +134,8 @@ def _clause(names: list[str] | None, singular: str, plural: str) -> str:
     if not names:
         return ""
     if len(names) == 1:
-        return f"{names[0]} {singular}"
+        # Numerics and training dynamics are plural words.
+        return f"{names[0]} {plural if names[0].endswith('s') else singular}"
     return f"{', '.join(names[:-1])} and {names[-1]} {plural}"
 
 

@@ -24,7 +24,7 @@ def results(dimensions: dict[str, str], state: str = "succeeded", cause: str | N
 def test_failing_dimensions_are_named_first() -> None:
     given = dict(zip(NAMES, ["pass", "fail", "fail", "warn", "not_measured"], strict=True))
     assert verdict_sentence(results(given)) == (
-        "Not usable: provenance and numerics fail; training dynamics has warnings; "
+        "Not usable: provenance and numerics fail; training dynamics have warnings; "
         "task evidence was not measured; integrity passes."
     )
 
