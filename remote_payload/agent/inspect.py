@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from remote_payload.agent.failure import AgentError
@@ -16,7 +17,7 @@ def inspect(request: InspectRequest) -> dict[str, Any]:
     # By name and late: the package beside it may import torch, which the agent must never wait for.
     checkpoint = importlib.import_module("remote_payload.checkpoint")
     render = importlib.import_module("remote_payload.checkpoint.render")
-    path = expand(request.path, "checkpoint path")
+    path = request.path if os.path.exists(request.path) else expand(request.path, "checkpoint path")
     try:
         header = checkpoint.read_header(path)
     except checkpoint.CheckpointError as error:

@@ -56,9 +56,12 @@ def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> L
 
 
 def _absolute_candidates(wanted: str, search_roots: Iterable[str]) -> Iterator[str]:
-    expanded = os.path.expanduser(os.path.expandvars(wanted))
-    if "\0" in expanded:
+    if "\0" in wanted:
         raise AgentError("usage", f"{wanted!r} is no path")
+    if os.path.isabs(wanted):
+        # As it is written first: a dollar sign may be part of a name.
+        yield os.path.normpath(wanted)
+    expanded = os.path.expanduser(os.path.expandvars(wanted))
     if os.path.isabs(expanded):
         yield os.path.normpath(expanded)
         return
