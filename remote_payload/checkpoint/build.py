@@ -26,6 +26,7 @@ from remote_payload.checkpoint.placement import Placer
 from remote_payload.checkpoint.plain import PlainValues, key_text
 from remote_payload.checkpoint.records import RawCheckpoint
 from remote_payload.checkpoint.roles import class_counts, model_roles, optimizer_role
+from remote_payload.checkpoint.security import unsafe_global_findings
 from remote_payload.checkpoint.single_values import SingleValues
 from remote_payload.checkpoint.tree import (
     FoundState,
@@ -96,7 +97,7 @@ def build_header(
         scheduler=sorted_values.scheduler,
         plain=sorted_values.plain,
         globals=tuple(GlobalFact(s.full_name[:200], s.trust.value, s.called) for s in raw.symbols[:2000]),
-        problems=tuple(builder.placer.problems()),
+        problems=(*builder.placer.problems(), *unsafe_global_findings(raw.symbols)),
         notes=(*raw.notes, *_notes(state, facts, builder, plain)),
     )
 

@@ -12,7 +12,7 @@ class Limits:
     pickle_bytes: int = 256 * 1024 * 1024
     opcodes: int = 12_000_000
     mark_depth: int = 100_000
-    memory_bytes: int = 1024 * 1024 * 1024
+    memory_bytes: int = 512 * 1024 * 1024
     """Estimated size of the objects that a pickle makes, the pickle itself not counted."""
     records: int = 500_000
     directory_bytes: int = 128 * 1024 * 1024

@@ -155,6 +155,7 @@ class PickleMachine:
         return int(_UINT8(self._data, self._take(8))[0])
 
     def _push(self, value: object) -> None:
+        # Looked up after the value was made: `_pop_mark` replaces the stack.
         self._stack.append(value)
 
     def _pop_mark(self) -> list[object]:
@@ -284,7 +285,7 @@ class PickleMachine:
             raise MalformedPickleError(f"items are added to a {type(target).__name__}")
 
     def _frozen_set(self) -> None:
-        self._stack.append(frozenset(self.make_set(self._pop_mark())))
+        self._push(frozenset(self.make_set(self._pop_mark())))
 
     def _symbol(self, module: object, name: object) -> Symbol:
         if not isinstance(module, str) or not isinstance(name, str):
@@ -319,7 +320,7 @@ class PickleMachine:
     def _instance_line(self) -> None:
         module, name = self._line(), self._line()
         symbol = self._symbol(module.decode("utf-8"), name.decode("utf-8"))
-        self._stack.append(self.call(symbol, tuple(self._pop_mark())))
+        self._push(self.call(symbol, tuple(self._pop_mark())))
 
     def _object_from_mark(self) -> None:
         items = self._pop_mark()

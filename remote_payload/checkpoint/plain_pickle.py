@@ -7,6 +7,7 @@ from remote_payload.checkpoint.limits import Limits
 from remote_payload.checkpoint.records import DataFile, RawCheckpoint
 from remote_payload.checkpoint.source import Source
 from remote_payload.checkpoint.unpickle import unpickle
+from remote_payload.wire.results import Severity
 
 _PROTOCOL_0_STARTS = b"(cidlIFLSVNg]})tp\x80"
 
@@ -22,8 +23,9 @@ class PlainPickleReader:
         has_signature = data[:1] == b"\x80" and len(data) > 1 and data[1] <= 5
         try:
             unpickled = unpickle(data, limits)
-        except (MalformedCheckpointError, TruncatedCheckpointError):
-            if has_signature:
+        except (MalformedCheckpointError, TruncatedCheckpointError) as error:
+            # A broken pickle still runs everything in front of the break.
+            if has_signature or any(f.severity is Severity.ERROR for f in error.findings):
                 raise
             raise NotACheckpointError(f"{source.path} is neither a torch file, safetensors nor a pickle") from None
         raw = RawCheckpoint(

@@ -227,6 +227,7 @@ def hostile_pickles(marker: Path) -> dict[str, bytes]:
         "eval": b"\x80\x02c__builtin__\neval\n" + _text(f"__import__('os').system({command!r})") + b"\x85R.",
         "getattr": b"\x80\x02cbuiltins\ngetattr\n(cos\n__dict__\n" + _text("system") + b"tR" + argument + b"\x85R.",
         "in_a_key": b"\x80\x02}(cposix\nsystem\n" + argument + b"\x85RK\x01u.",
+        "protocol_0_before_an_error": b"cposix\nsystem\n(S" + repr(command).encode() + b"\ntR!!!",
         "before_an_error": b"\x80\x02cposix\nsystem\n" + argument + b"\x85R\xff",
         "partial": b"\x80\x02cfunctools\npartial\n(cposix\nsystem\n" + argument + b"tR)R.",
     }
