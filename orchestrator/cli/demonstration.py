@@ -22,7 +22,7 @@ _CONFIG = """\
 # Written by `remote-eval demo`.
 remote_eval:
   adapter: remote_payload.reference.adapter:ReferenceAdapter
-  data: {demo: data}
+  data: {film: data}
   seed: 0
   batch_size: 16
 """

@@ -44,6 +44,15 @@ def print_json(document: Any) -> None:
     sys.stdout.write("\n")
 
 
+def human_bytes(count: float) -> str:
+    """`1.4 GB`, with decimal units as disks and links have them."""
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop()
+    return f"{count:.0f} {units[-1]}" if units[-1] == "B" or count >= 100 else f"{count:.1f} {units[-1]}"
+
+
 def error_document(error: RemoteEvalError) -> dict[str, Any]:
     return {
         "error": type(error).__name__,
@@ -107,9 +116,9 @@ class ConsoleReporter:
         )
 
     def transfer(self, what: str, progress: TransferProgress) -> None:
-        done, total = progress.bytes_done / 1e6, progress.bytes_total / 1e6
         eta = f", {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
-        text = f"  {what}: {done:,.0f} of {total:,.0f} MB, {progress.bytes_per_s / 1e6:,.0f} MB/s{eta}"
+        done, total = human_bytes(progress.bytes_done), human_bytes(progress.bytes_total)
+        text = f"  {what}: {done} of {total}, {human_bytes(progress.bytes_per_s)}/s{eta}"
         self._progress(text, is_last=progress.bytes_done >= progress.bytes_total)
 
     def attempt(self, status: AttemptStatus) -> None:

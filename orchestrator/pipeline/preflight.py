@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError, IntegrityError, NodeUnfitError
+from orchestrator.errors import (
+    CheckpointError,
+    ConfigurationError,
+    IntegrityError,
+    NodeUnfitError,
+    RemoteEvalError,
+)
 from orchestrator.fsutil import write_atomically
 from orchestrator.inspection import inspect_local
 from orchestrator.pipeline.context import RunContext
@@ -79,12 +85,15 @@ def refuse_unfit(report: Preflight, *, is_health_only: bool) -> None:
     if not errors:
         return
     first = errors[0]
-    kind: type[NodeUnfitError | CheckpointError | IntegrityError] = CheckpointError
+    kind: type[RemoteEvalError] = ConfigurationError
     if first.id.startswith("node."):
         kind = NodeUnfitError
     elif first.id.startswith("integrity.") or first.id in _DAMAGED:
         kind = IntegrityError
-    more = "" if is_health_only or kind is NodeUnfitError else " `--jobs health` gives a report of the damage."
+    elif first.id.startswith(("checkpoint.", "security.")):
+        kind = CheckpointError
+    is_damage = kind in (IntegrityError, CheckpointError) and first.id not in _NO_CHECKPOINT
+    more = " `--jobs health` gives a report of the damage." if is_damage and not is_health_only else ""
     raise kind(
         f"{_text(first)}" + (f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""),
         action=printable(first.action) + more,

@@ -2,7 +2,8 @@
 
     python -m tests.support.killing before|after N -- ARGUMENTS
 
-The journal brackets everything that the client does, so these are the instants at which a crash could lose or double work.
+The journal brackets everything that the client does, so these are the instants at which a crash could lose or double
+work.
 """
 
 from __future__ import annotations
