@@ -75,6 +75,8 @@ def cell(value: Any) -> str:
         return number_text(value)
     if isinstance(value, str):
         return cut(value)
+    if isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+        return f"{len(value)} entries"
     if isinstance(value, list) and all(v is None or isinstance(v, (str, int, float, bool)) for v in value):
         return cut(", ".join(cell(v) for v in value)) if value else "none"
     return cut(json.dumps(value, ensure_ascii=False, sort_keys=True))

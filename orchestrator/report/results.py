@@ -22,6 +22,7 @@ PREFLIGHT = "preflight"
 _COMMON_KEYS = frozenset({"schema_version", "job", "findings", "verdict", "metrics", "pictures", "headline"})
 _USERS_OWN = frozenset({"user_config", "user_config_text"})
 """The user's own config may hold anything, a token too; reports get passed on, so they name it by its digest."""
+_LONG_KEYS = frozenset({"tensors"})
 MAX_NUMBERS_BYTES = 64 * 1024
 """A job's own key whose JSON is longer stays in the job's document alone; results.json names it."""
 
@@ -139,7 +140,7 @@ def _job_state(status: JobStatus | None, attempt: AttemptOutcome) -> tuple[str, 
 
 def _job_entry(job: str, document: dict[str, Any], status: JobStatus | None, verdict: JobVerdict) -> dict[str, Any]:
     own = {k: v for k, v in document.items() if k not in _COMMON_KEYS}
-    short = {k: v for k, v in own.items() if len(json.dumps(v)) <= MAX_NUMBERS_BYTES}
+    short = {k: v for k, v in own.items() if k not in _LONG_KEYS and len(json.dumps(v)) <= MAX_NUMBERS_BYTES}
     return {
         "state": verdict.state,
         "error": verdict.error,

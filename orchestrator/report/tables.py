@@ -10,14 +10,16 @@ from orchestrator.report.format import cell, cut, flatten, words
 from orchestrator.report.untrusted import mapping, number, objects, text
 
 MAX_ROWS = 40
-MAX_COLUMNS = 9
+MAX_COLUMNS = 11
 MAX_TENSORS = 20
 MAX_TABLES = 12
+FP16_MAX = 65504
+_COUNTERS = ("counter", "optimizer step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table to show. `note` says what was left out; `columns` is empty for name-value pairs."""
+    """A table to show, with what it leaves out in `note`. Without `columns` its rows are name-value pairs."""
 
     title: str
     columns: tuple[str, ...]
@@ -40,7 +42,7 @@ def job_tables(job: str, numbers: Mapping[str, Any], document: Mapping[str, Any]
         if rows and len(rows) == len(value):
             tables.append(object_table(words(cut(key, 80)), rows))
         elif isinstance(value, dict) and value:
-            tables.append(dict_table(words(cut(key, 80)), value))
+            tables += dict_tables(words(cut(key, 80)), value)
         else:
             plain[key] = value
     if plain:
@@ -48,12 +50,14 @@ def job_tables(job: str, numbers: Mapping[str, Any], document: Mapping[str, Any]
     return tables[:MAX_TABLES]
 
 
-def dict_table(title: str, value: Mapping[str, Any]) -> Table:
-    """An object of equally shaped objects becomes rows with a name; any other object name-value pairs."""
-    inner = [v for v in value.values() if isinstance(v, dict)]
-    if len(inner) == len(value) >= 2 and len({tuple(sorted(v)) for v in inner}) <= 2:
-        return object_table(title, [{"name": name, **mapping(v)} for name, v in value.items()])
-    return pair_table(title, value)
+def dict_tables(title: str, value: Mapping[str, Any]) -> list[Table]:
+    """Objects of one shape become rows with a name, objects of different shapes a table each, all else name-value."""
+    inner = [v for v in value.values() if isinstance(v, dict) and v]
+    if len(inner) < len(value) or len(inner) < 2:
+        return [pair_table(title, value)]
+    if len({tuple(sorted(v)) for v in inner}) <= 2 and not any(isinstance(x, dict) for v in inner for x in v.values()):
+        return [object_table(title, [{"name": words(cut(name, 80)), **mapping(v)} for name, v in value.items()])]
+    return [t for name, v in value.items() for t in dict_tables(f"{title}: {words(cut(name, 80)).lower()}", v)]
 
 
 def pair_table(title: str, value: Mapping[str, Any]) -> Table:
@@ -89,12 +93,14 @@ def tensor_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _tensor_row(tensor: Mapping[str, Any]) -> dict[str, Any]:
-    wanted = ("name", "role", "shape", "dtype", "min", "max", "mean", "std", "zero_fraction", "nan", "inf")
-    statistics = mapping(tensor.get("statistics")) or mapping(tensor.get("stats"))
-    flat = {**statistics, **{k: v for k, v in tensor.items() if not isinstance(v, dict)}}
-    flat.setdefault("nan", flat.get("nan_count"))
-    flat.setdefault("inf", flat.get("inf_count"))
+    wanted = ("name", "role", "shape", "dtype", "minimum", "maximum", "mean", "std", "zero_fraction", "nan", "inf")
+    flat = {**tensor, **mapping(tensor.get("statistics"))}
+    infinities = [number(flat.get(k)) for k in ("positive_inf", "negative_inf")]
+    if any(v is not None for v in infinities):
+        flat["inf"] = sum(v or 0 for v in infinities)
     row = {k: flat[k] for k in wanted if flat.get(k) is not None}
+    if text(row.get("role")):
+        row["role"] = row["role"].replace("_", " ")
     shape = row.get("shape")
     if isinstance(shape, list):
         row["shape"] = " × ".join(str(v) for v in shape) or "scalar"
@@ -104,10 +110,11 @@ def _tensor_row(tensor: Mapping[str, Any]) -> dict[str, Any]:
 def _offence(tensor: Mapping[str, Any]) -> tuple[float, float, float, float]:
     row = _tensor_row(tensor)
     broken = (number(row.get("nan")) or 0) + (number(row.get("inf")) or 0)
-    largest = max(abs(number(row.get("min")) or 0), abs(number(row.get("max")) or 0))
-    is_weight = "counter" not in (text(row.get("role")) or "")
-    constant = 1.0 if number(row.get("std")) == 0 and is_weight else 0.0
-    return float(broken), float(is_weight and largest > 65504), constant, float(largest) if is_weight else 0.0
+    largest = max(abs(number(row.get("minimum")) or 0), abs(number(row.get("maximum")) or 0))
+    is_counter = text(row.get("role")) in _COUNTERS
+    if is_counter:
+        return float(broken), 0.0, 0.0, 0.0
+    return float(broken), float(largest > FP16_MAX), float(number(row.get("std")) == 0), float(largest)
 
 
 def _is_numeric(rows: Sequence[Mapping[str, Any]], key: str) -> bool:

@@ -87,7 +87,10 @@ def _reason(dimension: str, outcome: Outcome, counted: Sequence[JobVerdict], job
     said = [j.reasons[dimension] for j in counted if j.dimensions.get(dimension) is outcome and dimension in j.reasons]
     if outcome is not Outcome.NOT_MEASURED:
         return " ".join(dict.fromkeys(_sentence(s) for s in said))
-    missing = [_sentence(job_state_sentence(j.job, j.state, j.error)) for j in jobs if not j.counts]
+    # A job that failed is the reason where nobody else speaks, and for the task, which others can only point at.
+    is_told = said and dimension != Dimension.TASK_EVIDENCE.value
+    failed = [] if is_told else [j for j in jobs if not j.counts]
+    missing = [_sentence(job_state_sentence(j.job, j.state, j.error)) for j in failed]
     parts = list(dict.fromkeys([*(_sentence(s) for s in said), *missing]))
     return " ".join(parts) or "No job of this run measures it."
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.history.rows import utc_text
+from orchestrator.report.curves import history_curves
 from orchestrator.report.format import bytes_text, cell, command_text, cut, flatten, seconds_text, words
 from orchestrator.report.metrics_view import metric_row
 from orchestrator.report.tables import Table, job_tables, object_table
@@ -54,6 +55,9 @@ def page(results: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]])
         "tables": [
             (name, job_tables(name, entry["numbers"], documents.get(name, {})))
             for name, entry in results["jobs"].items()
+        ],
+        "curves": [
+            (name, curves) for name, entry in results["jobs"].items() if (curves := history_curves(entry["numbers"]))
         ],
         "stages": _stages(results["provenance"]),
         "comparison": _comparison(results["comparison"], results),

@@ -85,7 +85,7 @@ def full_run(folder: Path, words: str = "plain") -> RunLayout:
         {"integrity": "pass", "numerics": "fail"},
         findings=[finding(title=words, where=[words], evidence={words: words}, explanation=words, action=words)],
         headline=words,
-        tensors=[{"name": words, "shape": [2, 3], "std": 0.5, "max": 2}],
+        tensors=[{"name": words, "role": words, "shape": [2, 3], "statistics": {"std": 0.5, "maximum": 2}}],
         header={words: words, "entries": 162},
         classes={"bias": {"count": 48}, "norm": {"count": 22}},
         rows=[{words: words, "n": 2}],
