@@ -86,11 +86,17 @@ class Child:
             self._read_once(key)
 
     def has_ended(self) -> bool:
-        """Whether the child itself has ended. It stays a zombie, and its pid its own, until `close`."""
+        """Whether the child itself has ended. Where the system allows, it stays a zombie, and its pid its own, until
+        `close`.
+        """
         if self._process.returncode is not None:
             return True
         if not _CAN_WAIT_WITHOUT_REAPING:
-            return self._process.poll() is not None
+            if self._process.poll() is None:
+                return False
+            # Reaped only now: what is left of its group goes before its number can be another's.
+            self._kill_group(signal.SIGKILL)
+            return True
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def signal_child(self, number: int) -> None:
@@ -128,10 +134,13 @@ class Child:
         return True
 
     def _signal_group(self, number: int) -> None:
-        # Where the child had to be reaped to see its end, its number may be another's by now.
+        # Once the child has been reaped, its number may be another's.
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, number)
+            self._kill_group(number)
+
+    def _kill_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
     def _read_once(self, key: selectors.SelectorKey) -> None:
         try:

@@ -88,7 +88,7 @@ def _command_lines() -> Iterator[tuple[int, list[str]]]:
 
 
 def _command_lines_from_ps() -> Iterator[tuple[int, list[str]]]:
-    listing = ask(["ps", "-axww", "-o", "pid=,command="], _ASK_LIMIT_S) or ""
+    listing = ask(["ps", "-axww", "-o", "pid=", "-o", "command="], _ASK_LIMIT_S) or ""
     for line in listing.splitlines():
         pid, _, command = line.strip().partition(" ")
         if pid.isdigit():
@@ -109,7 +109,7 @@ def _start_time_from_proc(pid: int) -> Optional[str]:
 
 
 def _start_time_from_ps(pid: int) -> Optional[str]:
-    answer = ask(["ps", "-o", "stat=,lstart=", "-p", str(pid)], _ASK_LIMIT_S)
+    answer = ask(["ps", "-o", "stat=", "-o", "lstart=", "-p", str(pid)], _ASK_LIMIT_S)
     state, _, started = (answer or "").strip().partition(" ")
     return started.strip() if started and not state.startswith("Z") else None
 

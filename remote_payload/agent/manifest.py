@@ -73,6 +73,8 @@ def take_inventory(attempt: AttemptLayout, go_on: Callable[[], bool]) -> Invento
 
 
 def _walk(folder: str, prefix: str, depth: int) -> Iterator[str]:
+    if os.path.islink(folder):
+        return
     try:
         with os.scandir(folder) as found:
             children = list(found)

@@ -114,8 +114,9 @@ def _check_owned_folder(root: str) -> None:
 def _check_free_to_take(layout: NodeLayout) -> None:
     """Empty, or with nothing but the payloads that were installed there before the agent could run."""
     known = {os.path.basename(layout.payloads)}
-    strange = sorted(set(os.listdir(layout.root)) - known)
-    if strange:
+    strange = sorted(name for name in os.listdir(layout.root) if name not in known and not name.startswith(MARKER_NAME))
+    # Another hello may have taken the folder, and begun to use it, while we looked.
+    if strange and not _is_ours(layout.marker):
         raise AgentError(
             "unfit",
             f"{layout.root} holds other files ({', '.join(map(repr, strange[:3]))}) and is not a node root",

@@ -282,6 +282,21 @@ def test_hostile_artifacts_are_left_out_of_the_manifest_and_named(node: AgentNod
     assert "\x1b" not in json.dumps(left_out, ensure_ascii=False)
 
 
+def test_artifacts_replaced_by_a_link_are_not_followed_anywhere(node: AgentNode, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "private.txt").write_text("private")
+    attempt = node.start(
+        "import os\n"
+        "def run(context):\n"
+        "    artifacts = context.artifacts.parent\n"
+        "    os.rename(artifacts, artifacts.with_name('moved'))\n"
+        f"    os.symlink({str(elsewhere)!r}, artifacts)\n"
+    )
+    attempt.wait_for_end()
+    assert node.call("manifest", **attempt.ref)["entries"] == []
+
+
 def test_what_a_finished_job_left_running_is_ended(node: AgentNode) -> None:
     attempt = node.start(
         "import subprocess, sys\n"

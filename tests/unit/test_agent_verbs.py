@@ -107,6 +107,21 @@ def test_a_root_where_the_payload_was_installed_first_is_ours(tmp_path: Path) ->
     assert hello(HelloRequest(str(tmp_path / "root"))).root_writable
 
 
+def test_ten_hellos_at_once_all_find_the_root_ours(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    found: list[str] = []
+
+    def greet() -> None:
+        found.append(hello(HelloRequest(root)).root)
+
+    threads = [threading.Thread(target=greet) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [root] * 10
+
+
 # files and processes
 
 
@@ -162,8 +177,10 @@ def test_ps_tells_the_same_processes_as_proc() -> None:
 
 def test_a_process_is_found_by_a_word_of_its_command_line() -> None:
     word = os.urandom(16).hex()
-    command = [sys.executable, "-c", "import sys; sys.stdin.read()", word]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", word]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
         assert [found.pid for found in machine.processes_with_argument(word)] == [process.pid]
         assert machine.processes_with_argument(word[:16]) == ()
 
