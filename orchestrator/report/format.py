@@ -114,6 +114,16 @@ def _leaves(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
             yield cut(where, 200), cell(item)
 
 
+def brief(text: str, limit: int) -> str:
+    """The start of `text` within `limit` characters, cut after a sentence, else a word; an ellipsis stands for more."""
+    if len(text) <= limit:
+        return text
+    head = text[:limit]
+    sentence = max(head.rfind(". "), head.rfind("; "))
+    end = sentence + 1 if sentence > limit // 3 else max(head.rfind(" "), limit // 2)
+    return head[:end].rstrip(" ;") + " …"
+
+
 def cut(text: str, limit: int = MAX_CELL) -> str:
     """At most `limit` characters of `text`, with an ellipsis where there was more."""
     return text if len(text) <= limit else text[:limit] + " …"

@@ -34,7 +34,7 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class MetricRow:
-    """`tone` is good, bad, plain or none (not measured)."""
+    """`tone` is good, bad, plain or none (not measured). `id` is empty where the name says as much."""
 
     name: str
     id: str
@@ -60,13 +60,14 @@ def metric_row(metric: Mapping[str, Any]) -> MetricRow:
     tone, judgement = judge(metric)
     interval = metric["interval"]
     direction = metric["direction"]
+    name = words(cut(metric["id"].rsplit(".", 1)[-1], 80))
     return MetricRow(
-        name=words(cut(metric["id"].rsplit(".", 1)[-1], 80)),
-        id=cut(metric["id"], 120),
+        name=name,
+        id="" if words(metric["id"]) == name else cut(metric["id"], 120),
         modality=words(cut(metric["modality"] or "", 40)),
         job=metric["job"],
         value=number_text(metric["value"]),
-        unit=cut(metric["unit"] or "", 40),
+        unit="" if metric["unit"] in (None, "1") else cut(metric["unit"], 40),
         interval=f"{number_text(interval[0])} to {number_text(interval[1])}" if interval else "",
         n=number_text(metric["n"]),
         chance=number_text(metric["chance"]),

@@ -10,6 +10,8 @@ from orchestrator.layout import RunLayout
 from orchestrator.report.format import cut, words
 from orchestrator.report.media import Media, UnsafeMediaError, load
 
+LARGE_PIXELS = 480
+
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
@@ -22,6 +24,11 @@ class Shown:
     alt: str
     media: Media
 
+    @property
+    def is_panorama(self) -> bool:
+        """So wide that it wants a row of its own."""
+        return bool(self.media.width and self.media.height and self.media.width > 2.6 * self.media.height)
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -29,6 +36,11 @@ class Group:
 
     title: str
     pictures: tuple[Shown, ...]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether they hold detail (sheets, maps) that a thumbnail would lose."""
+        return any((p.media.width or 0) >= LARGE_PIXELS for p in self.pictures)
 
 
 @dataclasses.dataclass(frozen=True)

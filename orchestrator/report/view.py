@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.history.rows import utc_text
 from orchestrator.report.curves import history_curves
-from orchestrator.report.format import bytes_text, cell, command_text, cut, flatten, seconds_text, words
+from orchestrator.report.format import brief, bytes_text, cell, command_text, cut, flatten, seconds_text, words
 from orchestrator.report.metrics_view import metric_row
 from orchestrator.report.tables import Table, job_tables, object_table
 from orchestrator.report.untrusted import mapping, number
@@ -39,12 +39,12 @@ def page(results: Mapping[str, Any], documents: Mapping[str, Mapping[str, Any]])
                 "name": words(name),
                 "outcome": outcome,
                 "word": OUTCOME_WORDS[outcome],
-                "reason": cut(verdict["reasons"].get(name, ""), 600),
+                "reason": _capital(brief(verdict["reasons"].get(name, ""), 210)),
             }
             for name, outcome in verdict["dimensions"].items()
         ],
         "headlines": [
-            (job, cut(entry["headline"], 600)) for job, entry in results["jobs"].items() if entry["headline"]
+            (job, _capital(cut(entry["headline"], 900))) for job, entry in results["jobs"].items() if entry["headline"]
         ],
         "finding_counts": {s: sum(f["severity"] == s for f in findings) for s in ("error", "warning", "info")},
         "findings": [_finding(f) for f in findings[:MAX_FINDINGS]],
