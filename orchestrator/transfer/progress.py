@@ -7,7 +7,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-_RATE_WINDOW_S = 5.0
+_RATE_WINDOW_S = 12.0
+"""Two of the signs of life that a slow link gives (`receive.ALIVE_INTERVAL_S`), and a little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,7 @@ class ProgressMeter:
         """`bytes_moved` counts from the start of the transfer, without what was saved."""
         now = self._clock()
         done = min(bytes_moved + bytes_saved, self._total)
-        # The oldest kept mark stands at the window's edge, so that a slow link's rate is not measured over nothing.
-        while len(self._seen) > 1 and self._seen[1][0] < now - _RATE_WINDOW_S:
+        while len(self._seen) > 1 and self._seen[0][0] < now - _RATE_WINDOW_S:
             self._seen.popleft()
         if not self._seen or self._seen[-1][1] != bytes_moved:
             self._seen.append((now, bytes_moved))

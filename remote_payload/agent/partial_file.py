@@ -6,6 +6,7 @@ survives of it is true; a line that a crash cut short does not match its pattern
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import stat
 import time
+from collections.abc import Iterator
 from typing import Optional
 
 from remote_payload.agent import files
@@ -27,7 +29,11 @@ SYNC_INTERVAL_S = 2.0
 """What a killed agent or machine loses is at most what arrived in this much: bytes or seconds, whichever is less."""
 
 _JOURNAL_LINE = re.compile(rb"(?m)^(\d{1,7}) ([0-9a-f]{16})\.$")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "the limit of a file's size is reached",
+}
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _data_sync = getattr(os, "fdatasync", os.fsync)
 
@@ -107,16 +113,17 @@ class PartialFile:
             raise
         found = cls(layout, digest, table, fd, journal_fd)
         try:
-            head = _journal_head(facts.st_ino)
-            if facts.st_size != table.size or not found._read_journal().startswith(head):
-                # Another part than the journal speaks of: begin anew rather than believe it.
-                os.ftruncate(journal_fd, 0)
-                os.ftruncate(fd, table.size)
-                _write_all(journal_fd, head)
-                _data_sync(journal_fd)
-                files.fsync_folder(layout.checkpoint_folder(digest))
-            found.reload()
-            found._check_space()
+            with found._fullness_explained():
+                head = _journal_head(facts.st_ino)
+                if facts.st_size != table.size or not found._read_journal().startswith(head):
+                    # Another part than the journal speaks of: begin anew rather than believe it.
+                    os.ftruncate(journal_fd, 0)
+                    os.ftruncate(fd, table.size)
+                    _write_all(journal_fd, head)
+                    _data_sync(journal_fd)
+                    files.fsync_folder(layout.checkpoint_folder(digest))
+                found.reload()
+                found._check_space()
         except BaseException:
             found.close()
             raise
@@ -153,12 +160,10 @@ class PartialFile:
         if self.have[index]:
             return
         offset, left = self._table.offset(index), data
-        try:
+        with self._fullness_explained():
             while left:
                 count = os.pwrite(self._fd, left, offset)
                 left, offset = left[count:], offset + count
-        except OSError as error:
-            raise self._explain(error) from error
         self._unsynced.append(index)
         self._unsynced_bytes += len(data)
 
@@ -174,13 +179,11 @@ class PartialFile:
         if not written:
             return
         lines = [b"%d %s.\n" % (index, self._table.sha256(index).hex()[:16].encode()) for index in written]
-        try:
+        with self._fullness_explained():
             _data_sync(self._fd)
             # A line that a crash cut short must not swallow the first of ours.
             _write_all(self._journal_fd, b"\n" + b"".join(lines))
             _data_sync(self._journal_fd)
-        except OSError as error:
-            raise self._explain(error) from error
         for index in written:
             self.have[index] = 1
 
@@ -195,16 +198,15 @@ class PartialFile:
             return False
         layout, digest = self._layout, self._digest
         try:
-            os.fsync(self._fd)
-            write_manifest(layout, digest, self._table)
-            os.rename(layout.checkpoint_part(digest), layout.checkpoint(digest))
-            os.fchmod(self._fd, 0o400)
-            files.fsync_folder(layout.checkpoint_folder(digest))
+            with self._fullness_explained():
+                os.fsync(self._fd)
+                write_manifest(layout, digest, self._table)
+                os.rename(layout.checkpoint_part(digest), layout.checkpoint(digest))
+                os.fchmod(self._fd, 0o400)
+                files.fsync_folder(layout.checkpoint_folder(digest))
         except FileNotFoundError:
             if not is_stored(layout, digest, self._table.size):
                 raise
-        except OSError as error:
-            raise self._explain(error) from error
         remove_if_there(layout.checkpoint_journal(digest))
         return True
 
@@ -232,19 +234,20 @@ class PartialFile:
                 "Free space there (`remote-eval gc`), or set another node_root; what has arrived is kept.",
             )
 
-    def _explain(self, error: OSError) -> Exception:
-        if error.errno not in _NO_SPACE:
-            return error
-        folder = self._layout.checkpoint_folder(self._digest)
-        reason = {errno.EDQUOT: "the quota is used up", errno.EFBIG: "the limit of a file's size is reached"}.get(
-            error.errno, "the disk is full"
-        )
-        return AgentError(
-            "unfit",
-            f"{reason} at {folder}: {human_bytes(free_bytes(folder))} are free, "
-            f"{human_bytes(self._missing_bytes())} of the file are still missing",
-            "Free space there (`remote-eval gc`) or set another node_root, and run it again: what arrived is kept.",
-        )
+    @contextlib.contextmanager
+    def _fullness_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            folder = self._layout.checkpoint_folder(self._digest)
+            raise AgentError(
+                "unfit",
+                f"{_FULL[error.errno]} at {folder}: {human_bytes(free_bytes(folder))} are free, "
+                f"{human_bytes(self._missing_bytes())} of the file are still missing",
+                "Free space there (`remote-eval gc`) or set another node_root, and run it again: what arrived is kept.",
+            ) from error
 
 
 def is_stored(layout: NodeLayout, digest: str, size: int) -> bool:

@@ -1,11 +1,12 @@
 """The binary protocol of the stream verbs, spoken behind the agent's ready line on its standard streams.
 
-Both directions carry frames: a header of 22 bytes, big-endian, then `length` bytes of body.
+Both directions carry frames: a header of 22 bytes, big-endian, then `length` bytes of body, then the body's CRC-32,
+except for DATA, whose body has a SHA-256 elsewhere.
 
     magic "RE" · version u8 · kind u8 · encoding u8 · zero u8 · length u32 · argument u64 · check u32
 
-`check` is the CRC-32 of the 18 bytes before it and of the body, except for DATA, whose body has a SHA-256 elsewhere.
-`encoding` is 0: the bytes as they are. A frame that breaks these rules ends the stream; nothing it held was used.
+`check` is the CRC-32 of the 18 bytes before it. `encoding` is 0: the bytes as they are. A frame that breaks these rules
+ends the stream; nothing it held was used.
 
 `receive` puts a file into the store. The request's params are a `ReceiveRequest`. Then:
 
@@ -65,10 +66,10 @@ MANIFEST_PAGE_CHUNKS = 16_384
 MAX_SPAN_BYTES = 64 * 1024 * 1024
 
 _MAGIC = b"RE"
-_HEADER = struct.Struct(">2sBBBBIQI")
-_CHECKED_BYTES = _HEADER.size - 4
+_HEADER = struct.Struct(">2sBBBBIQ")
+_CHECK = struct.Struct(">I")
 _ENTRY = struct.Struct(">I32s")
-HEADER_BYTES = _HEADER.size
+HEADER_BYTES = _HEADER.size + _CHECK.size
 
 
 class FrameKind(enum.IntEnum):
@@ -173,13 +174,11 @@ class FrameHeader(NamedTuple):
     kind: FrameKind
     length: int
     argument: int
-    raw: bytes
-    check: int
 
 
 def encode_frame(kind: FrameKind, argument: int = 0, body: Buffer = b"") -> bytes:
     """A whole control frame."""
-    return _encode_header(kind, argument, len(body), body) + bytes(body)
+    return b"".join((_encode_header(kind, argument, len(body)), body, _CHECK.pack(zlib.crc32(body))))
 
 
 def encode_json_frame(kind: FrameKind, value: Any, argument: int = 0) -> bytes:
@@ -189,33 +188,32 @@ def encode_json_frame(kind: FrameKind, value: Any, argument: int = 0) -> bytes:
 
 def encode_data_header(argument: int, length: int) -> bytes:
     """The header of a DATA frame; its `length` bytes follow it."""
-    return _encode_header(FrameKind.DATA, argument, length, b"")
+    return _encode_header(FrameKind.DATA, argument, length)
 
 
-def _encode_header(kind: FrameKind, argument: int, length: int, checked: Buffer) -> bytes:
-    bare = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, 0, 0, length, argument, 0)[:_CHECKED_BYTES]
-    return bare + struct.pack(">I", zlib.crc32(checked, zlib.crc32(bare)))
+def _encode_header(kind: FrameKind, argument: int, length: int) -> bytes:
+    bare = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, 0, 0, length, argument)
+    return bare + _CHECK.pack(zlib.crc32(bare))
 
 
 def decode_header(raw: bytes) -> FrameHeader:
-    """Check everything about a header but a control frame's body. Raises `DamagedStreamError`."""
-    magic, version, kind_number, encoding, zero, length, argument, check = _HEADER.unpack(raw)
+    """Check a header of `HEADER_BYTES`. Raises `DamagedStreamError`."""
+    magic, version, kind_number, encoding, zero, length, argument = _HEADER.unpack_from(raw)
     if magic != _MAGIC:
         raise DamagedStreamError("what arrived is no frame")
     if version != STREAM_VERSION:
         raise DamagedStreamError(f"a frame of version {version} arrived, {STREAM_VERSION} is spoken here")
+    if _CHECK.pack(zlib.crc32(raw[: _HEADER.size])) != raw[_HEADER.size :]:
+        raise DamagedStreamError("a frame's header is damaged")
     try:
         kind = FrameKind(kind_number)
     except ValueError:
         raise DamagedStreamError(f"a frame of unknown kind {kind_number} arrived") from None
-    is_data = kind is FrameKind.DATA
-    if length > (MAX_DATA_BYTES if is_data else MAX_CONTROL_BYTES):
+    if length > (MAX_DATA_BYTES if kind is FrameKind.DATA else MAX_CONTROL_BYTES):
         raise DamagedStreamError(f"a {kind.name} frame of {length} bytes is too long")
     if encoding or zero:
         raise DamagedStreamError(f"a frame of unknown encoding {encoding} arrived")
-    if is_data and zlib.crc32(raw[:_CHECKED_BYTES]) != check:
-        raise DamagedStreamError("a frame's header is damaged")
-    return FrameHeader(kind, length, argument, raw, check)
+    return FrameHeader(kind, length, argument)
 
 
 class FrameReader:
@@ -232,11 +230,12 @@ class FrameReader:
 
     def body(self, header: FrameHeader) -> bytes:
         """A control frame's body, checked."""
-        body = bytearray(header.length)
-        self._fill(memoryview(body))
-        if zlib.crc32(body, zlib.crc32(header.raw[:_CHECKED_BYTES])) != header.check:
+        both = bytearray(header.length + _CHECK.size)
+        self._fill(memoryview(both))
+        body = bytes(both[: header.length])
+        if _CHECK.pack(zlib.crc32(body)) != both[header.length :]:
             raise DamagedStreamError(f"a {header.kind.name} frame is damaged")
-        return bytes(body)
+        return body
 
 
 def decode_json(cls: type[T], body: bytes) -> T:

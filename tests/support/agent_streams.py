@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import json
 import os
 import secrets
 import select
@@ -21,7 +23,7 @@ from remote_payload.agent.channel import FdChannel
 from remote_payload.agent.streams import serve_stream
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.chunks import Chunk, ChunkManifest, file_digest
-from remote_payload.wire.codec import to_json
+from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.layout import NodeLayout
 
 PATIENCE_S = 60.0
@@ -321,7 +323,7 @@ def manifest_of(content: bytes, cuts: Sequence[int]) -> ChunkManifest:
     borders = sorted({0, len(content), *(cut for cut in cuts if 0 < cut < len(content))})
     chunks = tuple(
         Chunk(start, end - start, hashlib.sha256(content[start:end]).hexdigest())
-        for start, end in zip(borders, borders[1:], strict=False)
+        for start, end in itertools.pairwise(borders)
     )
     return ChunkManifest(file_digest(chunks), len(content), chunks)
 
@@ -336,6 +338,23 @@ def make_node_root(base: Path) -> Path:
     root.mkdir(mode=0o700)
     Path(NodeLayout(str(root)).marker).touch(mode=0o600)
     return root
+
+
+def check_stored(root: Path, manifest: ChunkManifest, content: bytes) -> None:
+    """The file and its manifest stand in the store, and nothing half done beside them."""
+    layout = NodeLayout(str(root))
+    assert Path(layout.checkpoint(manifest.digest)).read_bytes() == content
+    written = json.loads(Path(layout.checkpoint_manifest(manifest.digest)).read_text())
+    assert from_json(ChunkManifest, written) == manifest
+    assert sorted(path.name for path in Path(layout.checkpoint_folder(manifest.digest)).iterdir()) == [
+        "chunks.json",
+        "file",
+        "lock",
+    ]
+
+
+def check_not_stored(root: Path, manifest: ChunkManifest) -> None:
+    assert not Path(NodeLayout(str(root)).checkpoint(manifest.digest)).exists()
 
 
 def _flipped(data: bytes, at: int | None, start: int) -> bytes:
