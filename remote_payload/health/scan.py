@@ -60,6 +60,9 @@ def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes:
             joiner.join(block, outcome)
             done += block.length
             progress(done, plan.total_bytes)
+        if on_cuda:
+            # A GPU may be shared: what the allocator keeps for later is nobody's.
+            torch.cuda.empty_cache()
     for tensor in plan.strided:
         joiner.add_strided(tensor)
     return joiner.result()
