@@ -18,12 +18,14 @@ MAX_FINDINGS = 60
 MAX_METRICS = 200
 MAX_PICTURES = 200
 MAX_TEXT = 1000
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&$:@/=^\"'])")
+_ANYWHERE = re.compile(r"([\\`*_{}\[\]|~<>$&@]|:(?=//)|(?<=www)\.)")
+_AT_THE_START = re.compile(r"^([-+#=](?=[-+#=\s]|$)|\d{1,9}(?=[.)](?:\s|$)))")
 
 
 def escape(text: str) -> str:
-    """The start of `text` on one line, every character that Markdown or HTML could take for markup escaped."""
-    return _SPECIAL.sub(r"\\\1", " ".join(cut(text, MAX_TEXT).split()))
+    """The start of `text` on one line, with what Markdown or HTML would take for markup escaped."""
+    flat = _ANYWHERE.sub(r"\\\1", " ".join(cut(text, MAX_TEXT).split()))
+    return _AT_THE_START.sub(lambda m: f"\\{m[0]}" if not m[0].isdigit() else f"{m[0]}\\", flat)
 
 
 def render_markdown(run: RunLayout, results: Mapping[str, Any]) -> str:
@@ -92,8 +94,9 @@ def _metrics(results: Mapping[str, Any]) -> list[str]:
         interval = metric["interval"]
         shown = f"{number_text(interval[0])} to {number_text(interval[1])}" if interval else "—"
         value = "not measured" if metric["value"] is None else number_text(metric["value"])
-        unit = f" {escape(metric['unit'])}" if metric["unit"] and metric["value"] is not None else ""
-        name = escape(f"{metric['id']} {metric['modality'] or ''}".strip())
+        is_plain = metric["value"] is None or metric["unit"] in (None, "1")
+        unit = "" if is_plain else f" {escape(metric['unit'])}"
+        name = f"{code(metric['id'])} {escape(metric['modality'] or '')}".strip()
         lines.append(
             f"| {name} | {value}{unit} | {number_text(metric['chance'])} | {shown} | {number_text(metric['n'])} "
             f"| {escape(judge(metric)[1])} |"

@@ -143,6 +143,40 @@ def test_listing_works_while_another_process_is_writing(layout: LocalLayout) -> 
         writer.communicate("", timeout=30)
 
 
+def test_many_processes_record_at_once_from_the_very_first_and_none_is_lost(layout: LocalLayout) -> None:
+    names = [f"r{i}" for i in range(6)]
+    for day, name in enumerate(names, 1):
+        finished_run(layout, name, day)
+    script = (
+        "import json, pathlib, sys\n"
+        "from orchestrator.history import record_run\n"
+        "from orchestrator.layout import LocalLayout\n"
+        "layout = LocalLayout(*(pathlib.Path(p) for p in sys.argv[1:4]))\n"
+        "results = json.loads(layout.run(sys.argv[4]).results.read_text())\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+        "record_run(layout, results)\n"
+    )
+    folders = [str(p) for p in (layout.data, layout.config, layout.cache)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *folders, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for name in names
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    assert [process.wait(timeout=60) for process in processes] == [0] * len(names)
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert sorted(r.run_id for r in list_runs(layout)) == names
+
+
 def test_history_leaves_the_journals_tables_and_version_alone(layout: LocalLayout) -> None:
     layout.data.mkdir(parents=True)
     with sqlite3.connect(layout.database) as connection:

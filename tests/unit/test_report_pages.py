@@ -267,5 +267,40 @@ def test_a_code_span_cannot_be_left(text: str) -> None:
 
 
 def test_escaped_text_has_no_live_character() -> None:
-    assert escape("*a*\n# b") == "\\*a\\* \\# b"
+    assert escape("*a*\n# b: 0.5 (x)") == "\\*a\\* # b: 0.5 (x)"
     assert escape("<b>&amp;") == "\\<b\\>\\&amp;"
+    assert [escape(t) for t in ("1.5", "-0.5", "=a", "#5")] == ["1.5", "-0.5", "=a", "#5"]
+    assert [escape(t) for t in ("# a", "- a", "1. a", "2) a", "=== a")] == [
+        "\\# a",
+        "\\- a",
+        "1\\. a",
+        "2\\) a",
+        "\\=== a",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# a",
+        "- a",
+        "+ a",
+        "12. a",
+        "3) a",
+        "===",
+        "> a",
+        "    a",
+        "---",
+        "-",
+        "=",
+        "- - -",
+        "7.",
+        "~~~",
+        "a | b",
+        "![a](b)",
+    ],
+)
+def test_text_at_the_start_of_a_line_stays_text(text: str) -> None:
+    page = Page(MarkdownIt("commonmark").enable("table").enable("strikethrough").render(f"a\n\n{escape(text)}\n"))
+    assert [t for t, _ in page.tags] == ["p", "p"]
+    assert page.text == f"a {' '.join(text.split())}"
