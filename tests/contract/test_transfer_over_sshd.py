@@ -1,0 +1,170 @@
+"""Transfers over real SSH: through both transports, a server that dies in the middle, and a link that goes silent."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.layout import LocalLayout
+from orchestrator.node import Node
+from orchestrator.payload import build_payload
+from orchestrator.profiles import ClusterProfile
+from orchestrator.ssh.settings import ConnectionSettings
+from orchestrator.ssh.transport import ByteStream, Transport
+from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.download import Download, download_files
+from orchestrator.transfer.fingerprints import digest_local_file
+from orchestrator.transfer.progress import TransferProgress
+from orchestrator.transfer.upload import upload_file
+from tests.support.agent_streams import WatchedStream, Wrap
+from tests.support.relay import relay_to
+from tests.support.sshd import Sshd, start_sshd
+
+MIB = 1024 * 1024
+CONTENT = random.Random(11).randbytes(40 * MIB + 123)
+Connect = Callable[..., Transport]
+NEXT_TIME = ReconnectPolicy(max_fruitless=5, first_wait_s=0.05, longest_wait_s=0.5)
+
+
+class WatchedNode(Node):
+    """A node whose next streams can be watched: one wrap each, in order."""
+
+    wraps: tuple[Wrap, ...] = ()
+
+    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
+        stream = super().open_agent_stream(verb, request, idle_timeout_s=idle_timeout_s)
+        if not self.wraps:
+            return stream
+        wrap, *rest = self.wraps
+        self.wraps = tuple(rest)
+        return wrap(stream)
+
+
+class WatchedReads(WatchedStream):
+    """Calls `when_written` once, after so many bytes were read."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.inner.write(data)
+
+    def read(self, max_bytes: int) -> bytes:
+        data = self.inner.read(max_bytes)
+        self._left -= len(data)
+        if self._left <= 0 and self._when_written is not None:
+            call, self._when_written = self._when_written, None
+            call()
+        return data
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> LocalLayout:
+    return LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
+
+
+@pytest.fixture
+def make_node(tmp_path: Path, layout: LocalLayout, connect_to: Connect) -> Iterator[Callable[..., WatchedNode]]:
+    nodes: list[WatchedNode] = []
+
+    def make(settings: ConnectionSettings) -> WatchedNode:
+        profile = ClusterProfile.model_validate(
+            {
+                "host": settings.host,
+                "node_root": str(tmp_path / "node root $(x)"),
+                "python": {"path": sys.executable},
+                "retry": {"patience_s": 30, "longest_wait_s": 1},
+            }
+        )
+        retry = profile.retry_policy()
+        nodes.append(WatchedNode(profile, build_payload(layout), lambda: connect_to(settings, retry=retry)))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.disconnect()
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    path = tmp_path / "best $(touch x) \n ü.pt"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture
+def mortal_sshd(tmp_path: Path) -> Iterator[Sshd]:
+    server = start_sshd(tmp_path / "mortal")
+    yield server
+    server.stop()
+
+
+def fetch(node: Node, path: str, target: Path, idle_timeout_s: float = 60.0) -> None:
+    wanted = Download(path, target, len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+    download_files(node, [wanted], retry=NEXT_TIME, idle_timeout_s=idle_timeout_s)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_file_goes_up_and_comes_back(
+    make_node: Callable[..., WatchedNode],
+    settings: ConnectionSettings,
+    layout: LocalLayout,
+    local: Path,
+    tmp_path: Path,
+) -> None:
+    node = make_node(settings)
+    manifest = digest_local_file(local, layout).manifest
+    seen: list[TransferProgress] = []
+    sent = upload_file(node, local, manifest, on_progress=seen.append)
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    assert seen[-1].bytes_done == len(CONTENT)
+    fetch(node, sent.path_on_node, tmp_path / "back")
+    assert upload_file(node, local, manifest).bytes_sent == 0
+    assert node.counts.logins == 1
+
+
+def test_a_server_that_dies_in_the_middle_is_survived_both_ways(
+    make_node: Callable[..., WatchedNode], mortal_sshd: Sshd, layout: LocalLayout, local: Path, tmp_path: Path
+) -> None:
+    node = make_node(mortal_sshd.settings())
+    manifest = digest_local_file(local, layout).manifest
+    node.wraps = tuple(
+        lambda inner, at=at: WatchedStream(inner, at, mortal_sshd.kill_sessions)  # type: ignore[misc]
+        for at in (MIB, 20 * MIB, 12 * MIB)
+    )
+    sent = upload_file(node, local, manifest, retry=NEXT_TIME)
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    node.wraps = tuple(
+        lambda inner, at=at: WatchedReads(inner, at, mortal_sshd.kill_sessions)  # type: ignore[misc]
+        for at in (MIB, 20 * MIB)
+    )
+    fetch(node, sent.path_on_node, tmp_path / "back")
+    assert node.counts.logins >= 4
+
+
+def test_a_link_that_goes_silent_is_noticed_and_the_transfer_goes_on_over_a_new_one(
+    make_node: Callable[..., WatchedNode], mortal_sshd: Sshd, layout: LocalLayout, local: Path, tmp_path: Path
+) -> None:
+    manifest = digest_local_file(local, layout).manifest
+    with relay_to(mortal_sshd.port) as relay, concurrent.futures.ThreadPoolExecutor(1) as healer:
+        settings = dataclasses.replace(mortal_sshd.settings(), port=relay.port)
+        known = mortal_sshd.known_hosts.read_text().replace(f":{mortal_sshd.port} ", f":{relay.port} ")
+        mortal_sshd.known_hosts.write_text(mortal_sshd.known_hosts.read_text() + known)
+        node = make_node(settings)
+        mend_on_reconnect = node.reconnect
+
+        def reconnect() -> None:
+            healer.submit(relay.mend)
+            mend_on_reconnect()
+
+        node.reconnect = reconnect  # type: ignore[method-assign]
+        node.wraps = (lambda inner: WatchedStream(inner, 10 * MIB, relay.hold),)
+        sent = upload_file(node, local, manifest, retry=NEXT_TIME, idle_timeout_s=1.5)
+        assert Path(sent.path_on_node).read_bytes() == CONTENT
+        node.wraps = (lambda inner: WatchedReads(inner, 10 * MIB, relay.hold),)
+        fetch(node, sent.path_on_node, tmp_path / "back", idle_timeout_s=1.5)
+        assert node.counts.logins == 3
