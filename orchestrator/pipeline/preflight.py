@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from orchestrator.inspection import inspect_local
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.sync import locate_in_place, sync_code
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
-from remote_payload.wire.codec import to_json
+from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding, Severity
@@ -60,26 +61,28 @@ def preflight(context: RunContext) -> Preflight:
     write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
     for finding in report.findings:
         context.reporter.finding(finding)
-    refuse_unfit(report, is_health_only=is_health_only)
+    refuse_unfit(report.findings, is_health_only=is_health_only)
     return report
 
 
 def _local_header(path: Path, is_health_only: bool) -> dict[str, Any] | None:
-    """None for a damaged file that is going to `health` alone, which reports damage."""
+    """The header; None for a damaged file that goes to `health` alone. Refuses what the header gives away."""
     try:
-        return dict(inspect_local(path)["header"])
+        inspected = inspect_local(path)
     except IntegrityError:
         if not is_health_only:
             raise
         return None
+    refuse_unfit([from_json(Finding, f) for f in inspected["findings"]], is_health_only=is_health_only)
+    return dict(inspected["header"])
 
 
-def refuse_unfit(report: Preflight, *, is_health_only: bool) -> None:
+def refuse_unfit(findings: Sequence[Finding], *, is_health_only: bool) -> None:
     """Raise for the first finding of severity error.
 
     A damaged or hostile checkpoint does not stop a run of `health` alone: to say what is wrong with it is its work.
     """
-    errors = [f for f in report.findings if f.severity is Severity.ERROR]
+    errors = [f for f in findings if f.severity is Severity.ERROR]
     if is_health_only:
         errors = [f for f in errors if f.id.startswith("node.") or f.id in _NO_CHECKPOINT]
     if not errors:

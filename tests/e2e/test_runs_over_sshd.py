@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.sshd import Sshd
 
-from tests.e2e.conftest import World, digests, make_world, until
+from tests.support.sshd import Sshd
+from tests.support.world import World, digests, make_world, until
 
 
 def entries(world: World, run_id: str) -> list[str]:
@@ -26,13 +26,15 @@ def attempts_on_node(world: World, run_id: str) -> list[str]:
 
 
 def test_a_checkpoint_that_is_on_the_node_is_used_in_place(world: World) -> None:
+    world.with_torch()
     result = world.json("--checkpoint", "lab:best.pt", "--jobs", "health")
     assert result["verdict"]["dimensions"]["integrity"] == "pass"
-    assert not (world.node / "root of ours" / "checkpoints").exists()
+    assert '"how": "in_place"' in (world.run_folder(result["run_id"]) / "provenance.json").read_text()
     assert Path(result["report"]).read_text().startswith("<!doctype html>")
 
 
 def test_a_local_checkpoint_is_sent_once_and_found_by_content_from_then_on(world: World) -> None:
+    world.with_torch()
     other = world.project / "copied elsewhere.pt"
     (world.node / "data" / "best.pt").unlink()
     first = world.json("--checkpoint", "best.pt", "--jobs", "health")
@@ -44,6 +46,7 @@ def test_a_local_checkpoint_is_sent_once_and_found_by_content_from_then_on(world
 
 
 def test_a_file_of_the_same_content_under_a_root_is_never_sent(world: World) -> None:
+    world.with_torch()
     result = world.json("--checkpoint", "best.pt", "--jobs", "health")
     assert '"how": "by_content"' in (world.run_folder(result["run_id"]) / "provenance.json").read_text()
 
@@ -152,8 +155,7 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, e2e_sshd: Sshd, small_checkpoint: Path, torchless_python: str
 ) -> dict[str, str]:
     """The artifacts of a run that nobody killed."""
-    world = make_world(tmp_path_factory.mktemp("undisturbed"), e2e_sshd, small_checkpoint)
-    world.edit_profile(python={"path": torchless_python})
+    world = make_world(tmp_path_factory.mktemp("undisturbed"), e2e_sshd, small_checkpoint, torchless_python)
     run_id = world.json(*COUNT)["run_id"]
     kinds = entries(world, run_id)
     assert (len(kinds), kinds[-1]) == (LAST_ENTRY, "reported"), kinds
@@ -163,9 +165,8 @@ def undisturbed(
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("number", range(1, LAST_ENTRY + 1))
 def test_a_client_killed_anywhere_resumes_to_the_same_artifacts_with_one_launch(
-    world: World, torchless_python: str, undisturbed: dict[str, str], when: str, number: int
+    world: World, undisturbed: dict[str, str], when: str, number: int
 ) -> None:
-    world.edit_profile(python={"path": torchless_python})
     killed = subprocess.run(
         [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *COUNT],
         capture_output=True,
