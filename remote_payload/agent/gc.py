@@ -63,7 +63,7 @@ def gc(request: GcRequest) -> GcReport:
     if not request.dry_run:
         for item in doomed:
             _delete(layout, item.path)
-        for leftover in _leftovers(layout):
+        for leftover in _leftovers(layout, now):
             _remove(leftover)
     return GcReport(tuple(item.path for item in doomed), sum(item.size for item in doomed), kept_bytes)
 
@@ -143,15 +143,15 @@ def _measure(path: str) -> _Item:
     return _Item(path, size, latest)
 
 
-def _leftovers(layout: NodeLayout) -> list[str]:
-    """What an earlier, interrupted deletion had already taken away."""
+def _leftovers(layout: NodeLayout, now: float) -> list[str]:
+    """What an interrupted deletion had already taken away, and what was in the making when its maker was killed."""
     folders = (layout.runs, layout.checkpoints, layout.payloads, layout.code)
     return [
         entry.path
         for folder in folders
         if os.path.isdir(folder)
         for entry in os.scandir(folder)
-        if entry.name.startswith(".deleting-")
+        if entry.name.startswith(".deleting-") or (entry.name.startswith(".") and _is_idle(_measure(entry.path), now))
     ]
 
 

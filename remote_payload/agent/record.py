@@ -144,6 +144,7 @@ class OutputLog:
 
     def __init__(self, path: str, max_bytes: int = MAX_LOG_BYTES) -> None:
         self._file = AppendOnly(path, max_bytes)
+        self._file.write(b"")
         self.tail = b""
 
     @property

@@ -104,6 +104,15 @@ def test_gc_makes_a_claim_that_never_started_void_before_it_deletes_it(node: Nod
     assert fresh.exists()
 
 
+def test_gc_clears_away_what_was_in_the_making_long_ago(node: NodeLayout) -> None:
+    code = Path(node.code)
+    for name, days in ((".unpacking-old", 2.0), (".unpacking-new", 0.0), (".deleting-x", 0.0)):
+        (code / name).mkdir(parents=True)
+        age(code / name, days)
+    gc(GcRequest(node.root, keep_days=30, dry_run=False))
+    assert [path.name for path in code.iterdir()] == [".unpacking-new"]
+
+
 def test_gc_touches_nothing_in_a_folder_without_our_marker(node: NodeLayout) -> None:
     old = make_run(node, "old", 400, "v1:" + "a" * 64)
     Path(node.marker).unlink()
