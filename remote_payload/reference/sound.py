@@ -14,7 +14,8 @@ MEL_BANDS = 40
 _WINDOW_SAMPLES = 1024
 _LOWEST_HZ, _HIGHEST_HZ = 50.0, 12_000.0
 _FLOOR = 1e-5
-_KMEANS_ROUNDS = 8
+_KMEANS_ROUNDS = 5
+_LOG_GAINS = (-2.0, 0.0, 2.0)
 
 Floats = NDArray[np.float32]
 
@@ -51,9 +52,12 @@ def log_mel(sound: Floats, rate_hz: int, centres_s: NDArray[np.floating[Any]]) -
 
 
 def train_quantiser(frames: Floats, seed: int) -> Quantiser:
-    """k-means for one book after another on the residuals of `frames` `(n, MEL_BANDS)`."""
+    """k-means for one book after another on the residuals of `frames` `(n, MEL_BANDS)`.
+
+    The frames are taken at several loudnesses, so that the books also fit sound that is louder or softer than these.
+    """
     generator = np.random.default_rng(seed)
-    left, books = frames, []
+    left, books = np.concatenate([frames + np.float32(gain) for gain in _LOG_GAINS]), []
     for _ in range(CODEBOOKS):
         book = _kmeans(left, generator)
         book = book[np.argsort(book.mean(axis=1), kind="stable")]

@@ -1,0 +1,312 @@
+"""One evaluation from the checkpoint's header to findings, metrics and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import torch
+
+from remote_payload.checkpoint import CheckpointHeader, read_header
+from remote_payload.jobs.context import JobContext
+from remote_payload.reconstruct import metrics, pictures
+from remote_payload.reconstruct.adapters import adapter_config, calling, resolve_adapter
+from remote_payload.reconstruct.collect import Baselines, Collected, baselines_of
+from remote_payload.reconstruct.judge import Judgement, judge, overall
+from remote_payload.reconstruct.loading import LoadedModel, choose_dtype, load_model
+from remote_payload.reconstruct.measured import Evaluated, Metric
+from remote_payload.reconstruct.protocol import (
+    Adapter,
+    AdapterConfig,
+    AdapterError,
+    Kind,
+    Modality,
+    Sample,
+    modality_problem,
+)
+from remote_payload.reconstruct.ranges import non_finite_finding, prediction_finding, target_finding
+from remote_payload.reconstruct.runner import RunFacts, choose_positions, make_deterministic, pick_device, run_over
+from remote_payload.wire.codec import to_json
+from remote_payload.wire.results import Finding, Outcome, Severity
+from remote_payload.wire.states import Phase
+
+SAMPLES_NAME = "samples.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationOutcome:
+    """What the document is made of. `facts` are its own keys, metrics and pictures among them."""
+
+    headline: str
+    task: Outcome
+    findings: list[Finding]
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedModality:
+    """One modality's metrics and judgement. `errors` maps positions in the split to what samples are ranked by."""
+
+    modality: Modality
+    metrics: list[Metric]
+    judgement: Judgement
+    findings: list[Finding]
+    evaluated: Optional[Evaluated] = None
+    errors: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
+    """Load, run, measure, judge and draw.
+
+    Raises `StructureError`, `AdapterError`, `CheckpointError`, and what torch raises when the device fails.
+    """
+    settings = context.plan.settings
+    adapter = resolve_adapter(adapter_name)
+    header = read_header(context.plan.checkpoint_path)
+    config = adapter_config(settings, header.config)
+    make_deterministic(settings.seed)
+    context.progress(Phase.CUDA, message="asking torch for a device")
+    device = pick_device(context.plan.gpu.device)
+    loaded = _load(context, adapter, config, header, device)
+    modalities = declared_modalities(adapter, settings.data, config)
+    samples = open_samples(adapter, settings.data, config)
+    baselines = _baselines(context, adapter, config, modalities)
+    positions = choose_positions(len(samples), settings.metric_samples)
+    collected = [Collected(m, len(positions), context.artifacts) for m in modalities]
+    ran = _run(context, adapter, loaded, samples, positions, collected, baselines)
+    ordered = bool(samples[positions[0]].group)
+    judged = []
+    for number, rows in enumerate(collected):
+        context.progress(Phase.RUN, len(positions) + number, None, f"measuring {rows.modality.name}")
+        judged.append(judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed))
+    drawn = _draw(context, collected, judged, samples)
+    task, headline = overall([j.judgement for j in judged])
+    findings = [f for j in judged for f in j.findings] + _run_findings(ran, settings.batch_size, baselines)
+    facts = {
+        "metrics": [dataclasses.asdict(m) for j in judged for m in j.metrics],
+        "pictures": drawn,
+        "modalities": [_modality_facts(j) for j in judged],
+        "model": _model_facts(loaded, header),
+        "samples": {
+            "split": adapter.split,
+            "available": len(samples),
+            "evaluated": len(positions),
+            "per_sample": f"{context.job}/{SAMPLES_NAME}",
+            "training_reference": baselines.samples if baselines else None,
+            "dependence": adapter.dependence,
+        },
+        "policy": {
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "tf32": False,
+            "deterministic_algorithms": True,
+        },
+    }
+    return EvaluationOutcome(headline, task, findings, facts)
+
+
+def declared_modalities(adapter: Adapter, data: dict[str, str], config: AdapterConfig) -> tuple[Modality, ...]:
+    """The adapter's modalities, checked. Raises `AdapterError`."""
+    with calling("modalities"):
+        modalities = tuple(adapter.modalities(data, config))
+    if not modalities:
+        raise AdapterError("the adapter declares no modality")
+    names = [m.name for m in modalities]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise AdapterError(f"the adapter declares {', '.join(twice)} twice")
+    for modality in modalities:
+        problem = modality_problem(modality)
+        if problem:
+            raise AdapterError(f"modality {modality.name!r}: {problem}")
+    return modalities
+
+
+def open_samples(adapter: Adapter, data: dict[str, str], config: AdapterConfig) -> Sequence[Sample]:
+    """The evaluated split's samples. Raises `AdapterError` if there are none."""
+    with calling("samples"):
+        samples = adapter.samples(adapter.split, data, config)
+        count = len(samples)
+    if not count:
+        raise AdapterError(f"the split {adapter.split!r} has no samples")
+    return samples
+
+
+def judge_modality(
+    rows: Collected, baselines: Optional[Baselines], ordered: bool, dependence: int, seed: int
+) -> JudgedModality:
+    """Ranges first; metrics and judgement only for what can be compared."""
+    modality = rows.modality
+    if not rows.count:
+        return _unmeasured(modality, "no evaluated sample has this modality", [])
+    targets, predictions = rows.targets, rows.predictions
+    blocking = target_finding(modality, targets) or non_finite_finding(modality, predictions)
+    if blocking is not None:
+        failed = blocking.id == "task.non_finite_output"
+        return _unmeasured(modality, blocking.title, [blocking], Outcome.FAIL if failed else Outcome.NOT_MEASURED)
+    suspicion = prediction_finding(modality, targets, predictions)
+    if suspicion is not None and suspicion.severity is Severity.ERROR:
+        return _unmeasured(modality, suspicion.title, [suspicion])
+    evaluated = rows.evaluated(baselines, ordered, dependence, seed)
+    measured, evidence = metrics.measure(evaluated)
+    judgement = judge(evidence)
+    findings = [*judgement.findings, *([suspicion] if suspicion else [])]
+    ranking = next(iter(metrics.sample_rows(evaluated)[0]))
+    sign = -1.0 if ranking == "code_accuracy" else 1.0
+    errors = {
+        position: sign * float(row[ranking] or 0.0)
+        for position, row in zip(rows.positions, metrics.sample_rows(evaluated))
+    }
+    return JudgedModality(modality, measured, judgement, findings, evaluated, errors)
+
+
+def _unmeasured(
+    modality: Modality, reason: str, findings: list[Finding], outcome: Outcome = Outcome.NOT_MEASURED
+) -> JudgedModality:
+    word = "failed" if outcome is Outcome.FAIL else "not measured"
+    judgement = Judgement(modality.name, modality.role, outcome, f"{modality.name}: {word}, {reason}")
+    return JudgedModality(modality, metrics.not_measured(modality, reason), judgement, findings)
+
+
+def _load(
+    context: JobContext, adapter: Adapter, config: AdapterConfig, header: CheckpointHeader, device: torch.device
+) -> LoadedModel:
+    dtype = choose_dtype(context.plan.settings.dtype, header, device)
+    context.progress(Phase.LOAD, message="building the model")
+
+    def told(done: int, total: int) -> None:
+        context.progress(Phase.LOAD, done, total, "weights")
+
+    return load_model(adapter, config, header, device, dtype, told)
+
+
+def _baselines(
+    context: JobContext, adapter: Adapter, config: AdapterConfig, modalities: Sequence[Modality]
+) -> Optional[Baselines]:
+    context.progress(Phase.FIRST_BATCH, message="reading the training reference")
+    with calling("train_reference"):
+        reference = adapter.train_reference(context.plan.settings.data, config)
+        empty = reference is None or not len(reference)
+    if reference is None or empty:
+        return None
+
+    def told(done: int) -> None:
+        context.progress(Phase.FIRST_BATCH, done, len(reference), "reading the training reference")
+
+    return baselines_of(reference, modalities, told)
+
+
+def _run(
+    context: JobContext,
+    adapter: Adapter,
+    loaded: LoadedModel,
+    samples: Sequence[Sample],
+    positions: Sequence[int],
+    collected: Sequence[Collected],
+    baselines: Optional[Baselines],
+) -> RunFacts:
+    """Predict everything; each sample's numbers are written as they come."""
+    settings = context.plan.settings
+    context.progress(Phase.FIRST_BATCH, message="first batch")
+    done = 0
+    path = context.artifacts / SAMPLES_NAME
+    with open(path, "w", encoding="utf-8") as file:
+
+        def take(chosen: Sequence[int], items: Sequence[Sample], predicted: dict[str, Any]) -> None:
+            nonlocal done
+            lines: dict[int, dict[str, Any]] = {p: {} for p in chosen}
+            for rows in collected:
+                added = rows.add(chosen, items, predicted[rows.modality.name])
+                part = rows.evaluated(baselines, False, adapter.dependence, settings.seed, added)
+                for row, numbers in zip(added, metrics.sample_rows(part)):
+                    lines[rows.positions[row]][rows.modality.name] = numbers
+            for position, sample in zip(chosen, items):
+                line = {"index": position, "sample": str(sample.id), "modalities": lines[position]}
+                file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
+            file.flush()
+            done += len(chosen)
+            context.progress(Phase.RUN, done, len(positions), "samples")
+
+        ran = run_over(
+            adapter,
+            loaded.model,
+            samples,
+            positions,
+            [c.modality for c in collected],
+            loaded.device,
+            loaded.dtype,
+            settings.batch_size,
+            take,
+        )
+        os.fsync(file.fileno())
+    return ran
+
+
+def _draw(
+    context: JobContext, collected: Sequence[Collected], judged: Sequence[JudgedModality], samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
+    drawn: list[dict[str, Any]] = []
+    for verdict in judged:
+        if verdict.modality.kind is Kind.VOXELS and verdict.evaluated is not None:
+            drawn += pictures.draw_voxels(verdict.evaluated, context.job, context.write_bytes)
+    ranking = next((j.errors for j in judged if j.errors), {})
+    shown = pictures.choose_shown(ranking, context.plan.settings.num_samples)
+    for number, chosen in enumerate(shown, start=1):
+        for rows in collected:
+            drawn += pictures.draw_sample(rows, samples, chosen, number, context.job, context.write_bytes)
+        context.progress(Phase.RUN, number, len(shown), "pictures")
+    return drawn
+
+
+def _run_findings(ran: RunFacts, wanted_batch: int, baselines: Optional[Baselines]) -> list[Finding]:
+    findings = []
+    if ran.halvings:
+        findings.append(
+            Finding(
+                id="reconstruct.batch_halved",
+                severity=Severity.INFO,
+                title=f"Memory ran out at a batch of {wanted_batch}; the run went on with {ran.batch_size}",
+                evidence={"wanted": wanted_batch, "used": ran.batch_size, "times": ran.halvings},
+            )
+        )
+    if baselines is None:
+        findings.append(
+            Finding(
+                id="reconstruct.no_train_reference",
+                severity=Severity.WARNING,
+                title="The adapter gives no training reference, so nothing is compared with the train mean",
+                action="Return training samples from the adapter's train_reference.",
+            )
+        )
+    return findings
+
+
+def _modality_facts(judged: JudgedModality) -> dict[str, Any]:
+    modality = judged.modality
+    return {
+        "name": modality.name,
+        "kind": modality.kind.value,
+        "role": modality.role.value,
+        "layout": modality.layout,
+        "shape": list(modality.shape),
+        "value_range": list(modality.value_range) if modality.value_range else None,
+        "unit": modality.unit,
+        "label": modality.label,
+        "outcome": judged.judgement.outcome.value,
+        "sentence": judged.judgement.sentence,
+    }
+
+
+def _model_facts(loaded: LoadedModel, header: CheckpointHeader) -> dict[str, Any]:
+    return {
+        "entries": loaded.entries,
+        "parameters": loaded.parameters,
+        "tied_names": loaded.tied,
+        "dtype": str(loaded.dtype).replace("torch.", ""),
+        "device": loaded.device.type,
+        "dropped_entries": to_json(loaded.fit.dropped[:40]),
+        "state_path": header.state_path,
+    }

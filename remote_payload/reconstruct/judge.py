@@ -1,0 +1,188 @@
+"""From evidence to outcome: does the model beat the train mean, and does it beat chance. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Optional
+
+from remote_payload.reconstruct.measured import Evidence, Metric
+from remote_payload.reconstruct.protocol import Kind, Role
+from remote_payload.wire.results import Dimension, Finding, Outcome, Severity
+
+SIGNIFICANCE = 0.05
+_CONSTANT_SPREAD = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """The outcome for one modality, its sentence and the findings behind it."""
+
+    modality: str
+    role: Role
+    outcome: Outcome
+    sentence: str
+    findings: tuple[Finding, ...] = ()
+
+
+def judge(evidence: Evidence) -> Judgement:
+    """Pass only if the model clearly beats the train mean and chance; fail if it is worse, constant or at chance.
+
+    Above chance without being told from the train mean is a warning; without a baseline, or with too few samples to
+    say, it is not measured.
+    """
+    name, role = _name(evidence), evidence.modality.role
+    if evidence.spread is not None and evidence.spread < _CONSTANT_SPREAD and evidence.n > 1:
+        finding = _finding(
+            evidence,
+            "task.constant_predictor",
+            "gives the same output whatever the input",
+            {"output_variance_ratio": evidence.spread, "n": evidence.n},
+            "The outputs' variance over samples is next to nothing of the targets': the model has collapsed.",
+        )
+        return Judgement(evidence.modality.name, role, Outcome.FAIL, f"{name}: constant output", (finding,))
+    better, above = _against_baseline(evidence), _above_chance(evidence)
+    outcome = _outcome(better, above)
+    sentence = f"{name}: {_baseline_words(evidence, better)}; {_chance_words(evidence, above)}"
+    return Judgement(evidence.modality.name, role, outcome, sentence, tuple(_findings(evidence, better, above)))
+
+
+def overall(judgements: Sequence[Judgement]) -> tuple[Outcome, str]:
+    """The task's outcome and headline: pass if every target modality passes, fail if none does better than fail.
+
+    Auxiliary modalities are told in the headline and decide nothing.
+    """
+    targets = [j for j in judgements if j.role is Role.TARGET]
+    outcomes = {j.outcome for j in targets}
+    if not outcomes or outcomes == {Outcome.NOT_MEASURED}:
+        outcome = Outcome.NOT_MEASURED
+    elif outcomes == {Outcome.PASS}:
+        outcome = Outcome.PASS
+    elif outcomes <= {Outcome.FAIL, Outcome.NOT_MEASURED}:
+        outcome = Outcome.FAIL
+    else:
+        outcome = Outcome.WARN
+    told = [j.sentence for j in targets]
+    told += [f"{j.sentence} (beside the verdict)" for j in judgements if j.role is Role.AUXILIARY]
+    return outcome, ". ".join(told) + "." if told else "Nothing was compared."
+
+
+def _against_baseline(evidence: Evidence) -> Optional[str]:
+    """better, worse, same, or None where it cannot be told."""
+    if evidence.gain is None:
+        return None
+    low, high = evidence.gain
+    return "better" if low > 0 else "worse" if high < 0 else "same"
+
+
+def _above_chance(evidence: Evidence) -> Optional[bool]:
+    if evidence.similarity is not None and evidence.similarity.value is None:
+        return False
+    null = evidence.null
+    return None if null is None or null.p is None else null.p < SIGNIFICANCE
+
+
+def _outcome(better: Optional[str], above: Optional[bool]) -> Outcome:
+    if better == "worse" or above is False:
+        return Outcome.FAIL
+    if better is None or above is None:
+        return Outcome.NOT_MEASURED
+    return Outcome.PASS if better == "better" else Outcome.WARN
+
+
+def _findings(evidence: Evidence, better: Optional[str], above: Optional[bool]) -> list[Finding]:
+    found = []
+    if better == "worse":
+        found.append(
+            _finding(
+                evidence,
+                f"task.worse_than_{evidence.baseline}",
+                f"is worse than the {_words(evidence.baseline)}",
+                _gain_evidence(evidence),
+                f"Giving {_baseline_meaning(evidence)} for every sample would do better.",
+            )
+        )
+    if above is False:
+        null = evidence.null
+        found.append(
+            _finding(
+                evidence,
+                "task.chance_level",
+                "is at chance",
+                {
+                    "metric": evidence.similarity.id if evidence.similarity else None,
+                    "value": evidence.similarity.value if evidence.similarity else None,
+                    "null_mean": null.mean if null else None,
+                    "p": null.p if null else None,
+                    "n": evidence.n,
+                },
+                "Paired with the wrong targets the outputs score as well.",
+            )
+        )
+    return found
+
+
+def _finding(evidence: Evidence, identifier: str, what: str, numbers: dict[str, object], explanation: str) -> Finding:
+    decides = evidence.modality.role is Role.TARGET
+    return Finding(
+        id=identifier,
+        severity=Severity.ERROR if decides else Severity.INFO,
+        title=f"{_name(evidence)} {what}",
+        dimension=Dimension.TASK_EVIDENCE,
+        where=(evidence.modality.name,),
+        evidence=dict(numbers),
+        explanation=explanation,
+        confidence=0.95,
+        refuted_by="More held-out samples, or another split, on which it does not hold.",
+    )
+
+
+def _gain_evidence(evidence: Evidence) -> dict[str, object]:
+    error = evidence.error
+    return {
+        "metric": error.id if error else None,
+        "value": error.value if error else None,
+        evidence.baseline: error.baselines.get(evidence.baseline) if error else None,
+        "gain_interval": list(evidence.gain) if evidence.gain else None,
+        "n": evidence.n,
+    }
+
+
+def _baseline_words(evidence: Evidence, better: Optional[str]) -> str:
+    baseline, numbers = _words(evidence.baseline), _numbers(evidence.error, evidence.baseline)
+    if better is None:
+        is_given = evidence.error is not None and evidence.error.baselines
+        return f"too few samples to compare with the {baseline}" if is_given else f"no {baseline} to compare with"
+    told = {"better": "beats", "worse": "is worse than", "same": "cannot be told from"}[better]
+    return f"{told} the {baseline}{numbers}"
+
+
+def _chance_words(evidence: Evidence, above: Optional[bool]) -> str:
+    similarity = evidence.similarity
+    if above is None:
+        return "chance not measured"
+    if similarity is None or similarity.value is None:
+        return "at chance (no variance)"
+    p = f", p = {evidence.null.p:.3f}" if evidence.null and evidence.null.p is not None else ""
+    null = f" against {evidence.null.mean:.3f}" if evidence.null else ""
+    return f"{'above chance' if above else 'at chance'} ({_words(similarity.id)} {similarity.value:.3f}{null}{p})"
+
+
+def _numbers(error: Optional[Metric], baseline: str) -> str:
+    if error is None or error.value is None or baseline not in error.baselines:
+        return ""
+    return f" ({_words(error.id)} {error.value:.4g} against {error.baselines[baseline]:.4g})"
+
+
+def _baseline_meaning(evidence: Evidence) -> str:
+    return "the commonest code" if evidence.modality.kind is Kind.CODES else "the mean of the training targets"
+
+
+def _words(identifier: str) -> str:
+    return identifier.replace("train_commonest_code", "commonest code of training").replace("_", " ")
+
+
+def _name(evidence: Evidence) -> str:
+    """The modality's name, with what must be said with it."""
+    is_simulated = "simulated" in evidence.modality.label
+    return f"{evidence.modality.name} (simulated)" if is_simulated else evidence.modality.name

@@ -1,0 +1,121 @@
+"""Runs the model over the split, batch by batch. Knows nothing of verdicts and pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from torch import nn
+
+from remote_payload.reconstruct.adapters import calling, is_out_of_memory
+from remote_payload.reconstruct.collect import check_predictions
+from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
+
+OnBatch = Callable[[Sequence[int], Sequence[Sample], dict[str, Any]], None]
+
+
+@dataclasses.dataclass
+class RunFacts:
+    """What the run came to: the batch size it ended with and how often memory ran out."""
+
+    batch_size: int
+    halvings: int = 0
+
+
+def make_deterministic(seed: int) -> None:
+    """Fix every seed and ask for algorithms that give the same numbers each time."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """cpu, cuda, or auto: CUDA where there is one. Raises `RuntimeError` when CUDA is wanted and there is none."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        torch.zeros(1, device=device)
+        return device
+    if wanted == "cuda":
+        raise RuntimeError("a CUDA device is wanted, and torch finds none on this node")
+    return torch.device("cpu")
+
+
+def choose_positions(available: int, wanted: Optional[int]) -> list[int]:
+    """Which samples are evaluated: all, or `wanted` of them spread evenly over the split, in order."""
+    if wanted is None or wanted >= available:
+        return list(range(available))
+    return [int(i) for i in np.unique(np.linspace(0, available - 1, wanted).round().astype(int))]
+
+
+def run_over(
+    adapter: Adapter,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    positions: Sequence[int],
+    modalities: Sequence[Modality],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch_size: int,
+    on_batch: OnBatch,
+) -> RunFacts:
+    """Predict the samples at `positions` in order and hand each batch to `on_batch`.
+
+    When the device's memory runs out the batch is halved, down to one sample, and the run goes on.
+    """
+    facts = RunFacts(max(1, batch_size))
+    done = 0
+    while done < len(positions):
+        chosen = positions[done : done + facts.batch_size]
+        with calling("samples"):
+            items = [samples[p] for p in chosen]
+        try:
+            predicted = predict(adapter, model, items, device, dtype)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or facts.batch_size == 1:
+                raise
+            facts.batch_size //= 2
+            facts.halvings += 1
+            predicted = None
+        if predicted is None:
+            # Outside the handler: its traceback would keep the failed batch's tensors alive.
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            continue
+        check_predictions(predicted, modalities)
+        on_batch(chosen, items, predicted)
+        done += len(chosen)
+    return facts
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Every tensor of a nested batch on the device; floating ones in the model's type."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device=device, dtype=dtype if batch.is_floating_point() else None)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        moved = [to_device(value, device, dtype) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def predict(
+    adapter: Adapter, model: nn.Module, items: Sequence[Sample], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """One batch, without gradients. Out of memory passes through as torch raises it."""
+    with calling("collate"):
+        batch = adapter.collate(items)
+    with calling("predict"), torch.inference_mode():
+        predicted: Any = adapter.predict(model, to_device(batch, device, dtype))
+    return predicted if not isinstance(predicted, dict) else dict(predicted)

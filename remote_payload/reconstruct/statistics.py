@@ -1,0 +1,139 @@
+"""Correlations, chance levels and intervals, in float64 and without surprises. NumPy only.
+
+Where a number cannot be had the functions give NaN for that row, and the metrics turn it into `None` with a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Rows = NDArray[Any]
+
+_CHUNK_ELEMENTS = 4_000_000
+_SHIFT_MARGIN = 15
+"""Circular shifts of a time series stay at least this far from 0: nearer ones are still alike by autocorrelation."""
+_FEWEST_SHUFFLES = 19
+"""With fewer, p cannot fall below 0.05."""
+
+
+def row_correlations(first: Rows, second: Rows) -> Floats:
+    """Pearson's r between corresponding rows of two `(n, d)` arrays, over centred float64 data; NaN at zero variance.
+
+    A row counts as constant when its spread is no more than rounding leaves of a constant of its size.
+    """
+    result = np.empty(len(first))
+    for rows in _chunks(len(first), first.shape[1]):
+        (a, a_norm), (b, b_norm) = _centred(first[rows]), _centred(second[rows])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            result[rows] = np.clip(np.einsum("ij,ij->i", a, b) / (a_norm * b_norm), -1.0, 1.0)
+    return result
+
+
+def column_correlations(first: Rows, second: Rows) -> Floats:
+    """Pearson's r between corresponding columns: voxels over time. NaN at zero variance."""
+    result = np.empty(first.shape[1])
+    for columns in _chunks(first.shape[1], first.shape[0]):
+        result[columns] = row_correlations(first[:, columns].T, second[:, columns].T)
+    return result
+
+
+def row_errors(first: Rows, second: Rows) -> Floats:
+    """Mean squared difference between corresponding rows; `second` may be one row for all."""
+    errors = np.empty(len(first))
+    for rows in _chunks(len(first), first.shape[1]):
+        other = second if second.ndim == 1 else second[rows]
+        errors[rows] = ((first[rows].astype(np.float64) - other.astype(np.float64)) ** 2).mean(axis=1)
+    return errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Null:
+    """What a statistic comes to when predictions are paired with the wrong targets.
+
+    `p` is (1 + number at least as good) / (1 + number); None when there were too few wrong pairings to tell.
+    """
+
+    mean: float
+    p: Optional[float]
+    pairings: int
+    how: str
+
+
+def pairings(count: int, dependence: int, ordered: bool, wanted: int, seed: int) -> tuple[str, list[NDArray[np.int64]]]:
+    """How the pairing is broken, and up to `wanted` index arrays that do it.
+
+    Ordered data are shifted in a circle by at least 15 samples and at least `dependence` from either end; others are
+    permuted.
+    """
+    if not ordered and dependence <= 1:
+        generator = np.random.default_rng(seed)
+        return "permutation", [generator.permutation(count) for _ in range(wanted)] if count > 3 else []
+    margin = max(_SHIFT_MARGIN, dependence)
+    shifts = np.arange(margin, count - margin + 1)
+    if len(shifts) > wanted:
+        shifts = np.unique(np.linspace(shifts[0], shifts[-1], wanted).round().astype(np.int64))
+    return f"circular shifts of at least {margin}", [(np.arange(count) + s) % count for s in shifts]
+
+
+def null_of(
+    statistic: Callable[[NDArray[np.int64]], float], observed: float, how: str, indices: list[NDArray[np.int64]]
+) -> Optional[Null]:
+    """The null of a statistic of which larger is better; None without any wrong pairing."""
+    return null_from([statistic(i) for i in indices], observed, how)
+
+
+def null_from(wrong: Sequence[float], observed: float, how: str) -> Optional[Null]:
+    """The same from the statistic's values on wrong pairings."""
+    values = np.array(wrong, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if not len(values) or not np.isfinite(observed):
+        return None
+    p = float((1 + (values >= observed).sum()) / (1 + len(values))) if len(values) >= _FEWEST_SHUFFLES else None
+    return Null(float(values.mean()), p, len(values), how)
+
+
+def mean_interval(values: Floats, block: int, seed: int, resamples: int = 1000) -> Optional[tuple[float, float]]:
+    """95 % interval of the mean by a moving-block bootstrap (Künsch 1989); blocks of `block` neighbouring samples.
+
+    None for fewer than three blocks: nothing could be said.
+    """
+    kept = values[np.isfinite(values)]
+    indices = block_indices(len(kept), block, seed, min(resamples, max(100, 20_000_000 // max(1, len(kept)))))
+    if indices is None:
+        return None
+    means = kept[indices].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def block_indices(count: int, block: int, seed: int, resamples: int) -> Optional[NDArray[np.int64]]:
+    """`(resamples, count)` row indices of a moving-block bootstrap; None for fewer than three blocks."""
+    length = max(1, block)
+    if count < 3 * length:
+        return None
+    generator = np.random.default_rng(seed)
+    blocks = -(-count // length)
+    starts = generator.integers(0, count - length + 1, size=(resamples, blocks))
+    indices = (starts[:, :, None] + np.arange(length)).reshape(resamples, -1)[:, :count]
+    return np.asarray(indices, dtype=np.int64)
+
+
+def _centred(rows: Rows) -> tuple[Floats, Floats]:
+    wide = rows.astype(np.float64)
+    largest = np.abs(wide).max(axis=1, initial=0.0)
+    centred = wide - wide.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.einsum("ij,ij->i", centred, centred))
+    rounding = largest * np.sqrt(wide.shape[1]) * 1e-12
+    return centred, np.where(norms > rounding, norms, np.nan)
+
+
+def _chunks(count: int, width: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_ELEMENTS // max(1, width))
+    for start in range(0, count, step):
+        yield slice(start, min(count, start + step))
