@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import client
 
-HEADER = "| what | ours, s | theirs, s | theirs / ours | our peak MB | their peak MB |\n| --- | --- | --- | --- | --- | --- |"
+HEADER = "| what | ours, s | theirs, s | theirs / ours | our MB | their MB |\n| --- | --- | --- | --- | --- | --- |"
 
 
 def main() -> int:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.completion import complete_cluster, complete_run_id
 from orchestrator.cli.guard import finish
-from orchestrator.cli.session import complete_cluster, complete_run_id
 
 app = typer.Typer(
     name="remote-eval",

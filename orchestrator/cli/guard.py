@@ -8,10 +8,6 @@ from typing import NoReturn
 
 import typer
 
-from orchestrator.cli.output import report_bug, report_error, start_log
-from orchestrator.errors import ExitCode, RemoteEvalError
-from orchestrator.layout import LocalLayout
-
 
 def finish(command: Callable[[], int]) -> NoReturn:
     """Run a command and leave with its exit code."""
@@ -19,6 +15,11 @@ def finish(command: Callable[[], int]) -> NoReturn:
 
 
 def _exit_code(command: Callable[[], int]) -> int:
+    # Imported here so that `--help`, which runs no command, answers as fast as a bare Typer app.
+    from orchestrator.cli.output import report_bug, report_error, start_log
+    from orchestrator.errors import ExitCode, RemoteEvalError
+    from orchestrator.layout import LocalLayout
+
     layout = LocalLayout.for_user()
     start_log(layout)
     try:

@@ -1,8 +1,7 @@
-"""What every command shares: folders, services, and completion of names."""
+"""What every command shares: folders and services."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.layout import LocalLayout
@@ -38,20 +37,3 @@ def plan_of(run_id: str | None) -> RunPlan:
             raise UsageError("there is no run yet", action="Start one: remote-eval --cluster C --checkpoint REF.")
         run_id = known[0]
     return load_plan(run_id, layout)
-
-
-def complete_run_id(incomplete: str) -> list[str]:
-    """Run ids for the shell, newest first."""
-    try:
-        folders = sorted((p.name for p in LocalLayout.for_user().runs.iterdir() if p.is_dir()), reverse=True)
-    except OSError:
-        return []
-    return [name for name in folders if name.startswith(incomplete)]
-
-
-def complete_cluster(incomplete: str) -> list[str]:
-    """Cluster names for the shell."""
-    from orchestrator.profiles import find_profiles
-
-    known = find_profiles(LocalLayout.for_user(), Path.cwd())
-    return [name for name in sorted(known) if name.startswith(incomplete)]
