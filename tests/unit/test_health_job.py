@@ -58,12 +58,18 @@ def health_of(tmp_path: Path, checkpoint: Any) -> dict[str, Any]:
     return examined(path)
 
 
+def healthy_checkpoint() -> dict[str, Any]:
+    checkpoint = reference_checkpoint(dtype=torch.float32)
+    checkpoint["config"]["batch_size"] = 16
+    return checkpoint
+
+
 def found(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {f["id"]: f for f in document["findings"]}
 
 
 def test_a_healthy_reference_checkpoint_has_no_finding_and_its_exact_table(tmp_path: Path) -> None:
-    document = health_of(tmp_path, reference_checkpoint())
+    document = health_of(tmp_path, healthy_checkpoint())
     assert document["findings"] == []
     assert document["classes"]["counts"] == {
         "batchnorm_layers": 22,
@@ -211,7 +217,7 @@ def plant_other_counter(checkpoint: dict[str, Any]) -> None:
 def test_a_planted_defect_is_found_where_it_is(
     tmp_path: Path, plant: Plant, finding: str, severity: str, where: str, dimension: str, outcome: str | None
 ) -> None:
-    checkpoint = reference_checkpoint()
+    checkpoint = healthy_checkpoint()
     plant(checkpoint)
     document = health_of(tmp_path, checkpoint)
     details = found(document)[finding]
@@ -226,7 +232,7 @@ def test_a_planted_defect_is_found_where_it_is(
 
 
 def test_a_large_variance_is_also_named_as_beyond_fp16(tmp_path: Path) -> None:
-    checkpoint = reference_checkpoint()
+    checkpoint = healthy_checkpoint()
     plant_large_variance(checkpoint)
     overflow = found(health_of(tmp_path, checkpoint))["values.fp16_overflow"]
     assert overflow["severity"] == "info"
@@ -234,7 +240,7 @@ def test_a_large_variance_is_also_named_as_beyond_fp16(tmp_path: Path) -> None:
 
 
 def test_where_a_nan_is_stands_in_the_evidence(tmp_path: Path) -> None:
-    checkpoint = reference_checkpoint()
+    checkpoint = healthy_checkpoint()
     plant_nan(checkpoint)
     evidence = found(health_of(tmp_path, checkpoint))["values.nan"]["evidence"]
     assert evidence["tensors"][0]["first"] == [[3, 2]]
@@ -349,7 +355,7 @@ def test_a_file_that_changes_while_it_is_read_is_a_finding(tmp_path: Path) -> No
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
-    torch.save(reference_checkpoint(dtype=torch.float32), path)
+    torch.save(healthy_checkpoint(), path)
     texts = []
     for name in ("one", "two"):
         run(context_for(path, tmp_path / name))

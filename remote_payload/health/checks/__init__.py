@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from remote_payload.health.checks import batchnorm, integrity, values, weights
+from remote_payload.health.checks import batchnorm, integrity, precision, provenance, task, values, weights
 from remote_payload.health.checks.check import Check
 
-ALL_CHECKS: tuple[Check, ...] = (*integrity.CHECKS, *values.CHECKS, *weights.CHECKS, *batchnorm.CHECKS)
+ALL_CHECKS: tuple[Check, ...] = (
+    *integrity.CHECKS,
+    *provenance.CHECKS,
+    *values.CHECKS,
+    *weights.CHECKS,
+    *batchnorm.CHECKS,
+    *precision.CHECKS,
+    *task.CHECKS,
+)
 """In the order of the report. A new family of checks is one module and one entry here."""
 
 __all__ = ["ALL_CHECKS", "Check"]

@@ -9,9 +9,12 @@ from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, Te
 from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.stats import FP16_MAX, TensorStats
+from remote_payload.health.training_record import config_number, usual_count
 from remote_payload.wire.results import Dimension, Finding, Severity
 
 _AT_INIT_FRACTION = 0.5
+_TOO_FEW_SAMPLES = 2
+_FEW_SAMPLES = 4
 _MIN_CHANNELS = 16
 """A handful of scales may well be exactly 1 by chance in a 16-bit type."""
 
@@ -106,7 +109,7 @@ def _counter_mismatch(facts: HealthFacts) -> Iterator[Finding]:
     values = Counter(counted.values())
     if len(values) < 2:
         return
-    usual = min(v for v, n in values.items() if n == max(values.values()))
+    usual = usual_count(counted.values()) or 0
     others = {n: v for n, v in counted.items() if v != usual}
     doubled = [n for n, v in others.items() if usual > 0 and v == 2 * usual]
     halved = [n for n, v in others.items() if v > 0 and usual == 2 * v]
@@ -132,6 +135,33 @@ def _counter_mismatch(facts: HealthFacts) -> Iterator[Finding]:
     )
 
 
+def _samples_per_rank(facts: HealthFacts) -> Iterator[Finding]:
+    batch = config_number(facts.header, "batch_size")
+    if batch is None or not 0 < batch <= _FEW_SAMPLES or _is_synchronised(facts.header):
+        return
+    yield Finding(
+        id="batchnorm.samples_per_rank",
+        severity=Severity.ERROR if batch <= _TOO_FEW_SAMPLES else Severity.WARNING,
+        title=f"{facts.header.class_counts['batchnorm_layers']} BatchNorm layers were trained on {batch:g} samples "
+        "at a time",
+        dimension=Dimension.TRAINING_DYNAMICS,
+        where=("config",),
+        evidence={"batch_size": batch, "batchnorm_layers": facts.header.class_counts["batchnorm_layers"]},
+        explanation="Without synchronisation a BatchNorm normalises by the samples on its own device. Two samples "
+        "become plus and minus one whatever they were, so what is trained is not what is evaluated with running "
+        "statistics.",
+        confidence=0.85,
+        refuted_by="Synchronised BatchNorm, or a layer that normalises over time or space as well.",
+        action="Use SyncBatchNorm, a larger batch a device, or a normalisation that does not look across samples.",
+    )
+
+
+def _is_synchronised(header: CheckpointHeader) -> bool:
+    return any(
+        "sync" in name.lower() and "b" in name.lower() and value is True for name, value in header.config.items()
+    )
+
+
 CHECKS = (
     Check(
         Dimension.NUMERICS,
@@ -151,5 +181,13 @@ CHECKS = (
         _counter_mismatch,
         lambda facts: len(counters(facts.header)) > 1,
         can_pass=False,
+    ),
+    Check(
+        Dimension.TRAINING_DYNAMICS,
+        "samples that BatchNorm saw at a time",
+        _samples_per_rank,
+        lambda facts: (
+            facts.header.class_counts["batchnorm_layers"] > 0 and config_number(facts.header, "batch_size") is not None
+        ),
     ),
 )
