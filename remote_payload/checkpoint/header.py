@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from typing import Any, Optional
 
 from remote_payload.checkpoint.placement import is_dense
@@ -170,10 +171,11 @@ class CheckpointHeader:
 
     def tensor(self, name: str) -> TensorEntry:
         """The tensor of that name. Raises `KeyError`."""
-        for tensor in self.tensors:
-            if tensor.name == name:
-                return tensor
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, TensorEntry]:
+        return {t.name: t for t in self.tensors}
 
     def record_summary(self) -> RecordSummary:
         return RecordSummary(

@@ -20,7 +20,8 @@ class Limits:
     name_characters: int = 64 * 1024 * 1024
     """All tensor names together: composed names can be far larger than the pickle that spells their parts."""
     safetensors_header_bytes: int = 64 * 1024 * 1024
-    shards: int = 2000
+    shards: int = 500
+    """All are open at once, under the usual limit of 1024 files a process."""
     shown_values: int = 50_000
     """Plain values (config, histories, scalars) that a header repeats."""
     shown_text: int = 2000

@@ -6,7 +6,8 @@ import struct
 from typing import Callable, Optional
 
 from remote_payload.checkpoint.inert import NumpyArray, NumpyDtype, StorageRef, Symbol, TensorRef, Trust
-from remote_payload.checkpoint.pickle_machine import MalformedPickleError, PickleMachine
+from remote_payload.checkpoint.pickle_machine import PickleMachine
+from remote_payload.checkpoint.pickle_values import MalformedPickleError
 from remote_payload.checkpoint.trust import named_dtype, storage_dtype, trust_of
 
 Arguments = tuple[object, ...]

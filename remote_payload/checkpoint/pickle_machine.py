@@ -13,27 +13,22 @@ from typing import Any, Callable, Optional
 
 from remote_payload.checkpoint.inert import NumpyArray, NumpyDtype, Opaque, Symbol, Trust
 from remote_payload.checkpoint.limits import DEFAULT_LIMITS, Limits
+from remote_payload.checkpoint.pickle_values import (
+    MalformedPickleError,
+    PickleEndsError,
+    checked_key,
+    decimal,
+    fill_array,
+)
 
 _MAX_LINE = 1 << 20
 _MAX_INTEGER_BYTES = 1024
-_MAX_INTEGER_DIGITS = 1000
-_MAX_KEY_PARTS = 256
-_MAX_INTEGER_KEY = 1 << 60
-"""Python hashes integers modulo 2**61 - 1: larger keys could be chosen to collide."""
 
 _INT2 = struct.Struct("<H").unpack_from
 _INT4 = struct.Struct("<i").unpack_from
 _UINT4 = struct.Struct("<I").unpack_from
 _UINT8 = struct.Struct("<Q").unpack_from
 _DOUBLE = struct.Struct(">d").unpack_from
-
-
-class MalformedPickleError(ValueError):
-    """The stream breaks the pickle format, or a limit."""
-
-
-class PickleEndsError(MalformedPickleError):
-    """The stream ends before its STOP."""
 
 
 class PickleMachine:
@@ -98,14 +93,14 @@ class PickleMachine:
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 raise MalformedPickleError("a mapping is made from something that is no pair")
             self.charge(100)
-            made[_checked_key(pair[0])] = pair[1]
+            made[checked_key(pair[0])] = pair[1]
         return made
 
     def make_set(self, items: Any) -> set[object]:
         made: set[object] = set()
         for item in items:
             self.charge(80)
-            made.add(_checked_key(item))
+            made.add(checked_key(item))
         return made
 
     def call(self, function: object, arguments: object) -> object:
@@ -212,10 +207,10 @@ class PickleMachine:
 
     def _int_line(self) -> None:
         line = self._line()
-        self._stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else _decimal(line))
+        self._stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else decimal(line))
 
     def _long_line(self) -> None:
-        self._stack.append(_decimal(self._line().rstrip(b"L")))
+        self._stack.append(decimal(self._line().rstrip(b"L")))
 
     def _float_line(self) -> None:
         try:
@@ -259,7 +254,7 @@ class PickleMachine:
         self.charge(50 * len(items))
         for index in range(0, len(items), 2):
             key = items[index]
-            target[key if type(key) is str else _checked_key(key)] = items[index + 1]
+            target[key if type(key) is str else checked_key(key)] = items[index + 1]
 
     def _set_item(self) -> None:
         value = self._stack.pop()
@@ -334,7 +329,7 @@ class PickleMachine:
         elif isinstance(target, NumpyDtype) and isinstance(state, tuple) and len(state) > 1:
             target.byte_order = state[1] if isinstance(state[1], str) else "="
         elif isinstance(target, NumpyArray) and isinstance(state, tuple) and len(state) == 5:
-            _fill_array(target, state)
+            fill_array(target, state)
         elif isinstance(target, Symbol):
             target.called = True
         # Attributes of plain containers (a state dict's _metadata) and of tensors carry nothing that we report.
@@ -344,43 +339,6 @@ class PickleMachine:
 
     def _duplicate(self) -> None:
         self._stack.append(self._stack[-1])
-
-
-def _fill_array(array: NumpyArray, state: tuple[object, ...]) -> None:
-    _, shape, dtype, _, data = state
-    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
-        raise MalformedPickleError("a numpy array without a shape")
-    array.shape = tuple(n for n in shape if isinstance(n, int))
-    array.dtype = dtype if isinstance(dtype, NumpyDtype) else None
-    array.data = data
-
-
-def _decimal(text: bytes) -> int:
-    if len(text) > _MAX_INTEGER_DIGITS:
-        raise MalformedPickleError(f"an integer of {len(text)} digits")
-    try:
-        return int(text)
-    except ValueError:
-        raise MalformedPickleError("text that is no integer") from None
-
-
-def _checked_key(key: object) -> object:
-    """`key` if hashing it is safe and cheap: Python's hash of tuples recurses, without a limit, in C."""
-    pending, seen = [key], 0
-    while pending:
-        part = pending.pop()
-        seen += 1
-        if seen > _MAX_KEY_PARTS:
-            raise MalformedPickleError("a key of too many parts")
-        if isinstance(part, (list, dict, set)):
-            raise MalformedPickleError(f"a {type(part).__name__} as a key")
-        if isinstance(part, (tuple, frozenset)):
-            if len(part) > _MAX_KEY_PARTS:
-                raise MalformedPickleError("a key of too many parts")
-            pending.extend(part)
-        elif isinstance(part, int) and not -_MAX_INTEGER_KEY < part < _MAX_INTEGER_KEY:
-            raise MalformedPickleError("a key beyond 60 bits")
-    return key
 
 
 def _utf8(data: bytes) -> str:
@@ -437,11 +395,11 @@ _OPCODES: dict[bytes, _Handler] = {
     b"e": lambda m: m._append_items(m._pop_mark()),
     b"\x90": _M._add_items,
     b"\x91": _M._frozen_set,
-    b"p": lambda m: m._put(_decimal(m._line())),
+    b"p": lambda m: m._put(decimal(m._line())),
     b"q": lambda m: m._put(m._u1()),
     b"r": lambda m: m._put(m._u4()),
     b"\x94": _M._memoize,
-    b"g": lambda m: m._get(_decimal(m._line())),
+    b"g": lambda m: m._get(decimal(m._line())),
     b"h": lambda m: m._get(m._u1()),
     b"j": lambda m: m._get(m._u4()),
     b"c": _M._global_line,

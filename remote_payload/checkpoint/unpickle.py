@@ -9,7 +9,8 @@ from remote_payload.checkpoint.errors import MalformedCheckpointError, Truncated
 from remote_payload.checkpoint.inert import StorageRef, Symbol
 from remote_payload.checkpoint.limits import Limits
 from remote_payload.checkpoint.pickle_globals import SymbolTable, call_known, load_storage
-from remote_payload.checkpoint.pickle_machine import MalformedPickleError, PickleEndsError, PickleMachine
+from remote_payload.checkpoint.pickle_machine import PickleMachine
+from remote_payload.checkpoint.pickle_values import MalformedPickleError, PickleEndsError
 from remote_payload.checkpoint.security import unsafe_global_findings
 
 

@@ -160,7 +160,7 @@ def _float_part(part: torch.Tensor) -> Moments:
     if smallest <= 0 <= largest:
         result.zeros = part.numel() - int(torch.count_nonzero(part))
     if smallest <= 1 <= largest:
-        result.ones = int((part == 1).sum())
+        result.ones = int(torch.count_nonzero(part == 1))
     if max(-smallest, largest) > FP16_MAX:
         result.over_fp16 = int((part.abs() > FP16_MAX).sum())
     exact = part.to(torch.float64)
