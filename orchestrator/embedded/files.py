@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -19,6 +20,7 @@ from orchestrator.fsutil import write_atomically
 from remote_payload.wire.codec import WireError, from_json, to_json
 
 _POLL_S = 0.05
+_LONGEST_LOG_BYTES = 1024 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class EmbeddedFiles:
         return self.folder / "start.lock"
 
     def prepare(self) -> None:
-        """Make the folder and, once, the keys. Call under `start_lock`'s folder only through `locked`."""
+        """Make what is missing of keys and known_hosts. Only within `locked`."""
         for path in (self.host_key, self.client_key):
             if not path.exists():
                 _make_key(path)
@@ -85,6 +87,13 @@ class EmbeddedFiles:
 
     def write_state(self, state: ServerState) -> None:
         write_atomically(self.state, json.dumps(to_json(state)).encode())
+
+    def open_log(self) -> BinaryIO:
+        """The log, private and open for appending; begun anew when it has grown long."""
+        if self.log.exists() and self.log.stat().st_size > _LONGEST_LOG_BYTES:
+            self.log.unlink()
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return os.fdopen(descriptor, "ab")
 
     def server_is_alive(self) -> bool:
         """Whether a server holds its lock. The kernel knows: no process table, no numbers that are given out again."""

@@ -74,7 +74,7 @@ def _start(files: EmbeddedFiles, idle_limit_s: float) -> ServerState:
     files.state.unlink(missing_ok=True)
     # `-m` finds the package in the current folder first: the very code that is running here.
     package_parent = Path(__file__).resolve().parents[2]
-    with files.log.open("ab") as log:
+    with files.open_log() as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "orchestrator.embedded", str(files.folder.absolute()), str(idle_limit_s)],
             stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.ssh.settings import Prompt
+from orchestrator.ssh.settings import HostKeyPolicy, Prompt
 from remote_payload.wire.names import printable
 
 _SOCKET_VARIABLE = "REMOTE_EVAL_ASKPASS"
@@ -47,8 +47,9 @@ class AskpassServer:
     """Answers the helper for the duration of one login. `no_answer`: a question found nobody to answer it, and
     `on_no_answer` was called before the client could go on without."""
 
-    def __init__(self, folder: Path, prompt: Prompt) -> None:
+    def __init__(self, folder: Path, prompt: Prompt, policy: HostKeyPolicy) -> None:
         self._prompt = prompt
+        self._policy = policy
         self._helper = folder / "askpass"
         self._path = folder / "a"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -111,10 +112,15 @@ class AskpassServer:
             connection.settimeout(None)
             connection.recv(1)
             return
+        is_host_key = "(yes/no" in text
+        if is_host_key and self._policy == "strict":
+            # The target's own ssh never asks under this policy; a ProxyCommand of the user's may run one that does.
+            connection.sendall(b"+no")
+            return
         self.questions.append(text)
         self._asking_since = time.monotonic()
         try:
-            answer = self._prompt(text + " ", "(yes/no" in text)
+            answer = self._prompt(text + " ", is_host_key)
         finally:
             self._asked_s += time.monotonic() - self._asking_since
             self._asking_since = None

@@ -26,6 +26,7 @@ from orchestrator.ssh.settings import ConnectionSettings, Prompt
 
 MAX_HOPS = 8
 _UNANSWERED_KEEPALIVES = 3
+_PROXY_GRACE_S = 2.0
 _MACOS_TCP_RXT_CONNDROPTIME = 0x80
 _FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF_INET6}
 
@@ -179,7 +180,7 @@ def _notice_dead_peers(sock: socket.socket, keepalive_s: float) -> None:
 
 
 def _proxy_command_socket(command: str) -> _ProxySocket:
-    """The ProxyCommand's standard streams as a socket. The user's shell runs it, as OpenSSH does."""
+    """The ProxyCommand's standard streams as a socket. A shell runs it, as with OpenSSH."""
     ours, theirs = socket.socketpair()
     with theirs:
         try:
@@ -196,30 +197,18 @@ def _proxy_command_socket(command: str) -> _ProxySocket:
     return _ProxySocket(ours, process)
 
 
-class _ProxySocket:
-    """What paramiko needs of a socket, and the process behind it, which ends when the socket closes."""
+class _ProxySocket(socket.socket):
+    """A socket whose other end is a process, which ends when the socket is closed."""
 
-    def __init__(self, sock: socket.socket, process: subprocess.Popen[bytes]) -> None:
-        self._socket = sock
+    def __init__(self, connected: socket.socket, process: subprocess.Popen[bytes]) -> None:
+        super().__init__(connected.family, connected.type, connected.proto, connected.detach())
         self._process = process
 
-    def send(self, data: bytes) -> int:
-        return self._socket.send(data)
-
-    def recv(self, size: int) -> bytes:
-        return self._socket.recv(size)
-
-    def settimeout(self, timeout: float | None) -> None:
-        self._socket.settimeout(timeout)
-
-    def gettimeout(self) -> float | None:
-        return self._socket.gettimeout()
-
     def close(self) -> None:
-        self._socket.close()
+        super().close()
         self._process.terminate()
         try:
-            self._process.wait(2.0)
+            self._process.wait(_PROXY_GRACE_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

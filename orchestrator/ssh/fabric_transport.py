@@ -87,8 +87,6 @@ class FabricTransport:
             return False
         try:
             transport.open_session(timeout=PROBE_TIMEOUT_S).close()
-        except paramiko.ChannelException:
-            return True  # refused, hence answered
         except (paramiko.SSHException, EOFError, OSError):
             return False
         return True

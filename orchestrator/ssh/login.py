@@ -19,6 +19,7 @@ from orchestrator.ssh.diagnosis import LoginRecord
 from orchestrator.ssh.keyfiles import KeyProblem, KeyTrouble
 from orchestrator.ssh.known_hosts import PublicHostKey
 from orchestrator.ssh.settings import Prompt
+from remote_payload.wire.names import printable
 
 AGENT_TIMEOUT_S = 60.0
 """An agent may ask its person to confirm each use."""
@@ -185,7 +186,7 @@ class Login(paramiko.auth_strategy.AuthStrategy):
         answers = []
         heading = "".join(f"{t.strip()}\n" for t in (title, instructions) if t.strip())
         for text, echo in questions:
-            answer = self._prompt(f"{heading}{self._effective.description}: {text}", echo)
+            answer = self._prompt(printable(f"{heading}{self._effective.description}: {text}"), echo)
             if answer is None:
                 # An empty answer would count as a failed login; the connection ends instead.
                 self._record.methods_not_answered.append("keyboard-interactive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import secrets
@@ -23,6 +24,7 @@ from orchestrator.ssh.settings import ConnectionSettings, Prompt
 CONTROL_PERSIST_S = 600
 """A master that its client left behind (killed, power cut) ends itself after this long without a session."""
 
+_SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
 _CONTROL_TIMEOUT_S = 10.0
 _POLL_S = 0.02
 _LONGEST_PERSON_WAIT_S = 300.0
@@ -86,7 +88,7 @@ def start_master(
     folder = _private_folder(sockets_folder)
     master = Master(binary, folder, settings.host)
     try:
-        askpass = AskpassServer(folder, prompt)
+        askpass = AskpassServer(folder, prompt, settings.host_key_policy)
         with contextlib.closing(askpass):
             _log_in(binary, settings, effective, master, askpass)
     except BaseException:
@@ -99,7 +101,11 @@ def _log_in(
     binary: str, settings: ConnectionSettings, effective: EffectiveConfig, master: Master, askpass: AskpassServer
 ) -> None:
     log = master.folder / "login.log"
-    command = [binary, "-f", "-N", "-T", *_login_options(settings, master.control_path), "--", settings.host]
+    options = _login_options(settings, master.control_path)
+    if effective.proxy_jump:
+        settings = dataclasses.replace(settings, ssh_config_file=_hardened_config(settings, master.folder))
+    # The first value wins in ssh, so ours stand before -F and what it holds.
+    command = [binary, "-f", "-N", "-T", *options, *ssh_arguments(settings), "--", settings.host]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -141,31 +147,49 @@ def _login_options(settings: ConnectionSettings, control_path: Path) -> list[str
         ControlPath=_quoted(control_path),
         ControlPersist=str(CONTROL_PERSIST_S),
         ClearAllForwardings="yes",
-        ForwardAgent="no",
-        ForwardX11="no",
-        Tunnel="no",
-        PermitLocalCommand="no",
         RemoteCommand="none",
         RequestTTY="no",
-        UpdateHostKeys="no",
-        StrictHostKeyChecking="ask" if settings.host_key_policy == "ask" else "yes",
-        NumberOfPasswordPrompts="1",
-        ConnectionAttempts="1",
-        ConnectTimeout=str(math.ceil(settings.connect_timeout_s)),
-        ServerAliveInterval=str(max(1, round(settings.keepalive_s))),
-        ServerAliveCountMax="3",
         # The log is read when the login fails: which keys were offered, what the server allows.
         LogLevel="DEBUG1",
+        **_options_for_every_hop(settings),
     )
     if settings.identity_files:
         options += _options(IdentitiesOnly="yes")
         for path in settings.identity_files:
             options += _options(IdentityFile=_quoted(path))
+    return options
+
+
+def _hardened_config(settings: ConnectionSettings, folder: Path) -> Path:
+    """A configuration file that includes the usual ones behind what must hold for jump hosts too: the `ssh` that
+    reaches a jump host is given the file, and none of our options."""
+    lines = ["Host *"]
+    lines += [f"  {name} {value}" for name, value in _options_for_every_hop(settings).items()]
+    included = [settings.ssh_config_file] if settings.ssh_config_file else [Path.home() / ".ssh/config", _SYSTEM_CONFIG]
+    lines += [f'  Include "{path}"' for path in included]
+    path = folder / "config"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _options_for_every_hop(settings: ConnectionSettings) -> dict[str, str]:
+    options = {
+        "ForwardAgent": "no",
+        "ForwardX11": "no",
+        "Tunnel": "no",
+        "PermitLocalCommand": "no",
+        "UpdateHostKeys": "no",
+        "StrictHostKeyChecking": "ask" if settings.host_key_policy == "ask" else "yes",
+        "NumberOfPasswordPrompts": "1",
+        "ConnectionAttempts": "1",
+        "ConnectTimeout": str(math.ceil(settings.connect_timeout_s)),
+        "ServerAliveInterval": str(max(1, round(settings.keepalive_s))),
+        "ServerAliveCountMax": "3",
+    }
     if settings.known_hosts_files:
-        files = " ".join(_quoted(path) for path in settings.known_hosts_files)
-        options += _options(UserKnownHostsFile=files, GlobalKnownHostsFile=os.devnull)
-    # First value wins in ssh, so ours stand before -F and what it holds.
-    return [*options, *ssh_arguments(settings)]
+        options["UserKnownHostsFile"] = " ".join(_quoted(path) for path in settings.known_hosts_files)
+        options["GlobalKnownHostsFile"] = os.devnull
+    return options
 
 
 def _wait(process: subprocess.Popen[bytes], settings: ConnectionSettings, askpass: AskpassServer) -> bool:

@@ -28,6 +28,7 @@ from orchestrator.ssh.known_hosts import HostKeyVerdict, Judgement, KnownHost
 _DEBUG = re.compile(r"debug\d: ")
 _OFFERED = re.compile(r"^debug1: Offering public key: (?P<key>.+)$", re.MULTILINE)  # sshconnect2.c
 _CAN_CONTINUE = re.compile(r"^debug1: Authentications that can continue: (?P<methods>\S+)", re.MULTILINE)
+_ACCEPTED = re.compile(r"^debug1: Server accepts key: (?P<path>.+?) \S+ SHA256:\S+", re.MULTILINE)
 _PARTIAL = re.compile(r"^Authenticated using \S+ with partial success", re.MULTILINE)
 _SERVER_KEY = re.compile(r"^debug1: Server host key: (?P<key>\S+ SHA256:\S+)", re.MULTILINE)  # sshconnect.c
 _DISCONNECT = re.compile(r"^Received disconnect from .*?(?:port \d+)?:(?P<code>\d+): (?P<words>.*)$", re.MULTILINE)
@@ -54,6 +55,12 @@ def login_record(text: str) -> LoginRecord:
         for match in pattern.finditer(text):
             words = match.groupdict().get("words") or ""
             record.problems.append(KeyProblem(match["path"], trouble, words))
+    unused = {match["path"] for match in _ACCEPTED.finditer(text)}
+    if unused and not record.partial_success:
+        # The server would have taken it; what failed is on this side, and the client says nothing of a passphrase.
+        record.offered = [key for key in record.offered if not key.startswith(tuple(f"{path} " for path in unused))]
+        for path in unused - {problem.path for problem in record.problems}:
+            record.problems.append(KeyProblem(path, KeyTrouble.MISTYPED))
     if disconnect := _DISCONNECT.search(text):
         record.disconnect_code = int(disconnect["code"])
     record.server_words = plain_lines(text)

@@ -26,7 +26,7 @@ PROBE_TIMEOUT_S = 10.0
 MAX_SESSIONS = 8
 STREAM_LEFT_OVER_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 256 * 1024
-_KILL_GRACE_S = 2.0
+_END_GRACE_S = 2.0
 _MAX_LOG_BYTES = 64 * 1024
 
 
@@ -141,8 +141,10 @@ class OpenSSHStream:
     def read(self, max_bytes: int) -> bytes:
         with mapped(self._owner.description, "receiving data"):
             data = self._session.read(max_bytes, self._idle_timeout_s)
-            if not data and self._session.failed_within(_KILL_GRACE_S):
-                raise EOFError(self._session.log())
+            if not data and self._session.failed_within(_END_GRACE_S):
+                words = self._session.log()
+                if words or not self._owner.is_alive():
+                    raise EOFError(words)
         return data
 
     def finish(self, timeout_s: float) -> CommandResult:
@@ -260,19 +262,15 @@ class _Session:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(_KILL_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        if self._stderr_reader is not None:
-            self._stderr_reader.join(_KILL_GRACE_S)
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+        # First, since a master whose client died tells the server of the end of file only when it next has to say
+        # something, which on a quiet connection is the next keepalive.
+        with contextlib.suppress(OSError):
+            self._stdin.close()
+        # A client of a master holds off SIGTERM until its session ends.
+        process.kill()
+        process.wait()
+        with contextlib.suppress(OSError):
+            self._stdout.close()
         self._log.unlink(missing_ok=True)
 
     def _write_some(self, view: memoryview) -> memoryview:
@@ -294,10 +292,8 @@ class _Session:
         return bool(ready & set(readers)), bool(ready & set(writers))
 
     def _read_stderr(self) -> None:
-        pipe = self._running.stderr
-        if pipe is None:
-            return
-        with contextlib.suppress(OSError, ValueError):
+        # This thread alone closes the pipe. The master holds its other end too, and may do so after the client was killed.
+        with _there(self._running.stderr) as pipe, contextlib.suppress(OSError):
             while part := pipe.read(_READ_BYTES):
                 self._stderr.add(part)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from orchestrator.errors import UnreachableError
 from orchestrator.ssh.settings import RetryListener, RetryNotice, RetryPolicy
 
+if TYPE_CHECKING:
+    import tenacity
+
 T = TypeVar("T")
+_JITTER = 0.5
+"""Each wait is between half and all of its step, so that many clients do not come back at the same instant."""
 
 
 def with_retry(
@@ -35,13 +41,18 @@ def with_retry(
 
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(UnreachableError),
-        # Full jitter would let a crowd of nightly runs come back at once after a short wait; this keeps the growth.
-        wait=tenacity.wait_exponential_jitter(
-            initial=policy.first_wait_s, max=policy.longest_wait_s, jitter=policy.first_wait_s
-        ),
+        wait=_backoff(policy),
         stop=lambda state: state.upcoming_sleep >= patience_left_s(),
         before_sleep=tell,
         sleep=sleep,
         reraise=True,
     )
     return retrying(attempt)
+
+
+def _backoff(policy: RetryPolicy) -> Callable[[tenacity.RetryCallState], float]:
+    def wait_s(state: tenacity.RetryCallState) -> float:
+        step_s = min(policy.longest_wait_s, policy.first_wait_s * 2.0 ** min(state.attempt_number - 1, 30))
+        return step_s * (1.0 - _JITTER * random.random())  # noqa: S311  (no secret)
+
+    return wait_s

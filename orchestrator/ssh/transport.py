@@ -19,7 +19,7 @@ class ByteStream(Protocol):
     """A running remote script's standard streams, for bulk data. Leaving its context ends the script."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send all of `data`. Raises `ConnectionLostError`, or `CommandTimeoutError` when nothing moves for the idle time."""
+        """Send all of `data`. Raises `ConnectionLostError`; `CommandTimeoutError` when nothing moves in the idle time."""
 
     def close_write(self) -> None:
         """Half-close: the script sees end of file on its standard input."""
@@ -41,8 +41,8 @@ class Transport(Protocol):
     """One authenticated connection to a node.
 
     Scripts are POSIX sh, sent on the standard input of `/bin/sh`, so that no login shell parses them. Nothing is
-    retried here: a lost connection raises `ConnectionLostError` and the caller knows whether its command may be repeated. All
-    methods may be called from several threads.
+    retried here: a lost connection raises `ConnectionLostError` and the caller knows whether its command may be
+    repeated. All methods may be called from several threads.
     """
 
     @property
