@@ -54,7 +54,7 @@ def _read_archive(source: Source, directory: Directory, limits: Limits) -> RawCh
         raw.notes.append("A TorchScript archive: its code is not looked at, its tensors are.")
     if len(pickles) > 1:
         raw.notes.append(f"{len(pickles)} records are called {_PICKLE}; the first is read.")
-    raw.problems.extend(_directory_problems(directory, source.size))
+    raw.problems.extend(_directory_problems(directory, source.size, f"{prefix}data/"))
     return raw
 
 
@@ -74,7 +74,7 @@ def _record(member: Member, directory_offset: int) -> Record:
     return Record(member.name, 0, offset or 0, member.size, crc, inside and member.is_stored)
 
 
-def _directory_problems(directory: Directory, size: int) -> list[Finding]:
+def _directory_problems(directory: Directory, size: int, tensor_folder: str) -> list[Finding]:
     problems = []
     misplaced = [m for m in directory.members if m.data_offset is None]
     outside = [
@@ -103,15 +103,16 @@ def _directory_problems(directory: Directory, size: int) -> list[Finding]:
                 "At a record's stated offset there is no header of that record, so its bytes cannot be told.",
             )
         )
-    packed = [m for m in directory.members if not m.is_stored]
+    # TorchScript compresses its code; only what should be a tensor's bytes has to be stored.
+    packed = [m for m in directory.members if not m.is_stored and m.name.startswith(tensor_folder)]
     if packed:
         problems.append(
             integrity_problem(
                 "integrity.record_packed",
-                f"{len(packed)} records are compressed or encrypted",
+                f"{len(packed)} tensor records are compressed or encrypted",
                 tuple(m.name[:200] for m in packed),
                 {"records": len(packed), "stated_bytes": sum(m.size for m in packed)},
-                "torch.save stores every record as it is. Packed records are not inflated, since what they grow to is "
+                "torch.save stores every tensor as it is. Packed records are not inflated, since what they grow to is "
                 "bounded by nothing; their tensors are not read.",
                 "Unpack the archive and save the checkpoint again with torch.save.",
             )

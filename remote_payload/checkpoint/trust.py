@@ -70,7 +70,8 @@ _INERT = {
         "restore_type_tag",
     ),
 }
-_MODULE_CLASS = re.compile(r"torch\.nn\.modules\.\w+\.[A-Z]\w*\Z")
+_MODULE_CLASS = re.compile(r"torch\.nn\.modules\.\w+\.[A-Z]\w*\Z|__torch__(\.\w+)+\Z")
+"""torch's own layers, and TorchScript's classes, which are no Python and exist only inside their archive."""
 
 _DANGEROUS_MODULES = frozenset(
     {"os", "posix", "nt", "subprocess", "sys", "importlib", "runpy", "socket", "shutil", "ctypes", "pty", "code"}

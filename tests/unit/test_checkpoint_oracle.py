@@ -365,6 +365,16 @@ def test_a_pickled_module_is_read_but_named_as_code(tmp_path: Path) -> None:
     assert load_tensor(header, "0.weight").equal(model[0].weight.data)
 
 
+def test_a_torchscript_archive_is_read_without_suspicion(tmp_path: Path) -> None:
+    file = tmp_path / "c.pt"
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    torch.jit.script(model).save(str(file))
+    header = read_header(file)
+    assert header_findings(header) == []
+    assert {t.name for t in header.model_tensors()} == set(model.state_dict())
+    assert load_tensor(header, "0.weight").equal(model[0].weight.data)
+
+
 def test_big_endian_files_give_the_same_numbers(tmp_path: Path) -> None:
     import zipfile
 
