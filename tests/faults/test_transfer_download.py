@@ -186,6 +186,24 @@ def test_a_damaged_partial_file_is_found_out_and_fetched_anew(root: Path, here: 
     assert names(here) == ["a"]
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_was_fetched_of_a_longer_file_leaves_no_tail(root: Path, here: Path, is_known: bool) -> None:
+    content = noise(50_000)
+    path = artifact(root, "a", content)
+    with small_spans(1000, 500):
+        with pytest.raises(UnreachableError):
+            download_files(
+                OnceOnly(root, [lambda inner: CutStream(inner, None, 40_000)]),
+                [Download(path, here / "a")],
+                retry=AT_ONCE,
+            )
+        shorter = content[:10_400]
+        Path(path).write_bytes(shorter)
+        facts = (len(shorter), sha256(shorter)) if is_known else (None, None)
+        download_files(ThreadOpener(root), [Download(path, here / "a", *facts)], retry=AT_ONCE)
+    assert (here / "a").read_bytes() == shorter
+
+
 def test_an_artifact_that_is_here_already_is_not_fetched_again(root: Path, here: Path) -> None:
     content = noise(1000)
     path = artifact(root, "a", content)

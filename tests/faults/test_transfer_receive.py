@@ -302,7 +302,28 @@ def test_a_journal_torn_at_any_byte_and_followed_by_anything_never_spoils_the_fi
         journal.write_bytes(torn)
         result = upload_file(ThreadOpener(root), local, MANIFEST, retry=NO_PATIENCE)
         assert result.bytes_saved <= 5000
+        assert result.bytes_saved + result.bytes_sent == len(CONTENT)
         check_stored(root, MANIFEST, CONTENT)
+
+
+@pytest.mark.parametrize("line", ["9 0000000000000000.", "10 0000000000000000.", "09 x", "9999999 0000000000000000."])
+def test_a_journal_line_without_its_chunks_digest_counts_for_nothing(root: Path, local: Path, line: str) -> None:
+    with Path(break_off(root, local).checkpoint_journal(MANIFEST.digest)).open("a") as journal:
+        journal.write(line + "\n")
+    result = upload_file(ThreadOpener(root), local, MANIFEST, retry=NO_PATIENCE)
+    assert result.bytes_saved <= 5000
+    check_stored(root, MANIFEST, CONTENT)
+
+
+def test_a_torn_line_does_not_swallow_the_next_ones(root: Path, local: Path) -> None:
+    journal = Path(break_off(root, local).checkpoint_journal(MANIFEST.digest))
+    with journal.open("ab") as file:
+        file.write(b"1")
+    with raw_client(ThreadOpener(root)) as client:
+        before = client.have()
+        client.send_chunk(8)
+    with raw_client(ThreadOpener(root)) as client:
+        assert client.have() == [*before, 8]
 
 
 def test_a_part_that_was_replaced_is_not_believed_to_hold_what_the_journal_says(root: Path, local: Path) -> None:
