@@ -292,7 +292,7 @@ class _Session:
         return bool(ready & set(readers)), bool(ready & set(writers))
 
     def _read_stderr(self) -> None:
-        # This thread alone closes the pipe. The master holds its other end too, and may do so after the client was killed.
+        # This thread alone closes the pipe. The master holds its other end too, even after the client was killed.
         with _there(self._running.stderr) as pipe, contextlib.suppress(OSError):
             while part := pipe.read(_READ_BYTES):
                 self._stderr.add(part)

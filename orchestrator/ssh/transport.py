@@ -19,7 +19,7 @@ class ByteStream(Protocol):
     """A running remote script's standard streams, for bulk data. Leaving its context ends the script."""
 
     def write(self, data: bytes | memoryview) -> None:
-        """Send all of `data`. Raises `ConnectionLostError`; `CommandTimeoutError` when nothing moves in the idle time."""
+        """Send all of `data`. Raises `ConnectionLostError`; `CommandTimeoutError` if nothing moves in the idle time."""
 
     def close_write(self) -> None:
         """Half-close: the script sees end of file on its standard input."""

@@ -390,3 +390,38 @@ def test_no_failed_login_leaves_a_process_or_a_socket_behind(connect_to: Connect
     for thread in threading.enumerate()[threads:]:
         thread.join(LIMIT_S)
     assert threading.active_count() <= threads
+
+
+def test_the_host_key_that_is_known_is_asked_for_among_several(connect_to: Connect, tmp_path: Path) -> None:
+    rsa = make_key(tmp_path / "rsa", "rsa")
+    with running_sshd(tmp_path / "sshd", {"HostKey": f"{tmp_path}/sshd/host_key\nHostKey {rsa}"}) as server:
+        server.known_hosts.write_text(f"[{HOST}]:{server.port} {public_half(rsa)}\n")
+        assert works(connect_to(server.settings()))
+
+
+def test_the_servers_banner_is_among_its_words_when_it_refuses(connect_to: Connect, tmp_path: Path) -> None:
+    banner = tmp_path / "banner"
+    banner.write_text("Accounts expire in June; renew at the front desk.\n")
+    stranger = make_key(tmp_path / "stranger")
+    with running_sshd(tmp_path / "sshd", {"Banner": str(banner)}) as server:
+        assert works(connect_to(server.settings()))
+        with pytest.raises(LoginRefusedError) as caught:
+            connect_to(server.settings(identity_files=(stranger,)))
+    assert "renew at the front desk" in caught.value.details
+
+
+def test_a_server_that_refuses_another_session_is_told_as_trouble_and_recovers(
+    connect_to: Connect, tmp_path: Path
+) -> None:
+    with running_sshd(tmp_path / "sshd", {"MaxSessions": "2"}) as server:
+        transport = connect_to(server.settings())
+        with (
+            transport.open_stream("echo 1; exec cat", idle_timeout_s=LIMIT_S) as one,
+            transport.open_stream("echo 2; exec cat", idle_timeout_s=LIMIT_S) as two,
+        ):
+            assert (one.read(2), two.read(2)) == (b"1\n", b"2\n")
+            with pytest.raises(UnreachableError):
+                transport.run("true", timeout_s=LIMIT_S)
+            one.finish(LIMIT_S)
+            two.finish(LIMIT_S)
+        assert works(transport)
