@@ -141,8 +141,16 @@ class _File:
                 raise ValueError("the file's size is not known")
             landing = Landing(self.download.target, self.size, self.download.sha256, self.download.path)
             landing.open()
+            if self.download.may_grow:
+                landing.forget_rest()
             self.landing = landing
         return self.landing
+
+    def look_again(self) -> None:
+        """Forget what the node said of a file that may grow, as long as nothing of it is here."""
+        if self.download.may_grow and not self.is_done and self.verified_bytes == 0:
+            self.close()
+            self.landing, self._first_seen, self.size = None, None, self.download.size
 
     def close(self) -> None:
         if self.landing is not None:
@@ -200,6 +208,7 @@ class _Fetch:
         with stream:
             channel = FrameChannel(stream)
             for file in self._files:
+                file.look_again()
                 if file.download.sha256 is None and file.landing is None:
                     self._take_up(channel, file)
             if self._meter is None:
@@ -207,12 +216,19 @@ class _Fetch:
             self._fetch(channel)
 
     def _take_up(self, channel: FrameChannel, file: _File) -> None:
-        """Learn a file's size, and compare what an earlier fetch left of it with what the node has."""
-        looked = file.want(0, 0)
-        channel.send_json(FrameKind.WANT, looked)
-        self._take_span(channel, file, looked)
+        """Learn a file's size, and compare what an earlier fetch left of it with what the node has.
+
+        The first span of what may grow comes with its size, so that a small file that is replaced all the time, such as
+        a truth file, is seen at one instant.
+        """
+        first = file.want(0, SPAN_BYTES if file.download.may_grow else 0)
+        channel.send_json(FrameKind.WANT, first)
+        self._take_span(channel, file, first)
+        if file.download.may_grow:
+            self._finish_if_whole(file)
+            return
         landing = file.open()
-        held = 0 if file.download.may_grow else min(landing.held_bytes(), landing.size)
+        held = min(landing.held_bytes(), landing.size)
         while landing.verified_bytes < held:
             offset = landing.verified_bytes
             want = file.want(offset, min(SPAN_BYTES, held - offset), digest_only=True)
@@ -265,14 +281,15 @@ class _Fetch:
         _, body = channel.receive(FrameKind.SPAN)
         facts = channel.decode(SpanFacts, body)
         file.see(facts, want)
-        landing = file.landing
         span = hashlib.sha256()
-        whole = landing.digest_so_far() if landing is not None else span.copy()
-        end = want.offset + (0 if want.digest_only else want.length)
-        offset = want.offset
+        if want.length == 0 or want.digest_only:
+            return self._take_end(channel)
+        landing = file.open()
+        whole = landing.digest_so_far()
+        offset, end = want.offset, want.offset + facts.length
         while offset < end:
             header, _ = channel.receive(FrameKind.DATA)
-            if landing is None or header.argument != offset or not 0 < header.length <= end - offset:
+            if header.argument != offset or not 0 < header.length <= end - offset:
                 raise StreamDamagedError("data that was not asked for arrived")
             view = self._buffer[: header.length]
             self._bucket.take(header.length)
@@ -282,14 +299,16 @@ class _Fetch:
             landing.write(offset, view)
             offset += header.length
             self.bytes_received += header.length
-        _, body = channel.receive(FrameKind.END)
-        sha256 = channel.decode(SpanEnd, body).sha256
-        if not want.digest_only and span.hexdigest() != sha256:
+        sha256 = self._take_end(channel)
+        if span.hexdigest() != sha256:
             raise StreamDamagedError("a span arrived damaged")
-        if end > want.offset and landing is not None:
-            landing.commit(want.length, whole)
+        landing.commit(facts.length, whole)
         self._report(file)
         return sha256
+
+    def _take_end(self, channel: FrameChannel) -> str:
+        _, body = channel.receive(FrameKind.END)
+        return channel.decode(SpanEnd, body).sha256
 
     def _finish_if_whole(self, file: _File) -> None:
         landing = file.open()

@@ -211,7 +211,8 @@ class PartialFile:
         return True
 
     def _read_journal(self) -> bytes:
-        parts, offset = [], 0
+        parts: list[bytes] = []
+        offset = 0
         while True:
             part = os.pread(self._journal_fd, 1 << 20, offset)
             if not part:

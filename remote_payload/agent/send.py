@@ -30,6 +30,7 @@ from remote_payload.wire.stream import (
 PIECE_BYTES = 1024 * 1024
 _OPEN_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FETCH_AGAIN = "Fetch it again when it is complete."
 _NO_SUCH = (errno.ENOENT, errno.ENOTDIR)
 
 
@@ -56,8 +57,10 @@ def _serve_want(channel: FdChannel, layout: NodeLayout, want: Want, buffer: memo
         before = os.fstat(fd)
         if not stat.S_ISREG(before.st_mode):
             raise AgentError("usage", f"{want.path} is no regular file")
-        if not 0 <= want.offset <= before.st_size or not 0 <= want.length <= MAX_SPAN_BYTES:
-            raise AgentError("usage", f"{want.length} bytes at {want.offset} of {before.st_size} cannot be sent")
+        if want.offset < 0 or not 0 <= want.length <= MAX_SPAN_BYTES:
+            raise AgentError("usage", f"{want.length} bytes at {want.offset} cannot be sent")
+        if want.offset > before.st_size:
+            raise AgentError("integrity", f"{want.path} became shorter: it has {before.st_size} bytes", _FETCH_AGAIN)
         length = min(want.length, before.st_size - want.offset)
         facts = SpanFacts(before.st_size, before.st_mtime_ns, before.st_ino, want.offset, length)
         channel.send_json(FrameKind.SPAN, facts)
@@ -74,7 +77,7 @@ def _serve_want(channel: FdChannel, layout: NodeLayout, want: Want, buffer: memo
     finally:
         os.close(fd)
     if not want.may_grow and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise AgentError("integrity", f"{want.path} changed while it was read", "Fetch it again when it is complete.")
+        raise AgentError("integrity", f"{want.path} changed while it was read", _FETCH_AGAIN)
     channel.send_json(FrameKind.END, SpanEnd(digest.hexdigest()))
 
 
@@ -113,7 +116,7 @@ def _read_exactly(fd: int, view: memoryview, offset: int, path: str) -> None:
     while view:
         count = _read_at(fd, view, offset)
         if not count:
-            raise AgentError("integrity", f"{path} became shorter while it was read", "Fetch it again.")
+            raise AgentError("integrity", f"{path} became shorter while it was read", _FETCH_AGAIN)
         view, offset = view[count:], offset + count
 
 

@@ -328,6 +328,30 @@ def test_a_log_that_grows_while_it_is_fetched_comes_as_it_was(root: Path, here: 
     assert (here / "a").read_bytes() == content + b"more"
 
 
+def test_a_truth_file_that_is_replaced_all_the_time_comes_as_it_was_at_one_instant(root: Path, here: Path) -> None:
+    versions = [noise(size) for size in (3000, 10, 7000)]
+    path = Path(artifact(root, "status.json", versions[0]))
+    is_over = threading.Event()
+
+    def replace_for_ever() -> None:
+        while not is_over.is_set():
+            for version in versions:
+                path.with_name("new").write_bytes(version)
+                path.with_name("new").replace(path)
+
+    with small_spans(10_000, 100), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(replace_for_ever)
+        try:
+            for number in range(30):
+                cut = [lambda inner, number=number: CutStream(inner, None, number * 100)]
+                opener = ThreadOpener(root, cut)  # type: ignore[arg-type]
+                download_files(opener, [Download(str(path), here / "x", may_grow=True)], retry=AT_ONCE)
+                assert (here / "x").read_bytes() in versions
+        finally:
+            is_over.set()
+        writer.result(30)
+
+
 def test_a_log_that_shrinks_while_it_is_fetched_is_refused(root: Path, here: Path) -> None:
     path = artifact(root, "a", noise(20_000))
     shrink = change_amid(Path(path), b"new", "wb")
