@@ -149,10 +149,9 @@ class LocalLayout:
         """Keys, state and root of the node on loopback."""
         return self.data / "embedded-node"
 
-    @property
-    def demo(self) -> Path:
-        """The demonstration's data and checkpoint."""
-        return self.data / "demo"
+    def demo(self, reference_key: str) -> Path:
+        """Data and checkpoint of the demonstration, for one version of the reference model."""
+        return self.data / "demo" / reference_key
 
     def make_private(self, folder: Path) -> Path:
         """Create `folder` (and parents) for this user alone, and return it."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
+import remote_payload
 from orchestrator.cli.runs import take_to_end
 from orchestrator.cli.session import services
 from orchestrator.errors import InternalError, NodeUnfitError
@@ -32,7 +35,7 @@ def demo(*, as_json: bool) -> int:
     """Train or reuse the small checkpoint, then run the whole job on the embedded node."""
     _refuse_missing_packages()
     world = services(quiet=as_json)
-    folder = world.layout.make_private(world.layout.demo)
+    folder = world.layout.make_private(world.layout.demo(_reference_key()))
     with exclusive_lock(folder / "lock", "the demonstration's data"):
         checkpoint = _prepare(folder, world.reporter)
     config = folder / "eval.yaml"
@@ -50,6 +53,15 @@ def _refuse_missing_packages() -> None:
             f"the demonstration runs on this machine and needs {', '.join(missing)}",
             action="In a clone: `make demo`. Else: pip install 'remote-eval[node,demo]'.",
         )
+
+
+def _reference_key() -> str:
+    """Tells one version of the reference model and its data from another: data and checkpoint are made anew for each."""
+    digest = hashlib.sha256()
+    for entry in sorted(resources.files(remote_payload).joinpath("reference").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".py"):
+            digest.update(entry.name.encode() + b"\0" + entry.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _prepare(folder: Path, reporter: Reporter) -> Path:
