@@ -56,7 +56,7 @@ def _refuse_missing_packages() -> None:
 
 
 def _reference_key() -> str:
-    """Tells one version of the reference model and its data from another: data and checkpoint are made anew for each."""
+    """Tells one version of the reference model from another: data and checkpoint are made anew for each."""
     digest = hashlib.sha256()
     for entry in sorted(resources.files(remote_payload).joinpath("reference").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".py"):
