@@ -70,7 +70,7 @@ def sample_rows(evaluated: Evaluated) -> list[dict[str, Optional[float]]]:
     if modality.kind in (Kind.VOXELS, Kind.TEXT_EMBEDDING):
         mean = evaluated.train_mean if evaluated.train_mean is not None else mean
     alike = rows_alike(modality.kind, evaluated.predictions - mean, evaluated.targets - mean)
-    return [{"mse": float(e), name: finite(r)} for e, r in zip(mse, alike)]
+    return [{"mse": finite(e), name: finite(r)} for e, r in zip(mse, alike)]
 
 
 def spread_ratio(evaluated: Evaluated) -> Optional[float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import drawing
-from remote_payload.reconstruct.drawing import FAINT, INK, MUTED
+from remote_payload.reconstruct.drawing import ACCENT, FAINT, INK, MUTED
 from remote_payload.reconstruct.images import Picture
 from remote_payload.reconstruct.protocol import Kind, Modality
 
@@ -24,8 +24,13 @@ _DIFFERENCE_SHARE = 0.5
 """The difference's colours saturate at this share of the declared range."""
 
 
-def film_strip(modality: Modality, frames: Sequence[tuple[str, NDArray[Any], NDArray[Any]]]) -> Picture:
-    """Rows original, reconstruction, difference; a column for each (caption, original, reconstruction) frame."""
+def film_strip(
+    modality: Modality, frames: Sequence[tuple[str, NDArray[Any], NDArray[Any]]], marked: Optional[int] = None
+) -> Picture:
+    """Rows original, reconstruction, difference; a column for each (caption, original, reconstruction) frame.
+
+    The column `marked` is the sample that was chosen; the others are its neighbours.
+    """
     low, high = shown_range(modality, [f[1] for f in frames])
     columns = []
     for caption, original, given in frames:
@@ -35,7 +40,7 @@ def film_strip(modality: Modality, frames: Sequence[tuple[str, NDArray[Any], NDA
             _tile(drawing.diverging(_grey(given) - _grey(original), _DIFFERENCE_SHARE * (high - low))),
         ]
         columns.append((caption, tiles))
-    return _grid(columns, _difference_note(modality, low, high))
+    return _grid(columns, _difference_note(modality, low, high), marked)
 
 
 def matrices(modality: Modality, original: NDArray[Any], given: NDArray[Any]) -> Picture:
@@ -101,7 +106,7 @@ def shown_range(modality: Modality, originals: Sequence[NDArray[Any]]) -> tuple[
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def _grid(columns: Sequence[tuple[str, Sequence[Picture]]], note: str) -> Picture:
+def _grid(columns: Sequence[tuple[str, Sequence[Picture]]], note: str, marked: Optional[int] = None) -> Picture:
     tiles = columns[0][1]
     tile_width = max(t.shape[1] for _, c in columns for t in c)
     heights = [max(c[row].shape[0] for _, c in columns) for row in range(len(tiles))]
@@ -112,11 +117,12 @@ def _grid(columns: Sequence[tuple[str, Sequence[Picture]]], note: str) -> Pictur
     picture = drawing.canvas(height, width)
     for number, (caption, column) in enumerate(columns):
         left = _MARGIN + _LABEL_WIDTH + number * (tile_width + _GAP)
-        drawing.write(picture, _MARGIN, left, caption[: tile_width // 6], INK)
+        drawing.write(picture, _MARGIN, left, caption[: tile_width // 6], ACCENT if number == marked else INK)
         top = _MARGIN + caption_height
         for row, tile in enumerate(column):
             drawing.paste(picture, top, left, tile)
-            drawing.frame(picture, top, left, top + tile.shape[0], left + tile.shape[1], MUTED)
+            outline = ACCENT if number == marked else MUTED
+            drawing.frame(picture, top, left, top + tile.shape[0], left + tile.shape[1], outline)
             if number == 0:
                 drawing.write(picture, top + heights[row] // 2 - 4, _MARGIN, ROLES[row], INK)
             top += heights[row] + _GAP
@@ -129,7 +135,7 @@ def _tile(picture: Picture) -> Picture:
     factor = max(1, min(round(_TILE_WIDTH / width), round(_TILE_HEIGHT / height)))
     step = max(1, -(-width // (2 * _TILE_WIDTH)), -(-height // (2 * _TILE_HEIGHT)))
     # Six bits a colour: no eye sees it, and the file is a third smaller.
-    return drawing.enlarge(picture[::step, ::step], factor) & 0xFC | 0x02
+    return np.asarray(drawing.enlarge(picture[::step, ::step], factor) & 0xFC | 0x02, dtype=np.uint8)
 
 
 def _grey(frame: NDArray[Any]) -> NDArray[Any]:

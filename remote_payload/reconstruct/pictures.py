@@ -18,6 +18,8 @@ from remote_payload.reconstruct.voxel_metrics import shifted_voxelwise_correlati
 
 Write = Callable[[str, bytes], object]
 
+_STRIDES = (4, 3, 2, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
@@ -150,7 +152,9 @@ def _picture(collected: Collected, samples: Sequence[Sample], row: int) -> Optio
     modality = collected.modality
     original, given = collected.original(row), collected.reconstruction(row)
     if modality.kind in (Kind.IMAGE, Kind.VIDEO):
-        return panels.film_strip(modality, _frames(collected, samples, row))
+        rows = _neighbours(collected, samples, row)
+        marked = rows.index(row) if len(rows) > 1 else None
+        return panels.film_strip(modality, _frames(collected, samples, rows), marked)
     if modality.kind is Kind.AUDIO_WAVEFORM:
         return panels.waveforms(modality, original, given)
     if modality.kind in (Kind.CODES, Kind.MEL, Kind.TEXT_EMBEDDING):
@@ -158,12 +162,11 @@ def _picture(collected: Collected, samples: Sequence[Sample], row: int) -> Optio
     return None
 
 
-def _frames(collected: Collected, samples: Sequence[Sample], row: int) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
-    """The sample's own frames; of a video of one frame a sample, its neighbours in time with it."""
+def _frames(
+    collected: Collected, samples: Sequence[Sample], rows: Sequence[int]
+) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
+    """(caption, original, reconstruction) of at most `MAX_FRAMES` frames of each row."""
     modality = collected.modality
-    rows = [row]
-    if modality.kind is Kind.VIDEO and "T" not in modality.layout:
-        rows = _neighbours(collected, samples, row)
     frames = []
     for r in rows:
         originals = panels.as_frames(modality, collected.original(r))
@@ -177,19 +180,26 @@ def _frames(collected: Collected, samples: Sequence[Sample], row: int) -> list[t
 
 
 def _neighbours(collected: Collected, samples: Sequence[Sample], row: int) -> list[int]:
-    group = samples[collected.positions[row]].group
-    if not group:
+    """The row itself; of a video of one frame a sample, its neighbours in time with it."""
+    modality, group = collected.modality, samples[collected.positions[row]].group
+    if not group or modality.kind is not Kind.VIDEO or "T" in modality.layout:
         return [row]
-    run = [row]
-    for step in (-1, 1):
-        at = row + step
-        while 0 <= at < collected.count and samples[collected.positions[at]].group == group:
-            run.append(at)
-            at += step
-    run.sort()
-    stride = max(1, min(4, len(run) // panels.MAX_FRAMES))
-    before = min(run.index(row) // stride, panels.MAX_FRAMES // 2)
-    start = row - before * stride
-    start = max(run[0], min(start, run[-1] - (panels.MAX_FRAMES - 1) * stride))
-    start += (row - start) % stride
-    return [r for r in range(start, start + panels.MAX_FRAMES * stride, stride) if run[0] <= r <= run[-1]]
+    reach = _STRIDES[0] * panels.MAX_FRAMES
+    first = last = row
+    while first > max(0, row - reach) and samples[collected.positions[first - 1]].group == group:
+        first -= 1
+    while last < min(collected.count - 1, row + reach) and samples[collected.positions[last + 1]].group == group:
+        last += 1
+    return neighbour_rows(row, first, last)
+
+
+def neighbour_rows(row: int, first: int, last: int) -> list[int]:
+    """`MAX_FRAMES` rows of [first, last] at the widest even spacing that fits, `row` among them and near the middle."""
+    count = panels.MAX_FRAMES
+    for stride in _STRIDES:
+        starts = [row - k * stride for k in range(count)]
+        fitting = [s for s in starts if s >= first and s + (count - 1) * stride <= last]
+        if fitting:
+            start = min(fitting, key=lambda s: abs(s + (count // 2) * stride - row))
+            return list(range(start, start + count * stride, stride))
+    return list(range(first, last + 1))
