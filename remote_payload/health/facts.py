@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
-from remote_payload.health.stats import TensorStats
+from remote_payload.health.stats import JointStats, Misalignment, TensorStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,20 @@ class ChecksumFacts:
 
 @dataclasses.dataclass(frozen=True)
 class ScanResult:
-    """The pass over a file: statistics by tensor name, or why there are none."""
+    """The pass over a file: statistics by tensor name, or why there are none.
+
+    `joint`: by the model's parameter name, for every parameter that Adam's moments were read with; `joint_not_measured`
+    says why others with moments have none. `misaligned` is from the header alone.
+    """
 
     stats: dict[str, TensorStats]
     not_measured: dict[str, str]
     checksums: ChecksumFacts
     read_errors: dict[str, str]
     bytes_read: int
+    joint: dict[str, JointStats] = dataclasses.field(default_factory=dict)
+    joint_not_measured: dict[str, str] = dataclasses.field(default_factory=dict)
+    misaligned: tuple[Misalignment, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,10 @@ class HealthFacts:
             if stats is None or (roles and tensor.role not in roles) or (section and tensor.section is not section):
                 continue
             yield tensor, stats
+
+    def joint(self, name: str) -> Optional[JointStats]:
+        """What the model's parameter of that name and its moments come to together, None if nothing was read."""
+        return self.scan.joint.get(name)
 
     def steps_trained(self) -> int:
         """The most optimizer steps that the file itself gives evidence of: its labels, counters or optimizer."""
