@@ -60,7 +60,7 @@ def resolve(request: Request, services: Services) -> RunPlan:
         data_base=config_path.absolute().parent if named.profile.embedded and config_path else None,
     )
     payload = build_payload(services.layout)
-    code = _pack(project, services.layout)
+    code = _pack(project, services)
     needs_code = any(job.entry != "builtin" for job in jobs)
     if needs_code and code is None:
         raise ConfigurationError(
@@ -116,8 +116,11 @@ def resolve_reference(text: str, cluster: str) -> CheckpointReference:
     return reference
 
 
-def _pack(project: Project, layout: LocalLayout) -> CodeSource | None:
+def _pack(project: Project, services: Services) -> CodeSource | None:
     if not project.file.code:
         return None
-    archive = pack_code(project.folder, list(project.file.code), layout)
+    archive = pack_code(project.folder, list(project.file.code), services.layout)
+    if archive.untracked:
+        names = ", ".join(archive.untracked[:5]) + (", …" if len(archive.untracked) > 5 else "")
+        services.reporter.warn(f"not shipped, since git does not track them: {names}")
     return CodeSource(archive.sha256, archive.git_sha, archive.dirty)

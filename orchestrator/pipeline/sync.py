@@ -10,7 +10,8 @@ from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import digest_local_file, sample_spans
-from orchestrator.transfer.upload import upload_file
+from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
+from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Located, LocateRequest, Unpacked, UnpackRequest
 
 LOCATE_TIMEOUT_S = 900.0
@@ -53,13 +54,14 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     if found.found:
         context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
         return _synced(found, digest=manifest.digest)
-    sent = upload_file(
-        context.node,
-        path,
-        manifest,
-        on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
-        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
-    )
+    try:
+        sent = _send(context, path, manifest)
+    except LocalFileChangedError:
+        if not local.was_remembered:
+            raise
+        # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
+        manifest = digest_local_file(path, context.services.layout, use_remembered=False).manifest
+        sent = _send(context, path, manifest)
     return SyncedCheckpoint(sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent)
 
 
@@ -79,6 +81,16 @@ def sync_code(context: RunContext) -> None:
     sent = upload_file(context.node, archive.path, local.manifest, on_progress=lambda _: None)
     request = UnpackRequest(context.node.layout.root, sent.path_on_node, archive.sha256)
     context.node.call("unpack_code", request, Unpacked)
+
+
+def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadResult:
+    return upload_file(
+        context.node,
+        path,
+        manifest,
+        on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
+        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
+    )
 
 
 def _locate(context: RunContext, request: LocateRequest) -> Located:
