@@ -26,7 +26,7 @@ EPOCHS = 30
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo")
     assert reference_main(["prepare", "--out", str(path / "film"), "--scale", "64"]) == 0
-    train = ["train", "--data", str(path / "film"), "--seconds", "600"]
+    train = ["train", "--data", str(path / "film"), "--seconds", "600", "--threads", "1"]
     assert reference_main([*train, "--out", str(path / "good.pt"), "--epochs", str(EPOCHS)]) == 0
     assert reference_main([*train, "--out", str(path / "epoch00.pt"), "--epochs", "0"]) == 0
     return path
@@ -205,7 +205,19 @@ def test_epoch_zero_has_taken_no_step(folder: Path) -> None:
 def test_training_twice_gives_the_same_weights(folder: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for path in paths:
-        train = ["train", "--data", str(folder / "film"), "--out", str(path), "--epochs", "2", "--seconds", "600"]
+        train = [
+            "train",
+            "--data",
+            str(folder / "film"),
+            "--out",
+            str(path),
+            "--epochs",
+            "2",
+            "--seconds",
+            "600",
+            "--threads",
+            "1",
+        ]
         assert reference_main(train) == 0
     first, second = (torch.load(p, weights_only=True)["model_state_dict"] for p in paths)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -224,7 +236,9 @@ def test_another_input_width_is_refused_before_anything_is_loaded(folder: Path) 
 
 
 def test_data_of_another_scale_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert reference_main(["prepare", "--out", str(tmp_path / "film"), "--scale", "128"]) == 0
+    manifest = json.loads((folder / "film" / "manifest.json").read_text())
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film" / "manifest.json").write_text(json.dumps({**manifest, "scale": 128}))
     (found,) = check(plan(tmp_path, folder / "good.pt"), read_header(folder / "good.pt"))
     assert "at scale 64" in found.title
     assert "at 128" in found.title
