@@ -140,3 +140,7 @@ class LockedError(RemoteEvalError):
 
 class InternalError(RemoteEvalError):
     """Our own mistake. The log file has the traceback."""
+
+    def __init__(self, cause: str, *, action: str = "", details: str = "") -> None:
+        action = action or "This is a bug of remote-eval: report it with client.log of its data folder."
+        super().__init__(cause, action=action, details=details)

@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end tests: one sshd a worker, one world a test."""
+"""Fixtures of tests that run the whole job: one sshd a worker, one world a test."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.support.checkpoints import trained_small_checkpoint
 from tests.support.sshd import Sshd, running_sshd
 from tests.support.world import World, make_world
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Imported here: most tests need no torch, and it takes seconds to import.
+    import torch
+
+    from tests.support.checkpoints import trained_small_checkpoint
+
     path = tmp_path_factory.mktemp("checkpoint") / "small.pt"
     torch.save(trained_small_checkpoint(), path)
     return path
