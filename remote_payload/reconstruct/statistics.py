@@ -43,6 +43,33 @@ def column_correlations(first: Rows, second: Rows) -> Floats:
     return result
 
 
+def repaired_column_correlations(first: Rows, second: Rows, indices: Sequence[NDArray[np.int64]]) -> Floats:
+    """`(k, columns)`: the correlation over time after `second` was put in each of `k` other orders."""
+    result = np.empty((len(indices), first.shape[1]))
+    for columns in _chunks(first.shape[1], first.shape[0]):
+        (a, a_norm), (b, b_norm) = _centred(first[:, columns].T), _centred(second[:, columns].T)
+        a, b = (a / a_norm[:, None]).T.copy(), (b / b_norm[:, None]).T.copy()
+        for k, index in enumerate(indices):
+            result[k, columns] = np.einsum("tv,tv->v", a, b[index])
+    return np.asarray(np.clip(result, -1.0, 1.0))
+
+
+def resampled_column_correlations(first: Rows, second: Rows, indices: NDArray[np.int64]) -> Floats:
+    """`(k, columns)`: the correlation over time in each of `k` resamples of the rows, by weighted sums."""
+    count = indices.shape[1]
+    weights = np.stack([np.bincount(i, minlength=len(first)) for i in indices]) / count
+    result = np.empty((len(indices), first.shape[1]))
+    for columns in _chunks(first.shape[1], max(first.shape[0], len(indices))):
+        (a, a_norm), (b, b_norm) = _centred(first[:, columns].T), _centred(second[:, columns].T)
+        a, b = (a / a_norm[:, None]).T * np.sqrt(count), (b / b_norm[:, None]).T * np.sqrt(count)
+        a_mean, b_mean = weights @ a, weights @ b
+        variances = (weights @ a**2 - a_mean**2) * (weights @ b**2 - b_mean**2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            r = (weights @ (a * b) - a_mean * b_mean) / np.sqrt(np.where(variances > 1e-18, variances, np.nan))
+        result[:, columns] = r
+    return np.asarray(np.clip(result, -1.0, 1.0))
+
+
 def row_errors(first: Rows, second: Rows) -> Floats:
     """Mean squared difference between corresponding rows; `second` may be one row for all."""
     errors = np.empty(len(first))

@@ -21,20 +21,23 @@ from remote_payload.reconstruct.measured import (
 )
 from remote_payload.reconstruct.statistics import Floats, Null
 
-_ELEMENTS_FOR_BOOTSTRAP = 400_000_000
+_RESAMPLES = 200
 
 
 def measure_voxels(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
-    """Two correlations that are not each other: of a voxel over time, and of a volume over voxels."""
+    """Two correlations that are not each other: of a voxel over time, and of a volume over voxels.
+
+    The mean over voxels stands in the evidence: where a few regions respond, the median voxel need not.
+    """
     given, wanted = evaluated.predictions, evaluated.targets
     errors = statistics.row_errors(given, wanted)
     error, gain = error_metric(evaluated, "mse", errors)
     over_time = voxelwise_correlations(evaluated)
     metrics: list[Metric] = []
     how, indices = wrong_pairings(evaluated)
-    shifted = [statistics.column_correlations(given, wanted[i]) for i in indices]
+    shifted = statistics.repaired_column_correlations(given, wanted, indices)
     resampled = _resampled_columns(evaluated)
-    first_null: Optional[Null] = None
+    nulls: dict[str, Optional[Null]] = {}
     summaries: dict[str, Callable[[Floats], float]] = {
         "median": lambda r: float(np.median(r)),
         "mean": lambda r: float(np.mean(r)),
@@ -46,7 +49,7 @@ def measure_voxels(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
         null = None
         if value is not None:
             null = statistics.null_from([function(defined(r)) for r in shifted if np.isfinite(r).any()], value, how)
-        first_null = first_null or null
+        nulls[summary] = null
         values = [function(defined(r)) for r in resampled if np.isfinite(r).any()]
         interval = (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))) if values else None
         metrics.append(
@@ -71,9 +74,9 @@ def measure_voxels(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
         )
     pattern = _pattern_metric(evaluated)
     share = _explained(errors, evaluated)
-    return [*metrics, pattern, error, *share], Evidence(
-        evaluated.modality, len(wanted), error, "train_mean", gain, metrics[0], first_null, None
-    )
+    leading = metrics[list(summaries).index("mean")]
+    evidence = Evidence(evaluated.modality, len(wanted), error, "train_mean", gain, leading, nulls["mean"], None)
+    return [*metrics, pattern, error, *share], evidence
 
 
 def voxelwise_correlations(evaluated: Evaluated) -> Floats:
@@ -84,22 +87,21 @@ def voxelwise_correlations(evaluated: Evaluated) -> Floats:
 def shifted_voxelwise_correlations(evaluated: Evaluated) -> Floats:
     """The same against wrong targets, all pairings in one array: the null band of the histogram."""
     _, indices = wrong_pairings(evaluated)
-    null = [statistics.column_correlations(evaluated.predictions, evaluated.targets[i]) for i in indices[::6]]
-    return np.concatenate(null) if null else np.empty(0)
+    return statistics.repaired_column_correlations(evaluated.predictions, evaluated.targets, indices[::6]).ravel()
 
 
 def _pattern_metric(evaluated: Evaluated) -> Metric:
     centre, source = evaluated.train_mean, "train mean"
     if centre is None:
         centre, source = np.zeros(1), "nothing: no training reference was given"
-    metric, _ = similarity_metric(
+    found, _ = similarity_metric(
         evaluated,
         "pattern_correlation",
         evaluated.predictions - centre,
         evaluated.targets - centre,
         {"correlation": "of each volume over voxels", "removed_first": source},
     )
-    return metric
+    return found
 
 
 def _explained(errors: Floats, evaluated: Evaluated) -> list[Metric]:
@@ -121,9 +123,8 @@ def _explained(errors: Floats, evaluated: Evaluated) -> list[Metric]:
     ]
 
 
-def _resampled_columns(evaluated: Evaluated) -> list[Floats]:
-    resamples = int(np.clip(_ELEMENTS_FOR_BOOTSTRAP // max(1, evaluated.targets.size), 20, 200))
-    indices = statistics.block_indices(len(evaluated.targets), evaluated.dependence, evaluated.seed, resamples)
+def _resampled_columns(evaluated: Evaluated) -> Floats:
+    indices = statistics.block_indices(len(evaluated.targets), evaluated.dependence, evaluated.seed, _RESAMPLES)
     if indices is None:
-        return []
-    return [statistics.column_correlations(evaluated.predictions[i], evaluated.targets[i]) for i in indices]
+        return np.empty((0, evaluated.targets.shape[1]))
+    return statistics.resampled_column_correlations(evaluated.predictions, evaluated.targets, indices)

@@ -34,6 +34,28 @@ def test_column_correlations_are_over_time_and_not_over_voxels() -> None:
     np.testing.assert_allclose(statistics.column_correlations(a, b), expected, atol=1e-12)
 
 
+def test_correlations_in_another_order_are_those_of_the_reordered_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, 40, 7)) + 100.0
+    a[:, 3] = 5.0
+    indices = [generator.permutation(40) for _ in range(4)]
+    expected = np.stack([statistics.column_correlations(a, b[i]) for i in indices])
+    np.testing.assert_allclose(statistics.repaired_column_correlations(a, b, indices), expected, atol=1e-12)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 90)
+    np.testing.assert_allclose(statistics.repaired_column_correlations(a, b, indices), expected, atol=1e-12)
+
+
+def test_correlations_of_a_resample_are_those_of_the_resampled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.standard_normal((2, 40, 7)) + 100.0
+    a[:, 3] = 5.0
+    indices = generator.integers(0, 40, (5, 40))
+    expected = np.stack([statistics.column_correlations(a[i], b[i]) for i in indices])
+    np.testing.assert_allclose(statistics.resampled_column_correlations(a, b, indices), expected, atol=1e-10)
+    monkeypatch.setattr(statistics, "_CHUNK_ELEMENTS", 90)
+    np.testing.assert_allclose(statistics.resampled_column_correlations(a, b, indices), expected, atol=1e-10)
+
+
 def test_pieces_give_the_same_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     a, b = generator.standard_normal((2, 23, 11))
