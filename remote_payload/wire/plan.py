@@ -20,8 +20,8 @@ class JobSpec:
 class EvaluationSettings:
     """The `remote_eval:` section of a config, defaults filled in.
 
-    `adapter` is `module:Class`; `data` maps names to paths on the node; `user_config` reaches the adapter untouched, and
-    so does `user_config_text` (the whole text of a config that is the user's own, with its file name).
+    `adapter` is `module:Class`; `data` maps names to paths on the node; `user_config` reaches the adapter untouched,
+    and so does `user_config_text` (the whole text of a config that is the user's own, with its file name).
     `dtype` is one of auto, float32, bfloat16, float16. `metric_samples` None means the whole split.
     """
 
