@@ -98,6 +98,8 @@ class OptimizerFacts:
     groups: tuple[dict[str, Any], ...]
     steps: tuple[Any, ...]
     without_state: tuple[str, ...] = ()
+    parameter_groups: dict[str, int] = dataclasses.field(default_factory=dict)
+    """The group (its place in `groups`) of each index; empty if there is only one."""
 
 
 @dataclasses.dataclass(frozen=True)

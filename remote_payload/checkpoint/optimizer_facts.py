@@ -36,7 +36,12 @@ def describe_optimizer(
         groups=tuple(plain.convert({k: v for k, v in g.items() if k not in ("params", "param_names")}) for g in groups),
         steps=_steps(state, single_values),
         without_state=tuple(names.get(i, i) for i in indices if i not in state)[:1000],
+        parameter_groups=_group_of_each(groups) if len(groups) > 1 else {},
     )
+
+
+def _group_of_each(groups: Sequence[Mapping[Any, Any]]) -> dict[str, int]:
+    return {key_text(i): n for n, g in enumerate(groups) for i in _as_list(g.get("params"))}
 
 
 def _as_list(value: object) -> list[Any]:
