@@ -84,7 +84,9 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
         judged.append(judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed))
     drawn = _draw(context, collected, judged, samples)
     task, headline = overall([j.judgement for j in judged])
-    findings = [f for j in judged for f in j.findings] + _run_findings(ran, settings.batch_size, baselines)
+    # What is wrong with the file itself: it may have been readable all the same.
+    findings = [f for f in header.problems if f.severity is not Severity.INFO]
+    findings += [f for j in judged for f in j.findings] + _run_findings(ran, settings.batch_size, baselines)
     facts = {
         "metrics": [dataclasses.asdict(m) for j in judged for m in j.metrics],
         "pictures": drawn,

