@@ -18,11 +18,12 @@ from remote_payload.checkpoint.header import (
     Role,
     Section,
     TensorEntry,
+    TensorPiece,
 )
 from remote_payload.checkpoint.inert import TensorRef
 from remote_payload.checkpoint.limits import Limits
 from remote_payload.checkpoint.optimizer_facts import describe_optimizer, tensor_identity
-from remote_payload.checkpoint.placement import Placer
+from remote_payload.checkpoint.placement import Placement, Placer
 from remote_payload.checkpoint.plain import PlainValues, key_text
 from remote_payload.checkpoint.records import RawCheckpoint
 from remote_payload.checkpoint.roles import class_counts, model_roles, optimizer_role
@@ -123,10 +124,7 @@ class _Builder:
         width = dtypes.item_bytes(tensor.dtype)
         if numel == 1 and placement.file_offset is not None and id(tensor) not in self.numbers:
             self.numbers[id(tensor)] = self._values.read(placement.file, placement.file_offset, tensor.dtype)
-        if tensor.storage is not None:
-            if tensor.storage.key in self._section_of_storage:
-                self.shared += 1
-            self._section_of_storage.setdefault(tensor.storage.key, section)
+        self._note_storages(tensor, section)
         self.entries.append(
             TensorEntry(
                 name=name,
@@ -145,8 +143,15 @@ class _Builder:
                 span_bytes=placement.span_bytes,
                 value=self.numbers.get(id(tensor)) if numel == 1 else None,
                 unreadable=placement.unreadable,
+                pieces=tuple(_piece(*piece) for piece in placement.pieces),
             )
         )
+
+    def _note_storages(self, tensor: TensorRef, section: Section) -> None:
+        storages = [t.storage for t in (tensor, *(piece for _, piece in tensor.pieces)) if t.storage is not None]
+        self.shared += any(s.key in self._section_of_storage for s in storages)
+        for storage in storages:
+            self._section_of_storage.setdefault(storage.key, section)
 
     def add_average(self, average: Optional[FoundState]) -> None:
         if average is None:
@@ -156,10 +161,13 @@ class _Builder:
             self.add("/".join((*average.path, key)), key, Section.AVERAGE, roles[key], tensor)
 
     def add_rest(self, state: Optional[FoundState], average: Optional[FoundState], optimizer: Optional[Path]) -> None:
+        places = [optimizer] if optimizer is not None else []
+        if self._raw.optimizer_key is not None:
+            places.append((self._raw.optimizer_key,))
         for path, tensor in tensors_below(self._raw.root, self._limits):
             if _belongs(path, state) or _belongs(path, average):
                 continue
-            in_optimizer = optimizer is not None and path[: len(optimizer)] == optimizer
+            in_optimizer = any(path[: len(place)] == place for place in places)
             section = Section.OPTIMIZER if in_optimizer else Section.OTHER
             role = optimizer_role(path[-1]) if in_optimizer else Role.OTHER
             self.add("/".join(path) or "(tensor)", path[-1] if path else "", section, role, tensor)
@@ -178,6 +186,11 @@ class _Builder:
             candidate = f"{name}#{number}"
         self._names.add(candidate)
         return candidate
+
+
+def _piece(offsets: tuple[int, ...], tensor: TensorRef, placement: Placement) -> TensorPiece:
+    at = placement.file_offset or 0
+    return TensorPiece(offsets, tensor.shape, tensor.stride, placement.file, at, placement.span_bytes)
 
 
 def _belongs(path: Path, found: Optional[FoundState]) -> bool:

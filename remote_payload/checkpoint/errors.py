@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from remote_payload.checkpoint.limits import Cost
 from remote_payload.wire.results import Finding
 
 
@@ -17,6 +18,8 @@ class CheckpointError(Exception):
     def __init__(self, message: str, findings: tuple[Finding, ...] = ()) -> None:
         super().__init__(message)
         self.findings = findings
+        self.cost = Cost()
+        """What was spent before reading stopped, for checkpoints whose files share one budget."""
 
 
 class MissingCheckpointError(CheckpointError):

@@ -48,6 +48,18 @@ class Section(str, enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorPiece:
+    """A box of a tensor with a place of its own: elements from `offsets` on, `shape` of them, in `stride` order."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    file: int
+    file_offset: int
+    span_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorEntry:
     """One tensor. `name` is unique in the header and what the functions that read tensors take.
 
@@ -73,7 +85,15 @@ class TensorEntry:
     """From the first element to behind the last, in the file: `nbytes` if the tensor is dense."""
     value: Any = None
     unreadable: Optional[str] = None
-    """Why there is no `file_offset`."""
+    """Why its bytes cannot be read."""
+    pieces: tuple[TensorPiece, ...] = ()
+    """Where a sharded tensor lies: boxes that cover it exactly, in row-major order of their offsets. Such a tensor has
+    no `file_offset` of its own; the usual tensor is in one place and has no pieces."""
+
+    @property
+    def is_readable(self) -> bool:
+        """Its bytes are there, in one place or in pieces."""
+        return self.file_offset is not None or bool(self.pieces)
 
     @property
     def is_dense(self) -> bool:

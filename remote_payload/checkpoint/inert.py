@@ -58,9 +58,13 @@ class StorageRef:
 
 
 class TensorRef:
-    """A tensor as a view of a storage; offset and strides in elements of `dtype`. No storage: a meta tensor."""
+    """A tensor as a view of a storage; offset and strides in elements of `dtype`.
 
-    __slots__ = ("dtype", "is_parameter", "offset", "shape", "storage", "stride")
+    Without a storage it is a meta tensor, or put together from `pieces`: (offsets in each dimension, tensor) pairs that
+    cover it exactly.
+    """
+
+    __slots__ = ("dtype", "is_parameter", "offset", "pieces", "shape", "storage", "stride")
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class TensorRef:
         self.shape = shape
         self.stride = stride
         self.is_parameter = False
+        self.pieces: tuple[tuple[tuple[int, ...], TensorRef], ...] = ()
 
 
 class NumpyDtype:

@@ -6,6 +6,15 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What reading a pickle took: its bytes, its opcodes, and the estimated size of the objects that it made."""
+
+    pickle_bytes: int = 0
+    opcodes: int = 0
+    memory_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
     """What the header reader will take at most. Real checkpoints of 100,000 tensors stay well inside."""
 
@@ -29,6 +38,15 @@ class Limits:
     shown_depth: int = 24
     single_values: int = 20_000
     """One-element tensors (counters, optimizer steps) whose value is read with the header."""
+
+    def after(self, cost: Cost) -> Limits:
+        """What is left for the next file of a checkpoint that has several: all of them share one budget."""
+        return dataclasses.replace(
+            self,
+            pickle_bytes=max(0, self.pickle_bytes - cost.pickle_bytes),
+            opcodes=max(0, self.opcodes - cost.opcodes),
+            memory_bytes=max(0, self.memory_bytes - cost.memory_bytes),
+        )
 
 
 DEFAULT_LIMITS = Limits()

@@ -55,6 +55,7 @@ class PickleMachine:
         self._limits = limits
         self._memory_left = limits.memory_bytes
         self.position = position
+        self.opcodes = 0
         self._stack: list[object] = []
         self._below: list[list[object]] = []
         self._memo: dict[int, object] = {}
@@ -63,12 +64,13 @@ class PickleMachine:
         """The pickle's value; `position` is then behind STOP. Raises `MalformedPickleError`."""
         data, table, end = self._data, _TABLE, self._end
         try:
-            for _ in range(self._limits.opcodes):
+            for count in range(self._limits.opcodes):
                 if self.position >= end:
                     raise PickleEndsError("the pickle ends before its STOP opcode")
                 opcode = data[self.position]
                 self.position += 1
                 if opcode == 0x2E:
+                    self.opcodes = count + 1
                     return self._stack.pop()
                 handler = table[opcode]
                 if handler is None:
@@ -79,6 +81,10 @@ class PickleMachine:
         except UnicodeDecodeError as error:
             raise MalformedPickleError(f"text that is no {error.encoding} at {self.position}") from None
         raise MalformedPickleError(f"more than {self._limits.opcodes} opcodes")
+
+    @property
+    def memory_used(self) -> int:
+        return self._limits.memory_bytes - self._memory_left
 
     def charge(self, size: int) -> None:
         """Account for `size` bytes of new objects; every copy that a handler makes goes through here."""

@@ -19,6 +19,8 @@ class Placement:
     file_offset: Optional[int] = None
     span_bytes: int = 0
     unreadable: Optional[str] = None
+    pieces: tuple[tuple[tuple[int, ...], TensorRef, Placement], ...] = ()
+    """Offsets, tensor and place of each piece of a tensor that has several."""
 
 
 def span_elements(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -40,12 +42,21 @@ def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a row-major tensor."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(1, extent)
+    return tuple(reversed(strides))
+
+
 class Placer:
     """Places tensors one by one and collects what does not fit."""
 
     def __init__(self, raw: RawCheckpoint) -> None:
         self._raw = raw
-        self._directory_lost = not raw.storages and any(p.id == "integrity.truncated" for p in raw.problems)
+        self._directory_lost = raw.directory_lost
         self._checked: dict[tuple[str, str, int], Optional[str]] = {}
         self._wrong_size: list[tuple[str, int, int]] = []
         self._absent: list[str] = []
@@ -54,6 +65,8 @@ class Placer:
 
     def place(self, name: str, tensor: TensorRef) -> Placement:
         """Where `tensor` is. `name` stands in the findings."""
+        if tensor.pieces:
+            return self._place_pieces(name, tensor)
         storage, width = tensor.storage, item_bytes(tensor.dtype)
         if storage is None:
             return Placement(unreadable="a meta tensor: it has no values")
@@ -73,6 +86,15 @@ class Placer:
             return Placement(unreadable="its record is too short")
         span = span_elements(tensor.shape, tensor.stride) * width
         return Placement(record.file, record.offset + tensor.offset * width, span)
+
+    def _place_pieces(self, name: str, tensor: TensorRef) -> Placement:
+        placed = []
+        for offsets, piece in tensor.pieces:
+            placement = self.place(name, piece)
+            if placement.file_offset is None:
+                return Placement(unreadable=f"its piece at {list(offsets)}: {placement.unreadable}")
+            placed.append((offsets, piece, placement))
+        return Placement(span_bytes=sum(p.span_bytes for _, _, p in placed), pieces=tuple(placed))
 
     def problems(self) -> list[Finding]:
         """What did not fit, the reader's own problems first."""

@@ -35,6 +35,7 @@ class PlainPickleReader:
             records=(),
             storages={},
             symbols=unpickled.symbols,
+            cost=unpickled.cost,
         )
         raw.notes.append("A plain pickle that torch.save did not write; it holds no torch tensors.")
         if unpickled.end < source.size:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Optional, Protocol
 
-from remote_payload.checkpoint.inert import Symbol
-from remote_payload.checkpoint.limits import Limits
+from remote_payload.checkpoint.inert import StorageRef, Symbol
+from remote_payload.checkpoint.limits import Cost, Limits
 from remote_payload.checkpoint.source import Source
 from remote_payload.wire.results import Dimension, Finding, Severity
 
@@ -47,9 +47,34 @@ class RawCheckpoint:
     byte_order: str = "little"
     format_version: Optional[str] = None
     symbols: tuple[Symbol, ...] = ()
+    storage_refs: tuple[StorageRef, ...] = ()
+    """Every storage that the tree's tensors refer to, so that files can be joined under keys of their own."""
+    cost: Cost = dataclasses.field(default_factory=Cost)
+    directory_lost: bool = False
+    """The file ends before what says where the tensors lie."""
+    optimizer_key: Optional[str] = None
+    """The root's key below which every tensor is the optimizer's, where a format keeps them flat."""
     problems: list[Finding] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder and the names in it."""
+
+    path: str
+    names: frozenset[str]
+
+
+class FolderReader(Protocol):
+    """One checkpoint format that is a folder of files."""
+
+    def recognises(self, folder: Folder) -> bool:
+        """Whether a folder with these names is of this format."""
+
+    def read(self, folder: Folder, limits: Limits) -> RawCheckpoint:
+        """Describe the folder without executing anything. Raises `CheckpointError`."""
 
 
 class FormatReader(Protocol):

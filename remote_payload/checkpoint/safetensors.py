@@ -12,6 +12,7 @@ from remote_payload.checkpoint.dtypes import SAFETENSORS_DTYPES, item_bytes
 from remote_payload.checkpoint.errors import MalformedCheckpointError, MissingCheckpointError, TruncatedCheckpointError
 from remote_payload.checkpoint.inert import StorageRef, TensorRef
 from remote_payload.checkpoint.limits import Limits
+from remote_payload.checkpoint.placement import contiguous_stride
 from remote_payload.checkpoint.records import DataFile, RawCheckpoint, Record, integrity_problem
 from remote_payload.checkpoint.source import Source
 from remote_payload.wire.codec import WireError
@@ -38,14 +39,8 @@ class SafetensorsReader:
 
 def read_index(path: str, limits: Limits) -> RawCheckpoint:
     """A sharded checkpoint from its index file. Raises `CheckpointError`; shards lie beside the index."""
-    with Source(path) as source:
-        document = _json_object(source.read(0, source.size)) if source.size <= limits.safetensors_header_bytes else None
-    weight_map = document.get("weight_map") if document else None
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise MalformedCheckpointError(f"{path} has no weight_map of names to files")
+    weight_map = read_weight_map(path, limits)
     names = sorted(set(weight_map.values()))
-    if len(names) > limits.shards:
-        raise MalformedCheckpointError(f"{path} names {len(names)} files; {limits.shards} are allowed")
     raw = RawCheckpoint("safetensors_sharded", {}, (), (), {})
     tree: dict[str, object] = {}
     files = []
@@ -55,21 +50,21 @@ def read_index(path: str, limits: Limits) -> RawCheckpoint:
             _add_file(raw, tree, shard, index, limits)
     raw.files = tuple(files)
     raw.root = {name: tree[name] for name in weight_map if name in tree}
-    _compare_with_index(raw, tree, weight_map)
+    compare_with_index(raw, tree, weight_map)
     return raw
 
 
-def find_index(folder: str) -> Optional[str]:
-    """The one index file in a folder, or its one safetensors file; None if there is neither or a choice."""
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return None
-    for suffix in (INDEX_SUFFIX, ".safetensors"):
-        found = [n for n in names if n.endswith(suffix)]
-        if len(found) == 1:
-            return os.path.join(folder, found[0])
-    return None
+def read_weight_map(path: str, limits: Limits) -> dict[str, str]:
+    """The index's map of tensor names to file names. Raises `CheckpointError`."""
+    with Source(path) as source:
+        document = _json_object(source.read(0, source.size)) if source.size <= limits.safetensors_header_bytes else None
+    weight_map = document.get("weight_map") if document else None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise MalformedCheckpointError(f"{path} has no weight_map of names to files")
+    files = len(set(weight_map.values()))
+    if files > limits.shards:
+        raise MalformedCheckpointError(f"{path} names {files} files; {limits.shards} are allowed")
+    return weight_map
 
 
 def _open_shard(index_path: str, name: str) -> Source:
@@ -83,7 +78,8 @@ def _open_shard(index_path: str, name: str) -> Source:
         raise TruncatedCheckpointError(f"the shard {name!r} that the index names does not exist") from None
 
 
-def _compare_with_index(raw: RawCheckpoint, tree: dict[str, object], weight_map: dict[str, str]) -> None:
+def compare_with_index(raw: RawCheckpoint, tree: dict[str, object], weight_map: dict[str, str]) -> None:
+    """A problem where the index and the shards beside it do not name the same tensors."""
     absent = [n for n in weight_map if n not in tree]
     extra = [n for n in tree if n not in weight_map]
     if absent or extra:
@@ -186,15 +182,6 @@ def _check_coverage(raw: RawCheckpoint, records: list[Record], start: int, sourc
                 "safetensors allows neither overlap nor gap: the header is forged or damaged.",
             )
         )
-
-
-def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a row-major tensor."""
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(1, extent)
-    return tuple(reversed(strides))
 
 
 def _bounded_integer(digits: str) -> int:

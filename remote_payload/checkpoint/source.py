@@ -1,7 +1,8 @@
-"""A file that is read by position and never mapped: a file that shrinks meanwhile gives an error, not a crash."""
+"""A file that is read by position, so that one that shrinks meanwhile gives an error and not a crash."""
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from types import TracebackType
@@ -15,6 +16,7 @@ from remote_payload.checkpoint.errors import (
     UnreadableCheckpointError,
 )
 from remote_payload.wire.chunks import Fingerprint
+from remote_payload.wire.folders import folder_fingerprint
 
 
 class Source:
@@ -57,6 +59,13 @@ class Source:
                 )
             got += count
 
+    def map(self, offset: int, length: int) -> mmap.mmap:
+        """`length` bytes from `offset` on, read-only. Raises `OSError`, `ValueError` beyond the file's end.
+
+        Of a file that is cut short later, touching the lost part ends the process.
+        """
+        return mmap.mmap(self._descriptor, length, access=mmap.ACCESS_READ, offset=offset)
+
     def fingerprint(self) -> Fingerprint:
         """What the open file is now: a change between two calls means that somebody wrote to it."""
         return _fingerprint(self.path, os.fstat(self._descriptor))
@@ -76,6 +85,36 @@ class Source:
         self.close()
 
 
+class SourceWindow(Source):
+    """A span of an open source that is read as if it were a file of its own. It closes nothing."""
+
+    def __init__(self, source: Source, offset: int, length: int) -> None:
+        self.path = source.path
+        self.size = length
+        self._source = source
+        self._offset = offset
+
+    def read(self, offset: int, length: int) -> bytes:
+        self._check(offset, length)
+        return self._source.read(self._offset + offset, length)
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        self._check(offset, len(target))
+        self._source.read_into(self._offset + offset, target)
+
+    def fingerprint(self) -> Fingerprint:
+        return self._source.fingerprint()
+
+    def close(self) -> None:
+        """The source belongs to somebody else."""
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or offset + length > self.size:
+            raise TruncatedCheckpointError(
+                f"{self.path} at {self._offset}: {self.size} bytes are there, {offset + length} are needed"
+            )
+
+
 def _read_once(descriptor: int, target: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [target], offset)
@@ -85,10 +124,12 @@ def _read_once(descriptor: int, target: memoryview, offset: int) -> int:
 
 
 def fingerprint_of(path: str) -> Optional[Fingerprint]:
-    """What stands at `path` now, None if nothing does."""
+    """What stands at `path` now, a file or a folder; None if nothing does."""
     try:
+        if os.path.isdir(path):
+            return folder_fingerprint(path)
         return _fingerprint(path, os.stat(path))
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 

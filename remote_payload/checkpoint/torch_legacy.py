@@ -46,6 +46,8 @@ class TorchLegacyReader:
             records=(),
             storages={},
             symbols=tree.symbols,
+            storage_refs=tree.storage_refs,
+            cost=tree.cost,
             format_version=str(version),
         )
         _place_storages(raw, source, keys, tree.storages, pickles.position)

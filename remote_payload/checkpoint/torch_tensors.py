@@ -1,18 +1,21 @@
-"""Tensors straight from the mapped file to a device, without torch.load."""
+"""Tensors straight from the file to a device, without torch.load."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
 from typing import TYPE_CHECKING, Union
 
 from remote_payload.checkpoint.errors import UnsupportedCheckpointError
-from remote_payload.checkpoint.header import CheckpointHeader
-from remote_payload.checkpoint.tensor_bytes import MappedTensor, map_tensor
+from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry, TensorPiece
+from remote_payload.checkpoint.source import Source
+from remote_payload.checkpoint.tensor_bytes import MAX_BLOCK_BYTES, MappedTensor, map_tensor, readable
 
 if TYPE_CHECKING:
     import torch
 
+_MAX_EXPANDED_BYTES = 1024 * 1024 * 1024
 _WARNING_FILTERS = threading.Lock()
 """`warnings.catch_warnings` swaps process-wide state."""
 
@@ -22,15 +25,63 @@ def load_tensor(
 ) -> torch.Tensor:
     """One tensor on `device`, with the shape that it was saved with, and the strides if it is dense.
 
-    On the CPU it is a copy; with `copy=False` it is the mapped file itself, which must not be written to. Raises
-    `KeyError`, `CheckpointError`, and `UnsupportedCheckpointError` for a type that this torch does not have.
+    It is read by position, so a file that is cut short meanwhile is an error; another device gets it block by block
+    through bounded host memory. With `copy=False` a tensor in one place is, on the CPU, the mapped file itself: it must
+    not be written to, and a file that is cut short ends the process (`map_tensor`). Raises `KeyError`,
+    `CheckpointError`, and `UnsupportedCheckpointError` for a type that this torch does not have.
     """
-    mapped = map_tensor(header, name)
-    tensor = tensor_from_map(mapped)
-    if mapped.byte_order == "big":
-        tensor = _swapped(tensor)
-    moved = tensor.to(device)
-    return moved.clone() if copy and moved.device.type == "cpu" else moved
+    import torch
+
+    tensor = readable(header, name)
+    target = torch.device(device)
+    swap = header.byte_order == "big"
+    if not copy and target.type == "cpu" and not swap and not tensor.pieces:
+        return tensor_from_map(map_tensor(header, name))
+    dtype = torch_dtype(tensor.dtype)
+    _check_size(header, tensor, dtype)
+    if not tensor.pieces:
+        part = TensorPiece((), tensor.shape, tensor.stride, tensor.file, tensor.file_offset or 0, tensor.span_bytes)
+        loaded = _load_part(header, part, dtype, target, swap)
+        return loaded if tensor.is_dense else loaded.contiguous()
+    whole = torch.empty(tensor.shape, dtype=dtype, device=target)
+    for piece in tensor.pieces:
+        box = tuple(slice(start, start + extent) for start, extent in zip(piece.offsets, piece.shape))
+        whole[box].copy_(_load_part(header, piece, dtype, target, swap))
+    return whole
+
+
+def _check_size(header: CheckpointHeader, tensor: TensorEntry, dtype: torch.dtype) -> None:
+    """A view with a stride of 0 can claim any size; what no file of this size could fill is not made."""
+    if tensor.numel * dtype.itemsize > max(header.size_bytes, _MAX_EXPANDED_BYTES):
+        raise UnsupportedCheckpointError(
+            f"tensor {tensor.name[:200]!r} is a view that repeats {tensor.span_bytes} bytes {tensor.numel} times"
+        )
+
+
+def _load_part(
+    header: CheckpointHeader, part: TensorPiece, dtype: torch.dtype, device: torch.device, swap: bool
+) -> torch.Tensor:
+    import torch
+
+    if part.span_bytes == 0:
+        return torch.empty(part.shape, dtype=dtype, device=device)
+    data = torch.empty(part.span_bytes, dtype=torch.uint8, device=device)
+    on_cpu = device.type == "cpu"
+    staging = data if on_cpu else torch.empty(min(part.span_bytes, MAX_BLOCK_BYTES), dtype=torch.uint8)
+    with Source(header.files[part.file].path) as source:
+        for at in range(0, part.span_bytes, len(staging)):
+            block = staging[: min(len(staging), part.span_bytes - at)]
+            source.read_into(part.file_offset + at, _memory_of(block))
+            if not on_cpu:
+                # Returns when the copy is done, since the staging memory is not pinned.
+                data[at : at + len(block)].copy_(block)
+    flat = data.view(dtype)
+    tensor = flat.as_strided(part.shape, part.stride)
+    return _swapped(tensor) if swap else tensor
+
+
+def _memory_of(block: torch.Tensor) -> memoryview:
+    return memoryview((ctypes.c_char * len(block)).from_address(block.data_ptr())).cast("B")
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -12,6 +12,7 @@ from remote_payload.checkpoint.records import DataFile, RawCheckpoint, Record, i
 from remote_payload.checkpoint.source import Source
 from remote_payload.checkpoint.unpickle import unpickle
 from remote_payload.checkpoint.zip_directory import Directory, Member
+from remote_payload.checkpoint.zip_recovery import surviving_records
 from remote_payload.wire.results import Finding
 
 _PICKLE = "data.pkl"
@@ -45,6 +46,8 @@ def _read_archive(source: Source, directory: Directory, limits: Limits) -> RawCh
         records=records,
         storages=_storages(records, f"{prefix}data/"),
         symbols=unpickled.symbols,
+        storage_refs=unpickled.storage_refs,
+        cost=unpickled.cost,
         byte_order=_text(source, by_name.get(f"{prefix}byteorder")) or "little",
         format_version=_text(source, by_name.get(f"{prefix}version")),
     )
@@ -183,32 +186,39 @@ def _text(source: Source, member: Optional[Member]) -> Optional[str]:
 
 def _read_without_directory(source: Source, limits: Limits) -> RawCheckpoint:
     """A file whose end is lost: torch writes the pickle first, so names, shapes and types may still be there."""
-    name = zip_directory.first_member_name(source)
-    offset = zip_directory.local_data_offset(source, 0)
+    first = zip_directory.local_member(source, 0)
     lost = f"{source.path} ends before its archive's directory: {source.size} bytes are there"
-    if offset is None or not (name == _PICKLE or name.endswith("/" + _PICKLE)):
+    if first is None or not (first[0] == _PICKLE or first[0].endswith("/" + _PICKLE)):
         raise TruncatedCheckpointError(lost)
+    name, offset = first
     data = source.read(offset, min(source.size - offset, limits.pickle_bytes))
     try:
         unpickled = unpickle(data, limits)
     except (MalformedCheckpointError, TruncatedCheckpointError) as error:
         raise TruncatedCheckpointError(f"{lost}, and its pickle is incomplete ({error})", error.findings) from None
+    prefix = name[: -len(_PICKLE)]
+    found = surviving_records(source, offset + unpickled.end, prefix, unpickled.storages, limits.records)
     raw = RawCheckpoint(
         format="torch_zip",
         root=unpickled.value,
         files=(DataFile(source.path, source.size),),
-        records=(),
-        storages={},
+        records=tuple(found.values()),
+        storages=found,
         symbols=unpickled.symbols,
+        storage_refs=unpickled.storage_refs,
+        cost=unpickled.cost,
+        directory_lost=True,
     )
+    total = len(unpickled.storages)
     raw.problems.append(
         integrity_problem(
             "integrity.truncated",
-            "The file ends before the archive's directory",
+            f"The file ends before the archive's directory; {len(found)} of {total} storages are whole",
             (),
-            {"file_bytes": source.size},
+            {"file_bytes": source.size, "storages": total, "recovered_storages": len(found)},
             "The directory that says where each tensor lies is the last thing that torch.save writes, and it is not "
-            "there. Names, shapes and types come from the pickle at the file's start; no tensor can be read.",
+            "there. Names, shapes and types come from the pickle at the file's start, the places of the tensors that "
+            "are still there from the header in front of each; the others cannot be read.",
             "Copy the file again; if the original is as short, the save was interrupted: use the checkpoint before it.",
         )
     )

@@ -53,6 +53,17 @@ _INERT = {
         "channels_last",
     ),
     "torch.nn.parameter": ("Parameter", "Buffer"),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch._C": ("Generator",),
     "torch.serialization": ("_get_layout",),
     "torch._utils": (
@@ -94,6 +105,14 @@ def trust_of(module: str, name: str) -> Trust:
     if name in _INERT.get(module, ()) or _MODULE_CLASS.match(full_name):
         return Trust.INERT
     return Trust.UNSAFE
+
+
+def allowed_globals() -> tuple[str, ...]:
+    """The named allow-list: every global that a checkpoint may name without a finding, torch's layers aside."""
+    named = {f"{module}.{name}" for module, names in _INERT.items() for name in names}
+    storages = {f"torch.{name}" for name in dtypes.STORAGE_DTYPES}
+    types = {f"torch.{name}" for name in (*dtypes.ITEM_BYTES, *dtypes.TORCH_ALIASES)}
+    return tuple(sorted(named | storages | types))
 
 
 def is_dangerous(symbol: Symbol) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
 
 from remote_payload.checkpoint.errors import MalformedCheckpointError, TruncatedCheckpointError
 from remote_payload.checkpoint.inert import StorageRef, Symbol
-from remote_payload.checkpoint.limits import Limits
+from remote_payload.checkpoint.limits import Cost, Limits
 from remote_payload.checkpoint.pickle_globals import SymbolTable, call_known, load_storage
 from remote_payload.checkpoint.pickle_machine import PickleMachine
 from remote_payload.checkpoint.pickle_values import MalformedPickleError, PickleEndsError
@@ -16,32 +15,44 @@ from remote_payload.checkpoint.security import unsafe_global_findings
 
 @dataclasses.dataclass(frozen=True)
 class Unpickled:
-    """A pickle's value, the globals and storages that it names, and the position behind its STOP."""
+    """A pickle's value, the globals and storages that it names, and the position behind its STOP.
+
+    `storages` has the first storage of each key; `storage_refs` all, where a key is used with different claims.
+    """
 
     value: object
     symbols: tuple[Symbol, ...]
     storages: dict[str, StorageRef]
+    storage_refs: tuple[StorageRef, ...]
     end: int
+    cost: Cost
 
 
 def unpickle(data: bytes, limits: Limits, position: int = 0) -> Unpickled:
     """Interpret one pickle. Raises `CheckpointError`: truncated or malformed, with what the pickle tried to run."""
     table = SymbolTable()
     storages: dict[str, StorageRef] = {}
+    storage_refs: list[StorageRef] = []
 
     def load(identifier: object) -> StorageRef:
         storage = load_storage(identifier)
-        return storages.setdefault(storage.key, storage) if _same(storages.get(storage.key), storage) else storage
+        known = storages.get(storage.key)
+        if known is not None and (known.dtype, known.numel) == (storage.dtype, storage.numel):
+            return known
+        machine.charge(100)
+        storages.setdefault(storage.key, storage)
+        storage_refs.append(storage)
+        return storage
 
     machine = PickleMachine(data, table.find, call_known, load, limits, position)
     try:
         value = machine.run()
-    except PickleEndsError as error:
-        raise TruncatedCheckpointError(str(error), unsafe_global_findings(table.all())) from None
     except MalformedPickleError as error:
-        raise MalformedCheckpointError(str(error), unsafe_global_findings(table.all())) from None
-    return Unpickled(value, table.all(), storages, machine.position)
-
-
-def _same(known: Optional[StorageRef], storage: StorageRef) -> bool:
-    return known is None or (known.dtype, known.numel) == (storage.dtype, storage.numel)
+        kind = TruncatedCheckpointError if isinstance(error, PickleEndsError) else MalformedCheckpointError
+        unreadable = kind(str(error), unsafe_global_findings(table.all()))
+        # Every opcode is a byte at least.
+        unreadable.cost = Cost(len(data), machine.position - position, machine.memory_used)
+        raise unreadable from None
+    # An inflated pickle costs its whole length, however soon it stops.
+    cost = Cost(len(data), machine.opcodes, machine.memory_used)
+    return Unpickled(value, table.all(), storages, tuple(storage_refs), machine.position, cost)

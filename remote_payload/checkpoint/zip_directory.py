@@ -50,10 +50,14 @@ class Directory:
 
 def read_directory(source: Source, limits: Limits) -> Optional[Directory]:
     """The archive's directory; None if the file has no end record, as one cut short. Raises `CheckpointError`."""
-    tail_offset = max(0, source.size - _END.size - _MAX_COMMENT)
-    tail = source.read(tail_offset, source.size - tail_offset)
-    at = tail.rfind(b"PK\x05\x06", 0, max(0, len(tail) - _END.size + 4))
-    if at < 0 or at + _END.size > len(tail):
+    # No writer of checkpoints adds a comment; only where the end record is not last is a longer tail searched.
+    for comment_bytes in (0, _MAX_COMMENT):
+        tail_offset = max(0, source.size - _END.size - comment_bytes)
+        tail = source.read(tail_offset, source.size - tail_offset)
+        at = tail.rfind(b"PK\x05\x06", 0, max(0, len(tail) - _END.size + 4))
+        if 0 <= at <= len(tail) - _END.size:
+            break
+    else:
         return None
     end_offset = tail_offset + at
     _, disk, directory_disk, _, count, size, offset, comment = _END.unpack_from(tail, at)
@@ -92,13 +96,13 @@ def local_data_offset(source: Source, header_offset: int, name: Optional[bytes] 
     return int(start + name_length + extra_length)
 
 
-def first_member_name(source: Source) -> str:
-    """The name in the local header at the file's start, for files whose directory is lost."""
-    if source.size < _LOCAL.size:
-        return ""
-    fixed = _LOCAL.unpack(source.read(0, _LOCAL.size))
-    length = min(fixed[-2], source.size - _LOCAL.size)
-    return source.read(_LOCAL.size, length).decode("utf-8", "replace")
+def local_member(source: Source, header_offset: int) -> Optional[tuple[str, int]]:
+    """Name and data offset by the local header there, for files whose directory is lost; None without one."""
+    offset = local_data_offset(source, header_offset)
+    if offset is None:
+        return None
+    length = _LOCAL.unpack(source.read(header_offset, _LOCAL.size))[-2]
+    return source.read(header_offset + _LOCAL.size, length).decode("utf-8", "replace"), offset
 
 
 def _read_end64(source: Source, end_offset: int) -> Optional[tuple[int, int, int, int]]:

@@ -168,7 +168,10 @@ def test_a_truncated_zip_still_tells_names_and_shapes(tmp_path: Path) -> None:
     header = read_header(cut)
     assert header.entry_count == 162
     assert header.parameter_count == whole.parameter_count
-    assert all(t.file_offset is None for t in header.tensors)
+    readable = [t for t in header.tensors if t.file_offset is not None]
+    assert 0 < len(readable) < len(header.tensors)
+    for tensor in readable:
+        assert load_tensor(header, tensor.name).equal(load_tensor(whole, tensor.name))
     (finding,) = header_findings(header)
     assert finding.evidence["tensors_need_bytes"] == sum(t.nbytes or 0 for t in whole.tensors)
     assert main([str(cut)]) == 1
