@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from typing import Optional
 
+from remote_payload.checkpoint.dtypes import ITEM_BYTES
 from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry
+from remote_payload.health.joint import Trio, find_trios
+from remote_payload.health.stats import Misalignment
 
 MAX_OVERLAP = 32
 """Views of one storage that are measured at once. Real files share a storage between two or three tensors; a file
@@ -28,7 +32,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The part of a group that lies in a block: `start` in the block, `position` in the group, all in bytes."""
+    """The part of a group that lies in a span: `start` in the span, `position` in the group, all in bytes."""
 
     group: int
     start: int
@@ -37,8 +41,8 @@ class Piece:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """A span of one record that is read at once. `record` indexes the header's records."""
+class Span:
+    """Bytes of one record that are read at once. `record` indexes the header's records."""
 
     record: int
     file: int
@@ -46,6 +50,28 @@ class Block:
     length: int
     pieces: tuple[Piece, ...]
     ends_record: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What is read and reduced in one go: one span, or the same elements of a parameter and its two moments."""
+
+    spans: tuple[Span, ...]
+    trio: Optional[int] = None
+    """Index of the plan's trio, whose parameter and moments the three spans are."""
+
+    @property
+    def length(self) -> int:
+        return sum(s.length for s in self.spans)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupTrio:
+    """Groups that are read together, each alone in its record."""
+
+    trio: Trio
+    groups: tuple[int, int, int]
+    records: tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +83,9 @@ class ScanPlan:
     strided: tuple[TensorEntry, ...]
     not_measured: dict[str, str]
     total_bytes: int
+    trios: tuple[GroupTrio, ...] = ()
+    joint_not_measured: dict[str, str] = dataclasses.field(default_factory=dict)
+    misaligned: tuple[Misalignment, ...] = ()
 
 
 def plan_scan(header: CheckpointHeader) -> ScanPlan:
@@ -84,14 +113,27 @@ def plan_scan(header: CheckpointHeader) -> ScanPlan:
         groups.append(Group(len(groups), file, offset, length, dtype, tuple(names)))
     kept = _limit_overlap(groups, not_measured)
     total = sum(size for _, _, size in kept_spans)
-    return ScanPlan(records, tuple(kept), tuple(strided), not_measured, total)
+    trios, reasons, misaligned = find_trios(header)
+    together = _place_trios(header, records, kept, trios, reasons)
+    return ScanPlan(records, tuple(kept), tuple(strided), not_measured, total, together, reasons, misaligned)
 
 
 def iter_blocks(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> Iterator[Block]:
-    """Every record of the plan in blocks of `block_bytes` (a multiple of 16, so that no element is cut)."""
+    """Every record of the plan in blocks of at most `block_bytes` (a multiple of 16, so that no element is cut).
+
+    A parameter's moments come with it, wherever they lie; the rest is in file order.
+    """
     groups = plan.groups
     starts = [(g.file, g.offset) for g in groups]
+    together = {record: n for n, trio in enumerate(plan.trios) for record in trio.records}
+    done: set[int] = set()
     for index in plan.records:
+        if index in together:
+            number = together[index]
+            if number not in done:
+                done.add(number)
+                yield from _trio_blocks(plan, number, block_bytes)
+            continue
         record = header.records[index]
         first = bisect.bisect_left(starts, (record.file, record.offset))
         active: list[Group] = []
@@ -104,10 +146,52 @@ def iter_blocks(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> I
                 first += 1
             active = [g for g in active if g.offset + g.length > at]
             pieces = tuple(p for p in (_piece(g, at, length) for g in active) if p is not None)
-            yield Block(index, record.file, at, length, pieces, at + length >= end)
+            yield Block((Span(index, record.file, at, length, pieces, at + length >= end),))
             at += length
             if record.size == 0:
                 break
+
+
+def _trio_blocks(plan: ScanPlan, number: int, block_bytes: int) -> Iterator[Block]:
+    trio = plan.trios[number]
+    groups = [plan.groups[g] for g in trio.groups]
+    widths = [ITEM_BYTES[g.dtype] for g in groups]
+    count = groups[0].length // widths[0]
+    # Each span begins at a multiple of 16 bytes of its tensor.
+    step = max(16, block_bytes // sum(widths) // 16 * 16)
+    for start in range(0, count, step):
+        length = min(step, count - start)
+        spans = []
+        for group, record, width in zip(groups, trio.records, widths):
+            at, size = start * width, length * width
+            piece = Piece(group.index, 0, size, at)
+            ends = start + length == count
+            spans.append(Span(record, group.file, group.offset + at, size, (piece,), ends))
+        yield Block(tuple(spans), number)
+
+
+def _place_trios(
+    header: CheckpointHeader, records: tuple[int, ...], groups: list[Group], trios: list[Trio], reasons: dict[str, str]
+) -> tuple[GroupTrio, ...]:
+    """The trios whose three tensors are each alone in a record of their own."""
+    group_of = {name: g for g in groups for name in g.names}
+    record_at = {(header.records[i].file, header.records[i].offset): i for i in records if header.records[i].size}
+    begins = [(header.records[i].file, header.records[i].offset) for i in records]
+    inside = Counter(records[bisect.bisect_right(begins, (g.file, g.offset)) - 1] for g in groups)
+    placed: list[GroupTrio] = []
+    taken: set[int] = set()
+    for trio in trios:
+        found = [group_of.get(n) for n in (trio.parameter, trio.first_moment, trio.second_moment)]
+        members = [g for g in found if g is not None]
+        indices = [record_at.get((g.file, g.offset)) for g in members]
+        alone = [i for g, i in zip(members, indices) if i is not None and header.records[i].size == g.length]
+        if len(alone) < 3 or any(inside[i] != 1 for i in alone) or len(set(alone)) < 3 or taken & set(alone):
+            reasons[trio.parameter] = "it or a moment shares its bytes with other tensors"
+            continue
+        taken.update(alone)
+        first, second, third = members
+        placed.append(GroupTrio(trio, (first.index, second.index, third.index), (alone[0], alone[1], alone[2])))
+    return tuple(placed)
 
 
 def _disjoint_records(header: CheckpointHeader) -> tuple[int, ...]:

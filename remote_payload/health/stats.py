@@ -63,9 +63,9 @@ class TensorStats:
     the constants that biases and scales start from. `over_fp16`: finite elements that fp16 turns into infinities.
     `kurtosis`: fourth standardised moment, 3 for a normal distribution, None for constants. `abs_max`: of the finite.
     `denormal_fraction`: subnormal in the stored type and not 0. `saturated_fraction`: exactly plus or minus the stored
-    type's largest finite number. `quantiles`: aligned with QUANTILES, None where the type has none (complex).
+    type's largest finite number. `quantiles`: aligned with QUANTILES, None for integers and complex numbers.
     `quantile_resolution`: 0.0 where quantiles are exact (all types of 16 and 8 bits); else their largest relative
-    error (2**-7 for 32 and 64-bit floats). `dominant_fraction`: the share of the most frequent value `dominant_value`
+    error (2**-8 for 32 and 64-bit floats). `dominant_fraction`: the share of the most frequent value `dominant_value`
     (exact for 16 and 8 bits, None else). `rows`: None unless the tensor is a weight of two or more dimensions.
     `init`: None or empty unless it is a weight matrix.
     `first_nan` and `first_inf` are indices into the tensor, in the order in which the file holds its elements.
@@ -216,51 +216,89 @@ class Moments:
     zeros: int = 0
     ones: int = 0
     over_fp16: int = 0
+    denormals: int = 0
+    saturated: int = 0
     minimum: Optional[float] = None
     maximum: Optional[float] = None
     mean: float = 0.0
     squares: float = 0.0
-    """Sum of squared distances from the mean."""
+    """Sum of squared distances from the mean; `cubes` and `fourths`: of their third and fourth powers."""
+    cubes: float = 0.0
+    fourths: float = 0.0
 
     @property
     def finite(self) -> int:
         return self.count - self.nan - self.positive_inf - self.negative_inf
 
     def add(self, other: Moments) -> None:
-        """Take in another part. Means are joined as Chan, Golub and LeVeque (1983) do, without cancellation."""
+        """Take in another part. Joined as Pebay (2008, SAND2008-6212) does, without cancellation."""
         here, there = self.finite, other.finite
         if there:
-            difference = other.mean - self.mean
             total = here + there
-            self.mean += difference * there / total
-            self.squares += other.squares + difference * difference * here * there / total
-        for name in ("count", "nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16"):
+            d = other.mean - self.mean
+            share = d / total
+            self.fourths += (
+                other.fourths
+                + d * share * share * share * here * there * (here * here - here * there + there * there)
+                + 6.0 * share * share * (here * here * other.squares + there * there * self.squares)
+                + 4.0 * share * (here * other.cubes - there * self.cubes)
+            )
+            self.cubes += (
+                other.cubes
+                + d * share * share * here * there * (here - there)
+                + 3.0 * share * (here * other.squares - there * self.squares)
+            )
+            self.squares += other.squares + d * share * here * there
+            self.mean += share * there
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.minimum = _least(self.minimum, other.minimum)
         self.maximum = _greatest(self.maximum, other.maximum)
 
 
+_COUNTS = ("count", "nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
+
+
 def finish(
-    moments: Moments, first_nan: tuple[tuple[int, ...], ...], first_inf: tuple[tuple[int, ...], ...]
+    moments: Moments,
+    first_nan: tuple[tuple[int, ...], ...] = (),
+    first_inf: tuple[tuple[int, ...], ...] = (),
+    is_floating: bool = True,
 ) -> TensorStats:
-    """The statistics of a tensor whose every part was added."""
+    """The statistics of a tensor whose every part was added; quantiles, rows and distances are put in by the caller."""
     finite = moments.finite
     variance = moments.squares / (finite - 1) if finite > 1 else None
+    low, high = _finite_or_none(moments.minimum), _finite_or_none(moments.maximum)
     return TensorStats(
         count=moments.count,
         nan=moments.nan,
         positive_inf=moments.positive_inf,
         negative_inf=moments.negative_inf,
-        minimum=_finite_or_none(moments.minimum),
-        maximum=_finite_or_none(moments.maximum),
+        minimum=low,
+        maximum=high,
         mean=_finite_or_none(moments.mean) if finite else None,
         std=None if variance is None else _finite_or_none(math.sqrt(max(0.0, variance))),
-        zero_fraction=moments.zeros / finite if finite else None,
-        one_fraction=moments.ones / finite if finite else None,
+        zero_fraction=_share(moments.zeros, finite),
+        one_fraction=_share(moments.ones, finite),
         over_fp16=moments.over_fp16,
         first_nan=first_nan,
         first_inf=first_inf,
+        kurtosis=_kurtosis(moments),
+        abs_max=None if low is None or high is None else max(abs(low), abs(high)),
+        denormal_fraction=_share(moments.denormals, finite) if is_floating else None,
+        saturated_fraction=_share(moments.saturated, finite) if is_floating else None,
     )
+
+
+def _kurtosis(moments: Moments) -> Optional[float]:
+    if moments.finite < 2 or not moments.squares > 0:
+        return None
+    square = moments.squares * moments.squares
+    return _finite_or_none(moments.finite * moments.fourths / square) if square > 0 else None
+
+
+def _share(some: int, of: int) -> Optional[float]:
+    return some / of if of else None
 
 
 def index_of(position: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...]:
