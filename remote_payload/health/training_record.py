@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any, Optional
 
 from remote_payload.checkpoint.header import CheckpointHeader, Role
+from remote_payload.health.run_config import as_number, run_config
 
 _EPOCH_KEYS = ("epoch", "current_epoch", "epochs")
 _STEP_KEYS = ("global_step", "step", "steps", "iteration", "iter", "num_updates")
@@ -48,11 +49,22 @@ class TrainingRecord:
         return None
 
     @property
+    def step_counts(self) -> tuple[int, ...]:
+        """Every count of steps in the file: where gradients are accumulated, batches and optimizer steps differ."""
+        return tuple(dict.fromkeys(v for v in (self.optimizer_steps, self.steps, self.counted) if v))
+
+    @property
     def batches_per_epoch(self) -> Optional[int]:
-        """Known if the histories' epochs divide the batches."""
-        if not self.batches or not self.history_epochs or self.batches % self.history_epochs:
+        """Known if the histories' epochs, or for want of a full history the label's, divide the batches."""
+        if not self.batches:
             return None
-        return self.batches // self.history_epochs
+        if self.history_epochs and self.batches % self.history_epochs == 0:
+            return self.batches // self.history_epochs
+        # A resumed run begins its histories anew; labels count from 0 or from 1.
+        for epochs in (self.epoch, None if self.epoch is None else self.epoch + 1):
+            if epochs and epochs > (self.history_epochs or 0) and self.batches % epochs == 0:
+                return self.batches // epochs
+        return None
 
 
 def training_record(header: CheckpointHeader) -> TrainingRecord:
@@ -70,7 +82,7 @@ def training_record(header: CheckpointHeader) -> TrainingRecord:
         series=series,
         learning_rate=_learning_rate(header, ("lr",)),
         peak_learning_rate=max(
-            filter(None, [_learning_rate(header, ("initial_lr", "lr")), config_number(header, "lr")]), default=None
+            filter(None, [_learning_rate(header, ("initial_lr", "lr")), run_config(header).number("lr")]), default=None
         ),
     )
 
@@ -82,42 +94,6 @@ def usual_count(counters: Iterable[int]) -> Optional[int]:
         return None
     most = max(frequency.values())
     return min(v for v, n in frequency.items() if n == most)
-
-
-_CONFIG_NAMES = {
-    "lr": ("learning_rate", "lr", "base_lr", "max_lr"),
-    "min_lr": ("min_lr", "eta_min", "lr_min", "min_learning_rate"),
-    "epochs": ("num_epochs", "max_epochs", "epochs", "n_epochs"),
-    "warmup_epochs": ("warmup_epochs", "num_warmup_epochs"),
-    "warmup_steps": ("warmup_steps", "num_warmup_steps"),
-    "batch_size": ("batch_size", "per_device_batch_size", "train_batch_size", "batch_size_per_gpu"),
-}
-
-
-def config_number(header: CheckpointHeader, what: str) -> Optional[float]:
-    """A number from the config under one of its usual names, one level of sections deep."""
-    sections = [header.config, *(v for v in header.config.values() if isinstance(v, dict))]
-    for name in _CONFIG_NAMES[what]:
-        for section in sections:
-            number = as_number(section.get(name))
-            if number is not None:
-                return number
-    return None
-
-
-def config_text(header: CheckpointHeader, names: tuple[str, ...]) -> str:
-    """A text from the config in lower case, empty if there is none."""
-    for name in names:
-        if isinstance(header.config.get(name), str):
-            return str(header.config[name]).lower()
-    return ""
-
-
-def as_number(value: Any) -> Optional[float]:
-    """A finite number, None for anything else; a bool is no number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
 
 
 def _integer(values: dict[str, Any], names: tuple[str, ...]) -> Optional[int]:

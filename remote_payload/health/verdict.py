@@ -30,13 +30,16 @@ def run_checks(facts: HealthFacts, checks: Iterable[Check]) -> tuple[list[Findin
     """Every finding, the worst first, and the verdict. A dimension passes only by checks whose silence proves it."""
     findings: list[Finding] = []
     ran: list[Check] = []
+    gaps: list[tuple[Check, str]] = []
     for check in checks:
         if check.applies(facts):
             ran.append(check)
             findings.extend(check.run(facts))
+        elif why := check.why_not(facts):
+            gaps.append((check, why))
     findings.sort(key=lambda f: _SEVERITY_ORDER.index(f.severity))
     outcomes = {d: _outcome(d, ran, findings) for d in Dimension}
-    reasons = {d.value: _reason(d, outcomes[d], ran, findings, facts) for d in Dimension}
+    reasons = {d.value: _reason(d, outcomes[d], ran, findings, facts) + _gaps(d, gaps) for d in Dimension}
     return findings, make_verdict({d.value: o for d, o in outcomes.items()}, reasons)
 
 
@@ -66,6 +69,12 @@ def _reason(
         return "; ".join(f.title for f in findings if f.dimension is dimension and f.severity is worst) + "."
     tested = "Tested: " + "; ".join(c.tests for c in ran if c.dimension is dimension) + "."
     return tested + _limits(dimension, facts)
+
+
+def _gaps(dimension: Dimension, gaps: list[tuple[Check, str]]) -> str:
+    """What could not be looked at, and what it would have taken."""
+    missing = [f"{check.tests} ({why})" for check, why in gaps if check.dimension is dimension]
+    return f" Not measured: {'; '.join(missing)}." if missing else ""
 
 
 def _limits(dimension: Dimension, facts: HealthFacts) -> str:

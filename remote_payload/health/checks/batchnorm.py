@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
 from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
+from remote_payload.health.frozen import diagnose, summarise
+from remote_payload.health.run_config import run_config
 from remote_payload.health.stats import FP16_MAX, TensorStats
-from remote_payload.health.training_record import config_number, usual_count
+from remote_payload.health.training_record import usual_count
 from remote_payload.wire.results import Dimension, Finding, Severity
 
 _AT_INIT_FRACTION = 0.5
 _TOO_FEW_SAMPLES = 2
 _FEW_SAMPLES = 4
+_MOMENTUM = 0.1
+"""torch's default."""
 _MIN_CHANNELS = 16
 """A handful of scales may well be exactly 1 by chance in a 16-bit type."""
 
@@ -29,6 +33,7 @@ def _gamma_at_init(facts: HealthFacts) -> Iterator[Finding]:
     if not stuck:
         return
     trained = facts.steps_trained() > 0
+    diagnoses = {t.name: diagnose(facts, t) for t, _ in stuck}
     yield Finding(
         id="batchnorm.gamma_at_init",
         severity=Severity.WARNING if trained else Severity.INFO,
@@ -38,13 +43,22 @@ def _gamma_at_init(facts: HealthFacts) -> Iterator[Finding]:
         evidence={
             "steps_trained": facts.steps_trained(),
             "tensors": [
-                {"tensor": t.name[:200], "dtype": t.dtype, "fraction_at_one": s.one_fraction, "of": s.count}
+                {
+                    "tensor": t.name[:200],
+                    "dtype": t.dtype,
+                    "fraction_at_one": s.one_fraction,
+                    "of": s.count,
+                    "cause": diagnoses[t.name].cause.value,
+                    **diagnoses[t.name].evidence,
+                }
                 for t, s in stuck[:20]
             ],
+            "scales": len(scales),
         },
         explanation="Scales start at exactly 1. That they are there still after training means that they got no "
         "gradient, are no part of the optimizer, or that every step was rounded away: leaving 1.0 takes a step "
-        "beyond 0.00195 down or 0.0039 up in bfloat16, and Adam's steps are about as large as the learning rate.",
+        "over 2^-9 = 0.00195 down or 2^-8 = 0.0039 up in bfloat16, and Adam's steps are about as large as the "
+        "learning rate. " + summarise(list(diagnoses.values())),
         confidence=0.95 if trained else 0.5,
         refuted_by="float32 master weights kept elsewhere in which these scales differ from 1.",
         action="Train with float32 master weights (autocast) instead of a 16-bit model, and check that the scales "
@@ -76,7 +90,7 @@ def _running_var(facts: HealthFacts) -> Iterator[Finding]:
         yield Finding(
             id="batchnorm.running_var_large",
             severity=Severity.WARNING,
-            title=f"{len(large)} running variances reach beyond {FP16_MAX:,.0f}",
+            title=f"{len(large)} running variances reach beyond {FP16_MAX:,.0f}, up to {_greatest(large):,.0f}",
             dimension=Dimension.NUMERICS,
             where=tuple(t.name[:200] for t, _ in large[:50]),
             evidence={"tensors": [_range(t, s) for t, s in large[:20]]},
@@ -87,6 +101,10 @@ def _running_var(facts: HealthFacts) -> Iterator[Finding]:
             refuted_by="Inputs that are of that size by design.",
             action="Normalise the inputs; keep running statistics in float32.",
         )
+
+
+def _greatest(found: list[tuple[TensorEntry, TensorStats]]) -> float:
+    return max(s.maximum or 0.0 for _, s in found)
 
 
 def _is_untouched(facts: HealthFacts, tensor: TensorEntry) -> bool:
@@ -124,10 +142,11 @@ def _counter_mismatch(facts: HealthFacts) -> Iterator[Finding]:
             "counts": {str(v): n for v, n in values.most_common(20)},
             "usual": usual,
             "twice": [n[:200] for n in (doubled or halved)[:20]],
+            "effective_momentum": 1 - (1 - _MOMENTUM) ** 2 if twice else None,
         },
         explanation="Layers of one model see the same batches. Exactly twice as many means that the forward pass ran "
         "twice a step, as activation checkpointing does: running statistics then move at an effective momentum of "
-        "0.19 instead of 0.1. Other numbers mean layers that were frozen, shared or added later.",
+        "1 - 0.9^2 = 0.19 instead of 0.1. Other numbers mean layers that were frozen, shared or added later.",
         confidence=0.9 if twice else 0.6,
         refuted_by="A layer that the model really calls twice a step.",
         action="Keep normalisation layers out of activation checkpointing, or freeze their statistics in its second "
@@ -136,7 +155,7 @@ def _counter_mismatch(facts: HealthFacts) -> Iterator[Finding]:
 
 
 def _samples_per_rank(facts: HealthFacts) -> Iterator[Finding]:
-    batch = config_number(facts.header, "batch_size")
+    batch = run_config(facts.header).number("batch_size")
     if batch is None or not 0 < batch <= _FEW_SAMPLES or _is_synchronised(facts.header):
         return
     yield Finding(
@@ -157,9 +176,12 @@ def _samples_per_rank(facts: HealthFacts) -> Iterator[Finding]:
 
 
 def _is_synchronised(header: CheckpointHeader) -> bool:
-    return any(
-        "sync" in name.lower() and "b" in name.lower() and value is True for name, value in header.config.items()
-    )
+    return run_config(header).has_flag("sync", "b")
+
+
+def _knows_batch_size(facts: HealthFacts) -> bool:
+    has_layers = facts.header.class_counts["batchnorm_layers"] > 0
+    return has_layers and run_config(facts.header).number("batch_size") is not None
 
 
 CHECKS = (
@@ -186,8 +208,6 @@ CHECKS = (
         Dimension.TRAINING_DYNAMICS,
         "samples that BatchNorm saw at a time",
         _samples_per_rank,
-        lambda facts: (
-            facts.header.class_counts["batchnorm_layers"] > 0 and config_number(facts.header, "batch_size") is not None
-        ),
+        _knows_batch_size,
     ),
 )

@@ -23,6 +23,8 @@ class Check:
     run: Callable[[HealthFacts], Iterable[Finding]]
     applies: Callable[[HealthFacts], bool] = lambda _: True
     can_pass: bool = True
+    why_not: Callable[[HealthFacts], str] = lambda _: ""
+    """What is missing where `applies` is false, for the verdict's reasons; empty where it goes without saying."""
 
 
 def has_statistics(facts: HealthFacts) -> bool:

@@ -8,20 +8,12 @@ from typing import Optional
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.health.checks.check import Check
+from remote_payload.health.checks.schedule import schedule_evidence
 from remote_payload.health.facts import HealthFacts
-from remote_payload.health.schedules import CosineSchedule
-from remote_payload.health.training_record import (
-    TrainingRecord,
-    as_number,
-    close,
-    config_number,
-    config_text,
-    held_out_loss,
-    training_record,
-)
+from remote_payload.health.run_config import as_number
+from remote_payload.health.training_record import TrainingRecord, close, held_out_loss, training_record
 from remote_payload.wire.results import Dimension, Finding, Severity
 
-_SCHEDULE_SLACK_STEPS = 5
 _WORSE_BY = 0.01
 _BEST_KEYS = ("best_val_loss", "best_loss", "best_valid_loss", "best_validation_loss")
 _CURRENT_KEYS = ("val_loss", "valid_loss", "validation_loss")
@@ -34,8 +26,8 @@ def _epoch_disagrees(facts: HealthFacts) -> Iterator[Finding]:
         return
     per_epoch = record.batches_per_epoch
     # A history that was begun anew by a resumed run is shorter than the label, but then the label divides the batches.
-    label_fits = any(e > 0 and batches % e == 0 for e in (epoch, epoch + 1))
-    if per_epoch is None or label_fits:
+    resumed = epochs < epoch and any(batches % e == 0 for e in (epoch, epoch + 1))
+    if per_epoch is None or resumed:
         return
     evidence = {
         "epoch_label": epoch,
@@ -43,7 +35,7 @@ def _epoch_disagrees(facts: HealthFacts) -> Iterator[Finding]:
         "batches": batches,
         "batches_per_epoch": per_epoch,
         "batches_if_the_label_were_right": epoch * per_epoch,
-        **_schedule_evidence(facts.header, record),
+        **schedule_evidence(facts.header, record),
     }
     yield Finding(
         id="training.epoch_disagrees",
@@ -57,67 +49,6 @@ def _epoch_disagrees(facts: HealthFacts) -> Iterator[Finding]:
         confidence=0.95,
         refuted_by="A run whose number of batches an epoch changed on the way.",
         action="Do not cite the label. Fix the code that writes it, and name the checkpoint by its step.",
-    )
-
-
-def _schedule(header: CheckpointHeader, record: TrainingRecord) -> Optional[CosineSchedule]:
-    """The schedule in steps, if the config names a cosine and the batches of an epoch are known."""
-    per_epoch = record.batches_per_epoch
-    peak, epochs = config_number(header, "lr"), config_number(header, "epochs")
-    if not per_epoch or not peak or not epochs or "cosine" not in config_text(header, _SCHEDULER_KEYS):
-        return None
-    warmup_epochs = config_number(header, "warmup_epochs") or 0.0
-    warmup = config_number(header, "warmup_steps") or warmup_epochs * per_epoch
-    return CosineSchedule(peak, config_number(header, "min_lr") or 0.0, warmup, epochs * per_epoch)
-
-
-_SCHEDULER_KEYS = ("scheduler_type", "scheduler", "lr_scheduler", "lr_schedule", "schedule")
-
-
-def _schedule_evidence(header: CheckpointHeader, record: TrainingRecord) -> dict[str, float]:
-    schedule = _schedule(header, record)
-    per_epoch = record.batches_per_epoch
-    if schedule is None or per_epoch is None or record.learning_rate is None or not record.batches:
-        return {}
-    return {
-        "learning_rate": record.learning_rate,
-        "learning_rate_by_batches": schedule.at(record.batches),
-        "learning_rate_by_label": schedule.at((record.epoch or 0) * per_epoch),
-    }
-
-
-def _schedule_disagrees(facts: HealthFacts) -> Iterator[Finding]:
-    record = training_record(facts.header)
-    schedule, per_epoch, batches = _schedule(facts.header, record), record.batches_per_epoch, record.batches
-    rate = record.learning_rate
-    if schedule is None or per_epoch is None or batches is None or rate is None or batches <= schedule.warmup:
-        return
-    # Stepped every batch or every epoch, warm-up inside the cosine or in front of it: any of these may be meant.
-    variants = (schedule, CosineSchedule(schedule.peak, schedule.floor, 0.0, schedule.total))
-    slack = max(_SCHEDULE_SLACK_STEPS, per_epoch)
-    if any(v.is_near(rate, batches, slack) for v in variants):
-        return
-    yield Finding(
-        id="training.schedule_disagrees",
-        severity=Severity.WARNING,
-        title=f"The optimizer's learning rate {rate:.4g} is not the config's schedule at batch {batches}",
-        dimension=Dimension.PROVENANCE,
-        where=("optimizer", "config"),
-        evidence={
-            "learning_rate": rate,
-            "expected": schedule.at(batches),
-            "batches": batches,
-            "batches_per_epoch": per_epoch,
-            "peak": schedule.peak,
-            "floor": schedule.floor,
-            "warmup_steps": schedule.warmup,
-            "total_steps": schedule.total,
-        },
-        explanation="Config and counters give another learning rate than the optimizer holds, so this config is not "
-        "the one that the file was trained with, or the schedule was stepped otherwise.",
-        confidence=0.7,
-        refuted_by="A schedule that the config does not describe in full.",
-        action="Compare the config in the file with the run's log.",
     )
 
 
@@ -214,19 +145,8 @@ def _knows_held_out_loss(facts: HealthFacts) -> bool:
     return held_out_loss(training_record(facts.header), None) is not None
 
 
-def _knows_schedule(facts: HealthFacts) -> bool:
-    return _schedule(facts.header, training_record(facts.header)) is not None
-
-
 CHECKS = (
     Check(Dimension.PROVENANCE, "the epoch label against counters and histories", _epoch_disagrees, _knows_epochs),
-    Check(
-        Dimension.PROVENANCE,
-        "the learning rate against the config's schedule",
-        _schedule_disagrees,
-        _knows_schedule,
-        can_pass=False,
-    ),
     Check(
         Dimension.PROVENANCE,
         "the best epoch against the history",

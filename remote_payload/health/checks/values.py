@@ -11,6 +11,8 @@ from remote_payload.health.facts import HealthFacts
 from remote_payload.health.stats import FP16_MAX, TensorStats
 from remote_payload.wire.results import Dimension, Finding, Severity
 
+_MANY_DENORMALS = 0.01
+_MOSTLY_DENORMAL = 0.5
 Measured = list[tuple[TensorEntry, TensorStats]]
 
 
@@ -76,6 +78,43 @@ def _fp16_overflow(facts: HealthFacts) -> Iterator[Finding]:
         )
 
 
+def _denormal(facts: HealthFacts) -> Iterator[Finding]:
+    found = [
+        (t, s)
+        for t, s in facts.measured(section=Section.MODEL)
+        if (s.denormal_fraction or 0.0) >= _MANY_DENORMALS and s.count >= 16
+    ]
+    if not found:
+        return
+    # fp16's normal numbers end at 6e-5, which small weights are below by nature.
+    wide = [(t, s) for t, s in found if t.dtype != "float16" and (s.denormal_fraction or 0.0) >= _MOSTLY_DENORMAL]
+    yield Finding(
+        id="values.denormal",
+        severity=Severity.WARNING if wide else Severity.INFO,
+        title=f"{len(found)} tensors hold subnormal numbers",
+        dimension=Dimension.NUMERICS,
+        where=_names(found),
+        evidence={
+            "tensors": [
+                {
+                    "tensor": t.name[:200],
+                    "dtype": t.dtype,
+                    "denormal_fraction": s.denormal_fraction,
+                    "largest": s.abs_max,
+                    "of": s.count,
+                }
+                for t, s in found[:20]
+            ]
+        },
+        explanation="Subnormal numbers have fewer digits the smaller they are, are 0 on hardware that flushes them, "
+        "and slow down processors that do not. In weights of float32 or bfloat16 they are what weight decay leaves of "
+        "units that get no gradient.",
+        confidence=0.9,
+        refuted_by="A scale factor elsewhere that brings these values back to a normal size.",
+        action="Set them to 0, or prune the units; in float16 keep the tensor in a wider type.",
+    )
+
+
 def _names(found: Measured) -> tuple[str, ...]:
     return tuple(t.name[:200] for t, _ in found[:50])
 
@@ -94,4 +133,5 @@ CHECKS = (
     Check(Dimension.NUMERICS, "NaN in every tensor", _nan, has_statistics),
     Check(Dimension.NUMERICS, "infinities in every tensor", _inf, has_statistics),
     Check(Dimension.NUMERICS, "values beyond fp16's range", _fp16_overflow, has_statistics),
+    Check(Dimension.NUMERICS, "subnormal values", _denormal, has_statistics),
 )
