@@ -25,6 +25,7 @@ from remote_payload.agent.preflight import REQUEST_FD_VARIABLE, STACKS_FD_VARIAB
 from remote_payload.jobs.context import PROGRESS_FD_VARIABLE
 from remote_payload.jobs.resolve import JobNotFoundError, add_shipped_code
 from remote_payload.wire.codec import from_json, to_json
+from remote_payload.wire.folders import folder_fingerprint
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.plan import BUILTIN_JOBS, GpuPolicy, JobSpec, NodePlan
@@ -283,22 +284,29 @@ def _torch_missing(plan: Optional[NodePlan]) -> Finding:
 def _changed_since_planned(plan: NodePlan) -> list[Finding]:
     if len(plan.checkpoint_fingerprint) != 3:
         return []
-    facts = os.stat(plan.checkpoint_path)
-    now = (facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    now = _fingerprint(plan.checkpoint_path)
     if now == tuple(plan.checkpoint_fingerprint):
         return []
     return [
         Finding(
             id="integrity.changed_since_planned",
             severity=Severity.ERROR,
-            title="The checkpoint is not the file that the run was planned for",
+            title="The checkpoint is not the one that the run was planned for",
             dimension=Dimension.INTEGRITY,
             where=(plan.checkpoint_path,),
             evidence={"planned": list(plan.checkpoint_fingerprint), "now": list(now)},
-            explanation="Size, modification time or inode differ: the file was replaced or written to since.",
+            explanation="Size, modification time or inode differ: it was replaced or written to since.",
             action="Start a new run.",
         )
     ]
+
+
+def _fingerprint(path: str) -> tuple[int, int, int]:
+    if os.path.isdir(path):
+        found = folder_fingerprint(path)
+        return found.size, found.mtime_ns, found.inode
+    facts = os.stat(path)
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def unreadable(kind: str, words: str, path: str, action: str = "") -> Finding:

@@ -51,7 +51,7 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
     name = cluster or (checkpoint.partition(":")[0] if ":" in checkpoint and not exists_here else "")
     reference = parse_reference(checkpoint, name, exists_here=exists_here)
     if reference.cluster is None:
-        path = local_checkpoint(reference)
+        path = local_checkpoint(reference, folders=True)
         if as_json:
             print_json(inspect_local(path))
         else:

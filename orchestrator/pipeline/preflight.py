@@ -43,8 +43,9 @@ def preflight(context: RunContext) -> Preflight:
     is_health_only = all(job.name == "health" for job in plan.jobs)
     header, size, here = None, 0, plan.checkpoint.cluster is None
     if here:
-        path = local_checkpoint(plan.checkpoint)
-        header, size = _local_header(path, is_health_only), path.stat().st_size
+        path = local_checkpoint(plan.checkpoint, folders=context.profile.embedded)
+        header = _local_header(path, is_health_only)
+        size = path.stat().st_size if path.is_file() else 0
         checkpoint = SyncedCheckpoint(str(path), None, size, (), "local")
     else:
         checkpoint = locate_in_place(context)

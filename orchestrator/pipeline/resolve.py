@@ -49,7 +49,7 @@ def resolve(request: Request, services: Services) -> RunPlan:
         raise UsageError(f"--num-samples must be 0 to {MAX_NUM_SAMPLES}", action="It counts pictures only.")
     project = find_project(request.start_folder)
     named = resolve_profile(request.cluster, project, services.layout)
-    reference = resolve_reference(request.checkpoint, named.name)
+    reference = resolve_reference(request.checkpoint, named.name, folders=named.profile.embedded)
     jobs = choose_jobs(request.jobs, project.file.jobs)
     config_path = request.config or (project.folder / project.file.config if project.file.config else None)
     config = load_config(
@@ -108,11 +108,11 @@ def resolve_profile(cluster: str | None, project: Project, layout: LocalLayout) 
     return load_profile(name, layout, project.folder)
 
 
-def resolve_reference(text: str, cluster: str) -> CheckpointReference:
-    """The checkpoint reference; a local one is made absolute and must be a regular file."""
+def resolve_reference(text: str, cluster: str, *, folders: bool = False) -> CheckpointReference:
+    """The checkpoint reference; a local one is made absolute and must be a regular file, or a folder if allowed."""
     reference = parse_reference(text, cluster, exists_here=Path(text).expanduser().exists())
     if reference.cluster is None:
-        return CheckpointReference(str(local_checkpoint(reference)))
+        return CheckpointReference(str(local_checkpoint(reference, folders=folders)))
     return reference
 
 

@@ -34,7 +34,10 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     """Find the local checkpoint on the node by content, or send it."""
     if context.plan.checkpoint.cluster is not None:
         return locate_in_place(context)
-    path = local_checkpoint(context.plan.checkpoint)
+    path = local_checkpoint(context.plan.checkpoint, folders=context.profile.embedded)
+    if path.is_dir():
+        # Of a folder nobody computes a digest: it is used where it is, and its files' names and times stand for it.
+        return _synced(_locate(context, LocateRequest(context.node.layout.root, path=str(path))), digest=None)
     local = digest_local_file(path, context.services.layout)
     manifest = local.manifest
     if context.profile.embedded:

@@ -13,6 +13,7 @@ from typing import Any, Callable, Optional
 from remote_payload.agent import root
 from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, fingerprint
 from remote_payload.agent.failure import AgentError
+from remote_payload.wire.folders import folder_fingerprint
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import Located, LocateRequest
 
@@ -25,7 +26,8 @@ _NOWHERE = Located(False, "nowhere")
 def locate(request: LocateRequest) -> Located:
     """Where the file is, if it is here. A path is only looked at; contents are compared by sample, then by digest.
 
-    Raises `AgentError` usage for a path that is there and is no readable regular file.
+    A folder is found in place alone. Raises `AgentError` usage for a path that is there and is neither a readable
+    regular file nor a folder that can be listed.
     """
     layout = root.open_root(request.root)
     cache = DigestCache(layout)
@@ -45,7 +47,7 @@ def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> L
         except OSError as error:
             raise AgentError("usage", f"{path} cannot be looked at: {error.strerror}") from error
         if stat.S_ISDIR(facts.st_mode):
-            raise AgentError("usage", f"{path} is a folder, not a checkpoint file", "Name the file in it.")
+            return _folder_in_place(path)
         if not stat.S_ISREG(facts.st_mode):
             raise AgentError("usage", f"{path} is no regular file")
         if not os.access(path, os.R_OK):
@@ -53,6 +55,17 @@ def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> L
         found = fingerprint(path)
         return Located(True, "in_place", path, cache.get(found), found.size, found.mtime_ns, found.inode)
     return _NOWHERE
+
+
+def _folder_in_place(path: str) -> Located:
+    """A checkpoint of several files. It has no digest; names, sizes and times of its files stand for it."""
+    try:
+        found = folder_fingerprint(path)
+    except OSError as error:
+        raise AgentError("usage", f"{path} may not be listed by this user: {error.strerror}") from error
+    except ValueError as error:
+        raise AgentError("usage", str(error), "Name the folder of one checkpoint.") from error
+    return Located(True, "in_place", path, None, found.size, found.mtime_ns, found.inode)
 
 
 def _absolute_candidates(wanted: str, search_roots: Iterable[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from remote_payload.checkpoint.header import OptimizerFacts, Role
 from remote_payload.checkpoint.inert import TensorRef
 from remote_payload.checkpoint.plain import PlainValues, key_text
+from remote_payload.checkpoint.tree import strip_prefixes
 
 _BUFFERS = frozenset({Role.RUNNING_MEAN, Role.RUNNING_VAR, Role.COUNTER})
 _MAX_GROUPS = 1000
@@ -93,9 +94,12 @@ def _map_parameters(
 ) -> tuple[dict[str, str], str]:
     """torch numbers parameters in the order of its groups; only an order that fits every shape is believed."""
     if len(given_names) == len(indices) and indices:
-        return dict(zip(indices, given_names)), "by_name"
-    if indices and all(i in model for i in indices):
-        return {i: i for i in indices}, "by_name"
+        bare = strip_prefixes(given_names)[0]
+        return {i: bare[n] if bare[n] in model else n for i, n in zip(indices, given_names)}, "by_name"
+    # Wrappers' prefixes stand in an optimizer's names whenever they stand in the model's.
+    bare = strip_prefixes(indices)[0]
+    if indices and all(bare[i] in model for i in indices):
+        return {i: bare[i] for i in indices}, "by_name"
     trainable = [n for n, role in roles.items() if role not in _BUFFERS]
     matrices = [n for n in trainable if len(model[n].shape) >= 2]
     vectors = [n for n in trainable if len(model[n].shape) < 2]

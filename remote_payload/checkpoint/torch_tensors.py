@@ -64,7 +64,11 @@ def _load_part(
     import torch
 
     if part.span_bytes == 0:
-        return torch.empty(part.shape, dtype=dtype, device=device)
+        try:
+            return torch.empty(part.shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            # Beside an extent of 0, the others may claim more than strides can count.
+            raise UnsupportedCheckpointError(f"torch cannot make a tensor of shape {part.shape}: {error}") from error
     data = torch.empty(part.span_bytes, dtype=torch.uint8, device=device)
     on_cpu = device.type == "cpu"
     staging = data if on_cpu else torch.empty(min(part.span_bytes, MAX_BLOCK_BYTES), dtype=torch.uint8)

@@ -260,10 +260,27 @@ def test_a_file_in_place_is_told_without_being_read(node: NodeLayout, tmp_path: 
     assert relative.path == str(plain)
 
 
+def test_a_folder_in_place_is_told_by_its_files(node: NodeLayout, tmp_path: Path) -> None:
+    folder = tmp_path / "step 7"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.distcp").write_bytes(b"x" * 100)
+    (folder / "deeper" / "b.distcp").write_bytes(b"x" * 11)
+
+    def seen() -> tuple[int | None, int | None, int | None]:
+        found = locate(LocateRequest(node.root, path="step 7", search_roots=(str(tmp_path),)))
+        assert (found.how, found.path, found.digest) == ("in_place", str(folder), None)
+        return found.size, found.mtime_ns, found.inode
+
+    first = seen()
+    assert first == seen() and first[0] == 111
+    os.utime(folder / "a.distcp", ns=(1, 1))
+    touched = seen()
+    (folder / "deeper" / "b.distcp").rename(folder / "deeper" / "c.distcp")
+    assert len({first, touched, seen()}) == 3
+
+
 def test_what_is_no_readable_file_is_refused(node: NodeLayout, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with refused("usage", "is a folder"):
-        locate(LocateRequest(node.root, path=str(tmp_path)))
     with refused("usage", "no regular file"):
         locate(LocateRequest(node.root, path=str(tmp_path / "pipe")))
     assert locate(LocateRequest(node.root, path=str(tmp_path / "absent"))).how == "nowhere"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import CheckpointError, UsageError
 from orchestrator.plan import (
     CheckpointReference,
     RunPlan,
     SyncedCheckpoint,
     choose_jobs,
     content_key,
+    local_checkpoint,
     node_path,
     parse_reference,
     plan_key,
@@ -111,3 +113,11 @@ def test_a_content_key_from_a_fingerprint_says_that_it_is_not_exact() -> None:
     assert content_key(make_plan(), by_digest)[1] is True
     changed = dataclasses.replace(by_fingerprint, fingerprint=(3, 9, 2))
     assert content_key(make_plan(), by_fingerprint)[0] != content_key(make_plan(), changed)[0]
+
+
+def test_a_local_folder_is_taken_only_where_nothing_is_sent(tmp_path: Path) -> None:
+    reference = CheckpointReference(str(tmp_path))
+    assert local_checkpoint(reference, folders=True) == tmp_path
+    with pytest.raises(CheckpointError, match="only single files are sent") as caught:
+        local_checkpoint(reference)
+    assert "CLUSTER:PATH" in (caught.value.action or "")

@@ -1,0 +1,175 @@
+"""Checkpoints of several files and of other frameworks' layouts, made the way their writers make them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from tests.support.checkpoints import SmallNet, trained_small_checkpoint
+
+_TWO_RANKS = """
+import os, sys, torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.randn(8, 6)).square().sum().backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optim": state, "epoch": 3}, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
+"""
+
+
+def write_fsdp2_checkpoint(folder: Path) -> None:
+    """What two ranks of FSDP2 save: every parameter in two row ranges, buffers whole."""
+    script = folder.with_suffix(".py")
+    script.write_text(_TWO_RANKS)
+    subprocess.run([sys.executable, str(script), str(folder)], check=True, timeout=120, capture_output=True)
+
+
+def write_dcp_checkpoint(folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A checkpoint that one process saves with torch.distributed.checkpoint; returns what was saved."""
+    saved = state or {**trained_small_checkpoint(), "epoch": 3, "config": {"learning_rate": 1e-3, "layers": [8, 4]}}
+    dcp.save(saved, checkpoint_id=str(folder), no_dist=True)
+    return saved
+
+
+def edit_dcp_metadata(folder: Path, change: Any) -> None:
+    """Let `change` work on the metadata object and write it back."""
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def lightning_checkpoint() -> tuple[dict[str, Any], nn.Module]:
+    """The dict that Lightning 2 hands to torch.save, for a module whose net is its attribute `net`."""
+    trained = trained_small_checkpoint()
+    net = SmallNet()
+    net.load_state_dict(trained["model_state_dict"])
+    return {
+        "epoch": 4,
+        "global_step": 1250,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": OrderedDict((f"net.{k}", v) for k, v in trained["model_state_dict"].items()),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": 5}}}},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min'}": {
+                "monitor": "val_loss",
+                "best_model_score": torch.tensor(0.25),
+                "best_model_path": "/scratch/runs/epoch=4.ckpt",
+            },
+            "EMAWeightAveraging": {"ema_state": {"net.extra": torch.ones(2)}},
+        },
+        "optimizer_states": [trained["optimizer_state_dict"]],
+        "lr_schedulers": [{"T_max": 50, "last_epoch": 5, "_last_lr": [0.0009]}],
+        "MixedPrecision": {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "_growth_tracker": 12},
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"learning_rate": 1e-3, "width": 8},
+    }, net
+
+
+def write_torch_shards(folder: Path, state: dict[str, torch.Tensor], shards: int = 2) -> dict[str, str]:
+    """`pytorch_model-0000N-of-0000M.bin` and their index, as transformers writes them; returns the weight map."""
+    folder.mkdir(exist_ok=True)
+    names = list(state)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
+        chosen = names[shard::shards]
+        torch.save({n: state[n] for n in chosen}, folder / file)
+        weight_map.update(dict.fromkeys(chosen, file))
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return weight_map
+
+
+def write_deepspeed_checkpoint(folder: Path, stage: int = 2, ranks: int = 2) -> dict[str, torch.Tensor]:
+    """DeepSpeed's layout by its published names: `latest`, model states, one optimizer partition for each rank."""
+    step = folder / "global_step30"
+    step.mkdir(parents=True)
+    (folder / "latest").write_text("global_step30")
+    (folder / "zero_to_fp32.py").write_text("raise SystemExit('never run')\n")
+    torch.manual_seed(1)
+    weights = {f"module.{n}": p.detach().clone().bfloat16() for n, p in SmallNet().named_parameters()}
+    shapes = OrderedDict((n, p.shape) for n, p in weights.items())
+    placeholders = {n: torch.empty(0, dtype=p.dtype) for n, p in weights.items()}
+    model = {
+        "module": placeholders if stage == 3 else weights,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": [shapes],
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "lr_scheduler": {"last_batch_iteration": 29},
+        "global_steps": 30,
+        "dp_world_size": ranks,
+        "mp_world_size": 1,
+        "ds_config": {"train_batch_size": 8, "zero_optimization": {"stage": stage}},
+        "ds_version": "0.16.4",
+    }
+    flat = torch.cat([p.float().reshape(-1) for p in weights.values()])
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % ranks)])
+    for rank, part in enumerate(flat.chunk(ranks)):
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        if stage == 3 or rank == 0:
+            torch.save(model, step / (f"{name}_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"))
+        moments = {"step": 30, "exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.ones_like(part)}
+        optimizer: dict[str, Any] = {"zero_stage": stage, "partition_count": ranks, "loss_scaler": None}
+        if stage == 3:
+            optimizer["fp32_flat_groups"] = [part.clone()]
+            optimizer["optimizer_state_dict"] = {"state": {0: moments}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+        else:
+            optimizer["single_partition_of_fp32_groups"] = [part.clone()]
+            optimizer["base_optimizer_state"] = {"state": {0: moments}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+        prefix = "bf16_" if stage < 3 else ""
+        torch.save(
+            {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.16.4"},
+            step / f"{prefix}{name}_optim_states.pt",
+        )
+    return weights
+
+
+def all_fixture_folders_and_files(folder: Path) -> list[Path]:
+    """One checkpoint of each layout that a reader must describe."""
+    made = {name: folder / name for name in ("dcp", "shards", "zero2", "zero3")}
+    write_dcp_checkpoint(made["dcp"])
+    write_torch_shards(made["shards"], trained_small_checkpoint()["model_state_dict"])
+    write_deepspeed_checkpoint(made["zero2"])
+    write_deepspeed_checkpoint(made["zero3"], stage=3)
+    files = {"small.pt": trained_small_checkpoint(), "lightning.ckpt": lightning_checkpoint()[0]}
+    for name, value in files.items():
+        torch.save(value, folder / name)
+    torch.save(files["small.pt"], folder / "legacy.pt", _use_new_zipfile_serialization=False)
+    whole = (folder / "small.pt").read_bytes()
+    (folder / "cut.pt").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "plain.pkl").write_bytes(pickle.dumps({"epoch": 3, "losses": [0.5, 0.25]}))
+    names = ("small.pt", "lightning.ckpt", "legacy.pt", "cut.pt", "plain.pkl")
+    return [*made.values(), *(folder / n for n in names)]
