@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for health.json, made if it is missing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--against", metavar="EARLIER", help="an earlier checkpoint of the run, to see what moved")
     options = parser.parse_args(arguments)
     plan = NodePlan(
         run_id="by-hand",
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
     )
     context = JobContext(plan, "health", Path(options.out))
     try:
-        document = examine(options.checkpoint, options.device, context)
+        document = examine(options.checkpoint, options.device, context, options.against)
     except CheckpointError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from remote_payload.checkpoint.errors import CheckpointError
-from remote_payload.checkpoint.header import Role
 from remote_payload.checkpoint.plain import json_number
+from remote_payload.health.classes import classes
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.verdict import unreadable_verdict
 from remote_payload.wire.codec import to_json
@@ -24,6 +24,7 @@ def health_document(facts: HealthFacts, findings: list[Finding], verdict: Verdic
         "tensors": [_tensor(facts, index) for index in range(len(facts.header.tensors))],
         "classes": classes(facts),
         "checksums": to_json(facts.scan.checksums),
+        "drift": _without_infinities(to_json(facts.drift)),
         "device": device,
         "bytes_read": facts.scan.bytes_read,
     }
@@ -47,30 +48,6 @@ def unreadable_document(error: CheckpointError) -> dict[str, Any]:
         {"header": None, "tensors": [], "classes": None, "checksums": None, "device": None, "bytes_read": 0}
     )
     return document
-
-
-def classes(facts: HealthFacts) -> dict[str, Any]:
-    """The lab's table: counts by class, and what each role's values come to over all its tensors."""
-    return {"counts": dict(facts.header.class_counts), "by_role": _by_role(facts)}
-
-
-def _by_role(facts: HealthFacts) -> dict[str, Any]:
-    table: dict[str, Any] = {}
-    for role in Role:
-        measured = list(facts.measured(role))
-        minima = [s.minimum for _, s in measured if s.minimum is not None]
-        maxima = [s.maximum for _, s in measured if s.maximum is not None]
-        if measured:
-            table[role.value] = {
-                "tensors": len(measured),
-                "elements": sum(s.count for _, s in measured),
-                "nan": sum(s.nan for _, s in measured),
-                "inf": sum(s.inf for _, s in measured),
-                "constant_tensors": sum(1 for _, s in measured if s.is_constant),
-                "minimum": min(minima, default=None),
-                "maximum": max(maxima, default=None),
-            }
-    return table
 
 
 def _frame(findings: list[Finding], verdict: Verdict) -> dict[str, Any]:

@@ -49,12 +49,40 @@ class ScanResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorDrift:
+    """A tensor against its earlier self: the part of elements that are equal, ‖Δ‖ / ‖earlier‖, and the cosine.
+
+    The last two are None where a norm is 0 or not finite.
+    """
+
+    count: int
+    identical_fraction: float
+    relative_change: Optional[float]
+    cosine: Optional[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftFacts:
+    """The model's tensors against those of an earlier checkpoint, and how far either says that it was trained."""
+
+    earlier: str
+    tensors: dict[str, TensorDrift]
+    not_compared: dict[str, str]
+    steps: Optional[int] = None
+    earlier_steps: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class HealthFacts:
-    """A header and the pass over its file. `changed` says how the file changed while it was read."""
+    """A header and the pass over its file. `changed` says how the file changed while it was read.
+
+    `drift` is there if an earlier checkpoint was given to compare with.
+    """
 
     header: CheckpointHeader
     scan: ScanResult
     changed: Optional[str] = None
+    drift: Optional[DriftFacts] = None
 
     def measured(self, *roles: Role, section: Optional[Section] = None) -> Iterator[tuple[TensorEntry, TensorStats]]:
         """Tensors that have statistics, of the given roles (all if none) and section (all if None)."""

@@ -24,9 +24,13 @@ def run(context: JobContext) -> None:
     context.write_results(examine(context.plan.checkpoint_path, context.plan.gpu.device, context))
 
 
-def examine(path: str, device: str, context: JobContext) -> dict[str, Any]:
-    """The document for one checkpoint. `device` is auto, cpu or cuda."""
+def examine(path: str, device: str, context: JobContext, against: Optional[str] = None) -> dict[str, Any]:
+    """The document for one checkpoint. `device` is auto, cpu or cuda; `against` an earlier checkpoint to compare with.
+
+    Raises `CheckpointError` if the earlier one cannot be read: it is not the file under examination.
+    """
     context.progress(Phase.LOAD, message="reading the header")
+    earlier = None if against is None else read_header(against)
     try:
         header = read_header(path)
     except MissingCheckpointError:
@@ -36,6 +40,7 @@ def examine(path: str, device: str, context: JobContext) -> dict[str, Any]:
     context.progress(Phase.IMPORT, message="importing torch")
     from remote_payload.health import scan
     from remote_payload.health.device import choose_device
+    from remote_payload.health.drift import measure_drift
 
     context.progress(Phase.CUDA, message="choosing the device")
     chosen = choose_device(device)
@@ -43,12 +48,16 @@ def examine(path: str, device: str, context: JobContext) -> dict[str, Any]:
     def report(done: int, total: int) -> None:
         context.progress(Phase.RUN, counter=done, total=total, message="bytes examined")
 
+    def report_drift(done: int, total: int) -> None:
+        context.progress(Phase.RUN, counter=done, total=total, message="tensors compared with the earlier checkpoint")
+
     try:
         result = scan.scan(header, chosen, report)
     except CheckpointError as error:
         # The file went away between the header and the pass.
         return unreadable_document(error)
-    facts = HealthFacts(header, result, _change(header))
+    drift = None if earlier is None else measure_drift(header, earlier, report_drift)
+    facts = HealthFacts(header, result, _change(header), drift)
     findings, verdict = run_checks(facts, ALL_CHECKS)
     return health_document(facts, findings, verdict, chosen)
 

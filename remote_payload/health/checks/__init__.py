@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from remote_payload.health.checks import (
     batchnorm,
+    drift,
     integrity,
     lora,
     losses,
@@ -30,6 +31,7 @@ ALL_CHECKS: tuple[Check, ...] = (
     *precision.CHECKS,
     *optimizer.CHECKS,
     *losses.CHECKS,
+    *drift.CHECKS,
     *task.CHECKS,
 )
 """In the order of the report. A new family of checks is one module and one entry here."""

@@ -144,6 +144,7 @@ def _state_disagrees(facts: HealthFacts) -> Iterator[Finding]:
     last, last_rate, curve = read_scheduler_state(facts.header)
     rate = record.learning_rate
     rates = _group_rates(facts.header)
+    warmup = _warmup_batches(facts.header, record.batches_per_epoch or 0)
     if last_rate is not None and rates and not any(close(last_rate, r, 1e-5) for r in rates):
         yield _finding(
             f"The scheduler's last learning rate {last_rate:.4g} is not the optimizer's {rates[0]:.4g}",
@@ -158,7 +159,7 @@ def _state_disagrees(facts: HealthFacts) -> Iterator[Finding]:
             {"learning_rate": rate, "expected": curve.rate_at(last), "last_epoch": last, "slack_steps": SLACK_STEPS},
             "The scheduler's settings and its own count of steps give another rate than the optimizer holds.",
         )
-    if last is not None and last > 0 and record.step_counts and not _is_a_count(last, record):
+    if last is not None and last > 0 and record.step_counts and not _is_a_count(last, record, warmup):
         yield _finding(
             f"The scheduler took {last} steps, which are neither the batches nor the epochs of the file",
             ("scheduler",),
@@ -178,9 +179,12 @@ def _group_rates(header: CheckpointHeader) -> list[float]:
     return [float(r) for r in rates if isinstance(r, (int, float)) and not isinstance(r, bool)]
 
 
-def _is_a_count(last: int, record: TrainingRecord) -> bool:
+def _is_a_count(last: int, record: TrainingRecord, warmup: Optional[int]) -> bool:
     epochs = [e for e in (record.epoch, record.history_epochs) if e is not None]
     if any(abs(last - e) <= 1 for e in epochs):
+        return True
+    # Of two schedulers taken in turn the second one counts from the end of the warm-up.
+    if warmup and any(abs(last + warmup - count) <= SLACK_STEPS for count in record.step_counts):
         return True
     for count in record.step_counts:
         processes = max(1, round(last / count))
