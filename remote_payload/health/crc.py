@@ -12,11 +12,16 @@ _X_TO_THE_8 = 0x00800000
 
 def crc32_join(first: int, second: int, second_length: int) -> int:
     """The CRC-32 of two parts in a row: shifting by `second_length` bytes is multiplying by x**(8 n)."""
-    return _multiply(_power_of_x8(second_length), first) ^ second
+    return _multiply(power_of_x8(second_length), first) ^ second
+
+
+def crc32_of_remainder(remainder: int, length: int) -> int:
+    """The CRC-32 of `length` bytes from their plain remainder, which lacks the inversions before and after."""
+    return remainder ^ _multiply(power_of_x8(length), 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
 @functools.lru_cache(maxsize=4096)
-def _power_of_x8(exponent: int) -> int:
+def power_of_x8(exponent: int) -> int:
     """x**(8 * exponent) modulo the polynomial, by squaring."""
     result, square = _ONE, _X_TO_THE_8
     while exponent:

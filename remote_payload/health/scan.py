@@ -23,7 +23,8 @@ from remote_payload.health.joiner import Joiner
 from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
-CUDA_BLOCK_BYTES = 60 * 1024 * 1024
+CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
+"""With room for alignment a power of two, to which torch rounds pinned memory up."""
 MAX_CPU_THREADS = 32
 MAX_CUDA_THREADS = 16
 _BLOCKS_IN_FLIGHT_PER_THREAD = 2
@@ -38,23 +39,43 @@ def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes:
     """
     plan = plan_scan(header)
     on_cuda = torch.device(device).type == "cuda"
-    size = block_bytes or (CUDA_BLOCK_BYTES if on_cuda else CPU_BLOCK_BYTES)
     threads = _thread_count(MAX_CUDA_THREADS if on_cuda else MAX_CPU_THREADS)
     joiner = Joiner(header, plan)
     with ExitStack() as stack:
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
-        worker: Callable[[Block], BlockOutcome]
-        worker = CpuWorker(state, threads, size)
+        worker, size = _make_worker(state, device, threads, block_bytes)
         done = 0
         for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
             joiner.join(block, outcome)
             done += block.length
             progress(done, plan.total_bytes)
+        del worker
+        if on_cuda:
+            # A GPU may be shared: what the allocator keeps for later is nobody's.
+            torch.cuda.empty_cache()
     for tensor in plan.strided:
         joiner.add_strided(tensor)
     return joiner.result()
+
+
+def _make_worker(
+    state: ScanState, device: str, threads: int, block_bytes: Optional[int]
+) -> tuple[Callable[[Block], BlockOutcome], int]:
+    """The worker and the size of the blocks that it takes."""
+    if torch.device(device).type == "cuda":
+        from remote_payload.health.cuda_worker import CudaWorker
+        from remote_payload.health.nvrtc import CompilerUnavailableError
+
+        size = block_bytes or CUDA_BLOCK_BYTES
+        try:
+            return CudaWorker(state, torch.device(device), threads, size), size
+        except CompilerUnavailableError:
+            # The CPU gives the same numbers.
+            pass
+    size = block_bytes or CPU_BLOCK_BYTES
+    return CpuWorker(state, threads, size), size
 
 
 def _in_order(

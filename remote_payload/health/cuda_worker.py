@@ -1,0 +1,371 @@
+"""Reads one block, copies it to the GPU and reduces it there; what has no kernel is reduced on the CPU. Needs CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import queue
+import zlib
+from typing import Any, Optional
+
+import numpy as np
+import torch
+
+from remote_payload.checkpoint.dtypes import ITEM_BYTES
+from remote_payload.checkpoint.errors import CheckpointError
+from remote_payload.health import cuda_source as source
+from remote_payload.health import kernels
+from remote_payload.health.blocks import Block, Piece
+from remote_payload.health.crc import crc32_join, crc32_of_remainder, power_of_x8
+from remote_payload.health.distribution import Array, pattern_values
+from remote_payload.health.joint import JointPart
+from remote_payload.health.kernels import Part
+from remote_payload.health.nvrtc import CudaModule
+from remote_payload.health.rows import RowPart, RowShape
+from remote_payload.health.stats import Moments
+from remote_payload.health.worker import (
+    ALIGNMENT,
+    BlockOutcome,
+    ScanState,
+    SpanOutcome,
+    buffer_bytes,
+    reduce_piece,
+    reduce_trio,
+)
+
+_KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
+_POWERS = 32
+_TILE_VALUES = ("finite", "mean", "squares", "cubes", "fourths", "minimum", "maximum")
+_TILE_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
+TILE_FIELDS = (*_TILE_VALUES, *_TILE_COUNTS)
+
+
+@functools.lru_cache(maxsize=8)
+def load_kernels(device: torch.device) -> tuple[CudaModule, int]:
+    """The kernels, and into how many parts a histogram must be cut for this GPU's shared memory.
+
+    Raises `CompilerUnavailableError`.
+    """
+    module = CudaModule(source.SOURCE, source.KERNELS, device)
+    properties = torch.cuda.get_device_properties(device)
+    available = int(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
+    parts = 1
+    while source.HISTOGRAM_BYTES // parts > available:
+        parts *= 2
+    if source.HISTOGRAM_BYTES // parts > 48 * 1024:
+        module.allow_shared_bytes("histogram", source.HISTOGRAM_BYTES // parts)
+    return module, parts
+
+
+@dataclasses.dataclass
+class _Buffer:
+    host: torch.Tensor
+    device: torch.Tensor
+    stream: torch.cuda.Stream
+
+
+@dataclasses.dataclass
+class _Arena:
+    """Room on the device for a block's results, zeroed at once and fetched at once."""
+
+    size: int = 0
+    memory: Optional[torch.Tensor] = None
+    fetched: Optional[Array] = None
+
+    def reserve(self, count: int) -> int:
+        at = self.size
+        self.size += -(-count // 256) * 256
+        return at
+
+    def address(self, at: int) -> ctypes.c_void_p:
+        return ctypes.c_void_p((self.memory.data_ptr() if self.memory is not None else 0) + at)
+
+    def get(self, at: int, dtype: Any, count: int) -> Array:
+        width = np.dtype(dtype).itemsize
+        return self.fetched[at : at + count * width].view(dtype) if self.fetched is not None else None
+
+
+@dataclasses.dataclass
+class _RowJob:
+    shape: RowShape
+    first: int
+    count: int
+    wants_columns: bool
+    at: int
+
+
+@dataclasses.dataclass
+class _PieceJob:
+    """What the GPU was asked for one piece; None for a piece that the CPU reduces."""
+
+    piece: Piece
+    dtype: str
+    elements: int
+    offset: int
+    counts_at: int
+    tiles_at: Optional[int]
+    rows: Optional[_RowJob]
+
+
+class CudaWorker:
+    """Callable from any thread; each call takes one of a fixed set of pinned buffers and streams.
+
+    Raises `CompilerUnavailableError` when made, if this GPU's code cannot be compiled here.
+    """
+
+    def __init__(self, state: ScanState, device: torch.device, threads: int, block_bytes: int) -> None:
+        self._state = state
+        self._device = device
+        self._swap = state.header.byte_order == "big"
+        self._module, self._histogram_parts = load_kernels(device)
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        powers = [power_of_x8(source.CRC_CHUNK_BYTES << k) for k in range(_POWERS)]
+        self._powers = torch.from_numpy(np.asarray(powers, dtype=np.uint32).view(np.int32)).to(device)
+        self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        size = buffer_bytes(state.header, state.plan, block_bytes)
+        for _ in range(threads):
+            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._buffers.put(_Buffer(host, torch.empty(size, dtype=torch.uint8, device=device), stream))
+
+    def __call__(self, block: Block) -> BlockOutcome:
+        buffer = self._buffers.get()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.stream(buffer.stream):
+                return self._reduce(block, buffer)
+        except CheckpointError as error:
+            return BlockOutcome(error=str(error))
+        finally:
+            self._buffers.put(buffer)
+
+    def _reduce(self, block: Block, buffer: _Buffer) -> BlockOutcome:
+        offsets, at = [], 0
+        for span in block.spans:
+            host = buffer.host[at : at + span.length]
+            self._state.read(span, host)
+            buffer.device[at : at + span.length].copy_(host, non_blocking=True)
+            offsets.append(at)
+            at += -(-span.length // ALIGNMENT) * ALIGNMENT
+        arena = _Arena()
+        jobs = [
+            [self._plan_piece(p, at + p.start, arena) for p in span.pieces] for span, at in zip(block.spans, offsets)
+        ]
+        crcs = [self._plan_crc(block, n, arena) for n in range(len(block.spans))]
+        on_device = block.trio is not None and all(j is not None for js in jobs for j in js)
+        joint_at = arena.reserve(7 * 8) if on_device else None
+        arena.memory = torch.zeros(max(arena.size, 1), dtype=torch.uint8, device=self._device)
+        for found in (j for js in jobs for j in js):
+            if found is not None:
+                self._launch_piece(found, buffer, arena)
+        for number, crc_at in enumerate(crcs):
+            if crc_at is not None:
+                self._launch_crc(block.spans[number].length, offsets[number], crc_at, buffer, arena)
+        if joint_at is not None:
+            self._launch_joint(block, offsets, joint_at, buffer, arena)
+        # Waits for the copy in and for the kernels, hence the buffers are free when this returns.
+        arena.fetched = arena.memory.cpu().numpy()
+        return self._collect(block, offsets, jobs, crcs, joint_at, buffer, arena)
+
+    def _collect(
+        self,
+        block: Block,
+        offsets: list[int],
+        jobs: list[list[Optional[_PieceJob]]],
+        crcs: list[Optional[int]],
+        joint_at: Optional[int],
+        buffer: _Buffer,
+        arena: _Arena,
+    ) -> BlockOutcome:
+        outcome = BlockOutcome()
+        for number, span in enumerate(block.spans):
+            host = buffer.host[offsets[number] : offsets[number] + span.length]
+            parts = [
+                reduce_piece(self._state, p, host, self._swap) if j is None else self._part(j, buffer, arena)
+                for p, j in zip(span.pieces, jobs[number])
+            ]
+            outcome.spans.append(SpanOutcome(self._crc(block, number, crcs[number], host, arena), parts))
+        if joint_at is not None:
+            outcome.joint = JointPart(*arena.get(joint_at, np.uint64, 7).astype(np.int64).tolist())
+        elif block.trio is not None:
+            constants = self._state.constants(block)
+            data = [buffer.host[at : at + s.length] for s, at in zip(block.spans, offsets)]
+            if constants is not None:
+                outcome.joint = reduce_trio(self._state, block, data, constants, self._swap)
+        return outcome
+
+    def _plan_piece(self, piece: Piece, offset: int, arena: _Arena) -> Optional[_PieceJob]:
+        group = self._state.group(piece)
+        if group.dtype not in _KINDS or self._swap or offset % 16:
+            return None
+        elements = piece.length // ITEM_BYTES[group.dtype]
+        counts_at = arena.reserve(4 << 16)
+        tiles_at = None
+        if group.dtype == "float32":
+            tiles_at = arena.reserve(8 * source.TILE_VALUES * -(-elements // source.TILE_ELEMENTS))
+        shape = self._state.shapes.get(group.index)
+        rows = None if shape is None else self._plan_rows(piece, group.dtype, elements, shape, arena)
+        return _PieceJob(piece, group.dtype, elements, offset, counts_at, tiles_at, rows)
+
+    def _plan_rows(self, piece: Piece, dtype: str, elements: int, shape: RowShape, arena: _Arena) -> _RowJob:
+        position = piece.position // ITEM_BYTES[dtype]
+        first = position // shape.columns
+        count = (position + elements - 1) // shape.columns - first + 1
+        wants = shape.has_columns and self._state.wants_columns(piece.group)
+        return _RowJob(shape, first, count, wants, arena.reserve(24 * count + (shape.columns if wants else 0)))
+
+    def _plan_crc(self, block: Block, number: int, arena: _Arena) -> Optional[int]:
+        span = block.spans[number]
+        if self._state.header.records[span.record].crc32 is None or span.length < source.CRC_CHUNK_BYTES:
+            return None
+        return arena.reserve(4)
+
+    def _launch_piece(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> None:
+        data = ctypes.c_void_p(buffer.device.data_ptr() + job.offset)
+        wide = job.dtype == "float32"
+        share = self._histogram_share(job.elements)
+        bins = (1 << 16) // self._histogram_parts
+        for part in range(self._histogram_parts):
+            arguments = (data, _u64(job.elements), _u64(share), _i32(wide), _u32(part * bins), _u32(bins))
+            self._module.launch(
+                "histogram",
+                -(-job.elements // share),
+                source.HISTOGRAM_THREADS,
+                (*arguments, arena.address(job.counts_at)),
+                buffer.stream,
+                2 * bins,
+            )
+        if job.tiles_at is not None:
+            tiles = -(-job.elements // source.TILE_ELEMENTS)
+            self._module.launch(
+                "tiles", tiles, 256, (data, _u64(job.elements), arena.address(job.tiles_at)), buffer.stream
+            )
+        if job.rows is not None:
+            self._launch_rows(job, job.rows, data, buffer, arena)
+
+    def _histogram_share(self, elements: int) -> int:
+        """Elements of each thread block, a multiple of 8: whole rounds of all multiprocessors, no counter too full."""
+        rounds = -(-elements // (self._processors * source.ELEMENTS_PER_HISTOGRAM))
+        return max(8, -(-elements // (8 * self._processors * rounds)) * 8)
+
+    def _launch_rows(
+        self, job: _PieceJob, rows: _RowJob, data: ctypes.c_void_p, buffer: _Buffer, arena: _Arena
+    ) -> None:
+        position = job.piece.position // ITEM_BYTES[job.dtype]
+        at = rows.at
+        results = [arena.address(at + n * rows.count) for n in (0, 16, 20, 8)]
+        alive = arena.address(at + 24 * rows.count) if rows.wants_columns else ctypes.c_void_p(0)
+        numbers = (position, job.elements, rows.shape.columns, rows.first, rows.count)
+        threads = 256 if rows.shape.columns >= 512 else 32
+        self._module.launch(
+            "rows",
+            min(rows.count, 1 << 16),
+            threads,
+            (data, _i32(_KINDS[job.dtype]), *(_u64(n) for n in numbers), *results, alive),
+            buffer.stream,
+        )
+
+    def _launch_joint(self, block: Block, offsets: list[int], at: int, buffer: _Buffer, arena: _Arena) -> None:
+        constants = self._state.constants(block)
+        if constants is None:
+            return
+        types = [self._state.group(s.pieces[0]).dtype for s in block.spans]
+        elements = block.spans[0].length // ITEM_BYTES[types[0]]
+        numbers = (constants.rate, constants.rate_at_peak, constants.root, constants.eps)
+        arguments = (
+            *(ctypes.c_void_p(buffer.device.data_ptr() + o) for o in offsets),
+            *(_i32(_KINDS[t]) for t in types),
+            _u64(elements),
+            *(ctypes.c_float(n) for n in numbers),
+            arena.address(at),
+        )
+        blocks = min(8 * self._processors, -(-elements // 256))
+        self._module.launch("joint", blocks, 256, arguments, buffer.stream)
+
+    def _launch_crc(self, length: int, offset: int, at: int, buffer: _Buffer, arena: _Arena) -> None:
+        chunks = length // source.CRC_CHUNK_BYTES
+        arguments = (
+            ctypes.c_void_p(buffer.device.data_ptr() + offset),
+            _u64(chunks),
+            ctypes.c_void_p(self._powers.data_ptr()),
+            arena.address(at),
+        )
+        self._module.launch("crc", -(-chunks // source.CRC_THREADS), source.CRC_THREADS, arguments, buffer.stream)
+
+    def _crc(self, block: Block, number: int, at: Optional[int], host: torch.Tensor, arena: _Arena) -> Optional[int]:
+        span = block.spans[number]
+        if self._state.header.records[span.record].crc32 is None:
+            return None
+        whole = span.length // source.CRC_CHUNK_BYTES * source.CRC_CHUNK_BYTES if at is not None else 0
+        rest = zlib.crc32(memoryview(host[whole:].numpy()))
+        if at is None:
+            return rest
+        found = crc32_of_remainder(int(arena.get(at, np.uint32, 1)[0]), whole)
+        return crc32_join(found, rest, span.length - whole)
+
+    def _part(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> Part:
+        counts = arena.get(job.counts_at, np.uint32, 1 << 16).astype(np.int64)
+        part = Part(counts=counts)
+        if job.tiles_at is None:
+            bad = bool((counts[~np.isfinite(pattern_values(job.dtype))] > 0).any())
+        else:
+            tiles = -(-job.elements // source.TILE_ELEMENTS)
+            table = arena.get(job.tiles_at, np.float64, tiles * source.TILE_VALUES).reshape(tiles, -1)
+            part.moments = _join_tiles(table)
+            bad = part.moments.finite < part.moments.count
+        if bad:
+            host = buffer.host[job.offset : job.offset + job.piece.length]
+            part.nan, part.inf = kernels.locations(host, job.dtype)
+        if job.rows is not None:
+            part.rows = _row_part(job.rows, arena)
+        return part
+
+
+def _row_part(rows: _RowJob, arena: _Arena) -> RowPart:
+    n, at = rows.count, rows.at
+    alive = arena.get(at + 24 * n, np.uint8, rows.shape.columns).astype(bool) if rows.wants_columns else None
+    return RowPart(
+        rows.first,
+        arena.get(at, np.float64, n),
+        arena.get(at + 16 * n, np.uint32, n),
+        arena.get(at + 20 * n, np.uint32, n),
+        arena.get(at + 8 * n, np.uint64, n),
+        alive,
+    )
+
+
+def _join_tiles(table: Array) -> Moments:
+    """All tiles at once, about their common mean (Chan, Golub and LeVeque 1983; Pebay 2008)."""
+    columns = dict(zip(TILE_FIELDS, table.T))
+    finite = columns["finite"]
+    total = float(finite.sum())
+    counts = {n: int(columns[n].sum()) for n in _TILE_COUNTS}
+    result = Moments(**counts)
+    result.count = int(total) + result.nan + result.positive_inf + result.negative_inf
+    if not total:
+        return result
+    mean = float((finite * columns["mean"]).sum() / total)
+    d = columns["mean"] - mean
+    result.minimum, result.maximum = float(columns["minimum"].min()), float(columns["maximum"].max())
+    if result.minimum == result.maximum:
+        result.mean = result.minimum
+        return result
+    result.mean = mean
+    result.squares = float((columns["squares"] + finite * d * d).sum())
+    result.cubes = float((columns["cubes"] + 3 * d * columns["squares"] + finite * d**3).sum())
+    result.fourths = float(
+        (columns["fourths"] + 4 * d * columns["cubes"] + 6 * d * d * columns["squares"] + finite * d**4).sum()
+    )
+    return result
+
+
+def _u64(value: int) -> ctypes.c_uint64:
+    return ctypes.c_uint64(value)
+
+
+def _u32(value: int) -> ctypes.c_uint32:
+    return ctypes.c_uint32(value)
+
+
+def _i32(value: int) -> ctypes.c_int32:
+    return ctypes.c_int32(int(value))

@@ -1,0 +1,125 @@
+"""Compiles and launches CUDA C++ with what comes with torch: NVRTC and the driver, through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MAX_DYNAMIC_SHARED_BYTES = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+
+
+class CompilerUnavailableError(RuntimeError):
+    """There is no NVRTC here, or it does not know this GPU: the CPU does the work instead."""
+
+
+class CudaModule:
+    """Kernels of one source on one device. The device's context must be current where they are launched."""
+
+    def __init__(self, source: str, names: Sequence[str], device: torch.device) -> None:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            image = compile_source(source, torch.cuda.get_device_capability(device))
+            try:
+                self._driver = ctypes.CDLL("libcuda.so.1")
+            except OSError as error:
+                raise CompilerUnavailableError(str(error)) from error
+            self._module = ctypes.c_void_p()
+            self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
+            self._functions = {n: self._function(n) for n in names}
+
+    def allow_shared_bytes(self, name: str, count: int) -> None:
+        """Let a kernel ask for more shared memory than every GPU has. Raises `CompilerUnavailableError`."""
+        self._check(self._driver.cuFuncSetAttribute(self._functions[name], _MAX_DYNAMIC_SHARED_BYTES, count))
+
+    def launch(
+        self,
+        name: str,
+        blocks: int,
+        threads: int,
+        arguments: Sequence[Any],
+        stream: torch.cuda.Stream,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Start a kernel on a stream; arguments are ctypes values. Raises `RuntimeError` if it cannot start."""
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        code = self._driver.cuLaunchKernel(
+            self._functions[name],
+            *(ctypes.c_uint(n) for n in (blocks, 1, 1, threads, 1, 1, shared_bytes)),
+            ctypes.c_void_p(stream.cuda_stream),
+            pointers,
+            None,
+        )
+        if code:
+            raise RuntimeError(f"kernel {name} could not be started: CUDA error {code}")
+
+    def _function(self, name: str) -> ctypes.c_void_p:
+        function = ctypes.c_void_p()
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
+        return function
+
+    @staticmethod
+    def _check(code: int) -> None:
+        if code:
+            raise CompilerUnavailableError(f"CUDA error {code} while kernels were loaded")
+
+
+def compile_source(source: str, capability: tuple[int, int]) -> bytes:
+    """Machine code for a GPU of that compute capability. Raises `CompilerUnavailableError`."""
+    library = _load_nvrtc()
+    program = ctypes.c_void_p()
+    if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"health.cu", 0, None, None):
+        raise CompilerUnavailableError("NVRTC takes no program")
+    try:
+        options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++14"]
+        if library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
+            raise CompilerUnavailableError(_log(library, program))
+        size = ctypes.c_size_t()
+        if library.nvrtcGetCUBINSize(program, ctypes.byref(size)) or not size.value:
+            raise CompilerUnavailableError("NVRTC made no machine code")
+        image = ctypes.create_string_buffer(size.value)
+        if library.nvrtcGetCUBIN(program, image):
+            raise CompilerUnavailableError("NVRTC made no machine code")
+        return image.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _log(library: ctypes.CDLL, program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value or 1)
+    library.nvrtcGetProgramLog(program, text)
+    return text.value.decode("utf-8", "replace")[:2000]
+
+
+def _load_nvrtc() -> ctypes.CDLL:
+    for candidate in _candidates():
+        try:
+            return ctypes.CDLL(candidate)
+        except OSError:
+            continue
+    raise CompilerUnavailableError("no libnvrtc was found")
+
+
+def _candidates() -> Iterator[str]:
+    """The one that torch brought, then the system's."""
+    major = (torch.version.cuda or "12").split(".")[0]
+    folders = [Path(torch.__file__).parent / "lib"]
+    for entry in sys.path:
+        nvidia = Path(entry or ".") / "nvidia"
+        folders.extend(f for f in (nvidia / "cuda_nvrtc" / "lib", nvidia / f"cu{major}" / "lib") if f.is_dir())
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders.append(Path(home) / "lib64")
+    for folder in folders:
+        yield from sorted(str(p) for p in folder.glob(f"libnvrtc.so.{major}*"))
+        # Some of torch's wheels add a hash to the name.
+        yield from sorted(str(p) for p in folder.glob(f"libnvrtc-*.so.{major}*") if "builtins" not in p.name)
+    yield f"libnvrtc.so.{major}"
+    yield "libnvrtc.so"
