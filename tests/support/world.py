@@ -7,6 +7,7 @@ import getpass
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,8 @@ class World:
             env=self.environment,
             cwd=self.project,
             stdin=subprocess.DEVNULL,
+            # A shell starts its background jobs with SIGINT ignored, and that would be inherited all the way to here.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run_folder(self, run_id: str) -> Path:
