@@ -28,12 +28,6 @@ READY = "ready"
 
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 _HEREDOC_END = "REMOTE_EVAL_END"
-_CONTAINER_BINDS_ROOT = {
-    "apptainer": '{runtime} exec --nv --bind "$root" {options} {image} {python}',
-    "singularity": '{runtime} exec --nv --bind "$root" {options} {image} {python}',
-    "podman": '{runtime} run --rm -i --pid=host --ipc=host -v "$root:$root" {options} {image} {python}',
-    "docker": '{runtime} run --rm -i --pid=host --ipc=host -v "$root:$root" {options} {image} {python}',
-}
 
 # Runs before any payload is there, so it speaks for itself. No single quotes: it stands between two of them.
 _INSTALL = """
@@ -158,12 +152,8 @@ def _environment(python: PythonProfile) -> str:
         )
     else:
         container = python.container
-        command = _CONTAINER_BINDS_ROOT[container.runtime].format(
-            runtime=container.runtime,
-            options=shlex.join(container.options),
-            image=expandable(container.image),
-            python=shlex.quote(python.path),
-        )
+        options, image = shlex.join(container.options), expandable(container.image)
+        command = f'{container.runtime} exec --nv --bind "$root" {options} {image} {shlex.quote(python.path)}'
         lines.append(
             f"command -v {container.runtime} >/dev/null 2>&1 || {{ say {RUNTIME_MISSING}; exit 0; }}\n"
             'mkdir -p "$root"\n'

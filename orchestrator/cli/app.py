@@ -205,7 +205,7 @@ def clusters(context: typer.Context, json: Json = False) -> None:
 
 
 @clusters_app.command()
-def schema() -> None:
+def schema(json: Json = False) -> None:  # noqa: ARG001 - it is JSON either way
     """JSON Schema of a profile, for editors."""
     from orchestrator.profiles import dump_schema
 

@@ -126,7 +126,7 @@ def test_environment_modules_and_conda_are_applied_before_python_is_looked_up(tm
     assert scripts.outcome_said(NONCE, done.stdout) == scripts.PAYLOAD_MISSING, done.stderr
 
 
-@pytest.mark.parametrize("runtime", ["apptainer", "podman"])
+@pytest.mark.parametrize("runtime", ["apptainer", "singularity"])
 def test_a_container_gets_the_root_and_the_script_as_plain_arguments(tmp_path: Path, runtime: str) -> None:
     fake = tmp_path / "bin"
     fake.mkdir()
