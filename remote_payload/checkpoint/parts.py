@@ -19,11 +19,13 @@ from remote_payload.checkpoint.errors import (
 from remote_payload.checkpoint.inert import StorageRef, Symbol
 from remote_payload.checkpoint.limits import Cost, Limits
 from remote_payload.checkpoint.records import DataFile, FormatReader, RawCheckpoint, Record
+from remote_payload.checkpoint.security import unsafe_global_findings
 from remote_payload.checkpoint.source import Source, SourceWindow
 from remote_payload.checkpoint.torch_legacy import TorchLegacyReader
 from remote_payload.checkpoint.torch_zip import TorchZipReader
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.names import check_artifact_path
+from remote_payload.wire.results import Finding
 
 _HEAD_BYTES = 512
 _SPAN_RECORDS = 20_000
@@ -48,6 +50,7 @@ class Parts:
         self._records: list[Record] = []
         self._symbols: dict[str, Symbol] = {}
         self._parts = 0
+        self._found_in_lost: list[Finding] = []
 
     def source(self, name: str, *, links_may_leave: bool = True) -> Source:
         """The open file `name` of the folder."""
@@ -91,6 +94,8 @@ class Parts:
         self.raw.files = tuple(DataFile(source.path, source.size) for _, source in self._files.values())
         self.raw.records = tuple(self._records)
         self.raw.symbols = tuple(self._symbols.values())
+        # What a part that could not be read would have run is known all the same.
+        self.raw.problems.extend(self._found_in_lost)
         return self.raw
 
     def _open(self, name: str, links_may_leave: bool) -> tuple[int, Source]:
@@ -111,6 +116,7 @@ class Parts:
             part = _read_torch_file(source, limits)
         except CheckpointError as error:
             self._limits = self._limits.after(error.cost)
+            self._found_in_lost.extend(error.findings)
             raise
         self.charge(part.symbols, part.cost)
         if self._parts and part.byte_order != self.raw.byte_order:
@@ -145,6 +151,8 @@ class Parts:
         traceback: Optional[TracebackType],
     ) -> None:
         self._stack.close()
+        if isinstance(error, CheckpointError):
+            error.findings = (*error.findings, *unsafe_global_findings(tuple(self._symbols.values())))
 
 
 def path_inside(folder: str, name: str, *, links_may_leave: bool) -> str:

@@ -45,8 +45,8 @@ def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
                     continue
                 try:
                     facts = entry.stat()
-                except FileNotFoundError:
-                    # A link that leads nowhere is part of the listing by its own facts.
+                except OSError:
+                    # A link that leads nowhere, or to itself, is part of the listing by its own facts.
                     facts = entry.stat(follow_symlinks=False)
                 if not stat.S_ISDIR(facts.st_mode):
                     yield name, facts

@@ -272,7 +272,8 @@ def test_a_folder_in_place_is_told_by_its_files(node: NodeLayout, tmp_path: Path
         return found.size, found.mtime_ns, found.inode
 
     first = seen()
-    assert first == seen() and first[0] == 111
+    assert first == seen()
+    assert first[0] == 111
     os.utime(folder / "a.distcp", ns=(1, 1))
     touched = seen()
     (folder / "deeper" / "b.distcp").rename(folder / "deeper" / "c.distcp")
