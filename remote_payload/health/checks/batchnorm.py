@@ -11,7 +11,7 @@ from remote_payload.health.facts import HealthFacts
 from remote_payload.health.frozen import diagnose, summarise
 from remote_payload.health.run_config import run_config
 from remote_payload.health.stats import FP16_MAX, TensorStats
-from remote_payload.health.training_record import usual_count
+from remote_payload.health.training_record import training_record, usual_count
 from remote_payload.wire.results import Dimension, Finding, Severity
 
 _AT_INIT_FRACTION = 0.5
@@ -41,7 +41,7 @@ def _gamma_at_init(facts: HealthFacts) -> Iterator[Finding]:
         dimension=Dimension.NUMERICS,
         where=tuple(t.name[:200] for t, _ in stuck[:50]),
         evidence={
-            "steps_trained": facts.steps_trained(),
+            "steps_trained": training_record(facts.header).batches or facts.steps_trained(),
             "tensors": [
                 {
                     "tensor": t.name[:200],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.health.checks.check import Check
@@ -29,7 +29,7 @@ def _epoch_disagrees(facts: HealthFacts) -> Iterator[Finding]:
     resumed = epochs < epoch and any(batches % e == 0 for e in (epoch, epoch + 1))
     if per_epoch is None or resumed:
         return
-    evidence = {
+    evidence: dict[str, Any] = {
         "epoch_label": epoch,
         "history_epochs": epochs,
         "batches": batches,
@@ -44,12 +44,29 @@ def _epoch_disagrees(facts: HealthFacts) -> Iterator[Finding]:
         dimension=Dimension.PROVENANCE,
         where=("epoch",),
         evidence=evidence,
-        explanation="The counters in the file and the length of its histories agree with each other and not with the "
-        "label.",
+        explanation=f"The layers and the optimizer counted {batches} batches, and the histories have {epochs} entries: "
+        f"{batches} = {epochs} x {per_epoch}. The label says {epoch}." + _rate_sentence(evidence),
         confidence=0.95,
         refuted_by="A run whose number of batches an epoch changed on the way.",
         action="Do not cite the label. Fix the code that writes it, and name the checkpoint by its step.",
     )
+
+
+def _rate_sentence(evidence: dict[str, Any]) -> str:
+    """What the learning rate says: a third witness beside counters and histories."""
+    stored, by_batches = evidence.get("learning_rate"), evidence.get("learning_rate_by_batches")
+    if stored is None or by_batches is None:
+        return " The learning rate could not be replayed: not measured."
+    by_label = evidence["learning_rate_by_label"]
+    sentence = (
+        f" The config's schedule gives {by_batches:.4g} after these batches and {by_label:.4g} at the label's epoch; "
+        f"the optimizer holds {stored:.4g}."
+    )
+    if "warmup_steps" in evidence:
+        sentence += f" (Warm-up of {evidence['warmup_steps']} steps, then {evidence['steps_after_warmup']}"
+        closed = evidence.get("learning_rate_by_closed_form")
+        sentence += f"; {closed:.4g} in closed form, a few steps off.)" if closed is not None else ".)"
+    return sentence
 
 
 def _label(header: CheckpointHeader, names: tuple[str, ...]) -> Optional[float]:

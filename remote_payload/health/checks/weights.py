@@ -11,6 +11,7 @@ from remote_payload.health.checks.structure import biases_before_norms
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.frozen import diagnose, summarise
 from remote_payload.health.stats import InitDistance, RowStats, TensorStats
+from remote_payload.health.training_record import training_record
 from remote_payload.wire.results import Dimension, Finding, Severity
 
 _MATRICES = (Role.WEIGHT_MATRIX, Role.EMBEDDING)
@@ -190,7 +191,7 @@ def _at_init(facts: HealthFacts) -> Iterator[Finding]:
     if not near:
         return
     same = [t for t, _, i in near if abs(i.std_ratio - 1) <= _SAME_STD]
-    steps = facts.steps_trained()
+    steps = training_record(facts.header).batches or facts.steps_trained()
     long_trained = steps >= _LONG_TRAINING_STEPS and len(same) == len(judged) > 1
     yield Finding(
         id="weights.at_init",
