@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import queue
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Optional
 
 import numpy as np
@@ -118,16 +119,23 @@ class CudaWorker:
         self._state = state
         self._device = device
         self._swap = state.header.byte_order == "big"
-        self._module, self._histogram_parts = load_kernels(device)
+        self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        size = buffer_bytes(state.header, state.plan, block_bytes)
+        # Pinning memory and compiling each take a good part of a second, and neither needs the other.
+        with ThreadPoolExecutor(4, thread_name_prefix="health-pin") as pool:
+            made = [pool.submit(self._make_buffer, size) for _ in range(threads)]
+            self._module, self._histogram_parts = load_kernels(device)
+            for future in made:
+                self._buffers.put(future.result())
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         powers = [power_of_x8(source.CRC_CHUNK_BYTES << k) for k in range(_POWERS)]
         self._powers = torch.from_numpy(np.asarray(powers, dtype=np.uint32).view(np.int32)).to(device)
-        self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-        size = buffer_bytes(state.header, state.plan, block_bytes)
-        for _ in range(threads):
+
+    def _make_buffer(self, size: int) -> _Buffer:
+        with torch.cuda.device(self._device):
             host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._buffers.put(_Buffer(host, torch.empty(size, dtype=torch.uint8, device=device), stream))
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            return _Buffer(host, torch.empty(size, dtype=torch.uint8, device=self._device), stream)
 
     def __call__(self, block: Block) -> BlockOutcome:
         buffer = self._buffers.get()

@@ -23,7 +23,7 @@ from remote_payload.health.joiner import Joiner
 from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
-CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
+CUDA_BLOCK_BYTES = 32 * 1024 * 1024 - 16 * 1024
 """With room for alignment a power of two, to which torch rounds pinned memory up."""
 MAX_CPU_THREADS = 32
 MAX_CUDA_THREADS = 16

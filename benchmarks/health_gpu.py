@@ -1,0 +1,239 @@
+"""The GPU's part of `benchmarks.health`: writes a checkpoint of the reference architecture and measures on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.health import child, ignore_progress
+
+
+def measure(path: Path, scale: int) -> None:
+    """Equality of CPU and GPU, kernels alone, warm and cold passes, each as a JSON line on standard output."""
+    for name, step in (
+        ("equal", lambda: compare_devices(path.parent / "small.pt")),
+        ("kernels", compare_kernels),
+        ("write", lambda: write_reference(path, scale)),
+        ("warm", lambda: child(["-m", "benchmarks.health", "pass", str(path), "--repeats", "4"])),
+        (
+            "warm 64",
+            lambda: child(["-m", "benchmarks.health", "pass", str(path), "--repeats", "3", "--block-mib", "64"]),
+        ),
+        ("by hand", lambda: by_hand(path)),
+        ("cold", lambda: cold(path)),
+        ("cpu warm", lambda: child(["-m", "benchmarks.health", "pass", str(path), "--device", "cpu"])),
+        ("naive", lambda: child(["-m", "benchmarks.health", "naive", str(path)])),
+    ):
+        began = time.perf_counter()
+        try:
+            found = step()
+        except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
+            found = {"error": f"{type(error).__name__}: {error}"[-3000:]}
+        print(json.dumps({"step": name, "took_s": round(time.perf_counter() - began, 2), **found}), flush=True)
+        if name == "equal" and "error" in found:
+            return
+
+
+def write_reference(path: Path, scale: int) -> dict[str, Any]:
+    """Random weights and moments in bfloat16, as `torch.save` lays them out, through the page cache."""
+    import torch
+
+    from tests.support.checkpoints import reference_checkpoint
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def make(name: str, shape: tuple[int, ...]) -> Any:
+        values = torch.randn(shape, device="cuda", generator=generator, dtype=torch.float32).mul_(0.03)
+        if name.endswith("running_var"):
+            values = values.abs_() + 0.5
+        elif len(shape) == 1 and name.endswith(".weight"):
+            values += 1
+        return values.to(torch.bfloat16).cpu()
+
+    torch.save(reference_checkpoint(scale, torch.bfloat16, make), path)
+    return {"gigabytes": path.stat().st_size / 1e9}
+
+
+def by_hand(path: Path) -> dict[str, Any]:
+    """The whole command, interpreter, torch, checks and document included; twice, for byte-identical documents."""
+    seconds, documents = [], []
+    for number in range(2):
+        out = path.parent / f"out{number}"
+        began = time.perf_counter()
+        child(["-c", _BY_HAND, str(path), str(out)])
+        seconds.append(time.perf_counter() - began)
+        documents.append((out / "health.json").read_bytes())
+    verdict = json.loads(documents[0])["verdict"]
+    return {"seconds": seconds, "same": documents[0] == documents[1], "verdict": verdict["dimensions"]}
+
+
+_BY_HAND = """
+import sys
+from remote_payload.health.__main__ import main
+sys.stdout = open("/dev/null", "w")
+sys.exit(main([sys.argv[1], "--out", sys.argv[2], "--device", "auto"]))
+"""
+
+
+def cold(path: Path) -> dict[str, Any]:
+    """The disk's speed by `dd` and by the pass in turn, each after the page cache was dropped."""
+    size = path.stat().st_size
+    ours, theirs = [], []
+    for _ in range(1):
+        _drop_cache()
+        began = time.perf_counter()
+        subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=64M"], check=True, capture_output=True, timeout=200)
+        theirs.append(size / 1e9 / (time.perf_counter() - began))
+        _drop_cache()
+        ours.append(child(["-m", "benchmarks.health", "pass", str(path)])["gigabytes_per_s"][0])
+    return {"ours_gigabytes_per_s": ours, "dd_gigabytes_per_s": theirs}
+
+
+def _drop_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def compare_devices(path: Path) -> dict[str, Any]:
+    """The same file on both devices: what differs, and the largest relative difference of any float."""
+    import torch
+
+    from remote_payload.checkpoint import read_header
+    from remote_payload.health.scan import scan
+
+    torch.save(_hard_checkpoint(), path)
+    header = read_header(str(path))
+    results = [scan(header, d, ignore_progress, b) for d, b in (("cpu", None), ("cuda", None), ("cuda", 1 << 20))]
+    again = scan(header, "cuda", ignore_progress)
+    flat = [_flat(dataclasses.asdict(r)) for r in results]
+    differences, largest = [], 0.0
+    for other in flat[1:]:
+        for key in flat[0].keys() | other.keys():
+            a, b = flat[0].get(key), other.get(key)
+            if a == b:
+                continue
+            if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-300):
+                largest = max(largest, abs(a - b) / max(abs(a), abs(b)))
+            else:
+                differences.append([key, repr(a), repr(b)])
+    return {
+        "values": len(flat[0]),
+        "differences": differences[:20],
+        "largest_relative": largest,
+        "repeatable": dataclasses.asdict(again) == dataclasses.asdict(results[1]),
+        "mismatches": len(results[1].checksums.mismatches),
+        "joint": len(results[1].joint),
+    }
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, item in value.items() for k, v in _flat(item, f"{at}/{name}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for n, item in enumerate(value) for k, v in _flat(item, f"{at}/{n}").items()}
+    return {at: value}
+
+
+def _hard_checkpoint() -> dict[str, Any]:
+    """Every type with NaN, infinities, denormals, constants, dead rows and columns, odd sizes, Adam's moments."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    state, moments = {}, {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for rows, columns in ((700, 4099), (3, 500000), (50000, 33), (1, 7), (2048, 1)):
+            weight = torch.randn(rows, columns, generator=generator) * 0.02
+            weight[::7, ::3] *= 1e-6
+            if rows > 100 and columns > 10:
+                weight[5] = 0
+                weight[9] = 0.25
+                weight[11] = weight[3]
+                weight[rows - 1] = weight[3]
+                weight[:, 4] = 0
+                weight[20, 3], weight[21, 2], weight[22, 1] = float("nan"), float("inf"), -float("inf")
+                weight[30:40, 5] = 1.0
+            name = f"block.{str(dtype)[6:]}_{rows}.weight"
+            state[name] = weight.to(dtype)
+            first = torch.randn(rows, columns, generator=generator) * 1e-4
+            second = torch.randn(rows, columns, generator=generator).abs() * 1e-7
+            second[:, 0] = 0
+            second[-1, -1] = -1.0
+            moments[len(moments)] = {
+                "step": torch.tensor(200.0),
+                "exp_avg": first.to(torch.float32 if rows == 3 else dtype),
+                "exp_avg_sq": second.to(torch.float32 if rows == 3 else dtype),
+            }
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(moments)}
+    return {"model_state_dict": state, "optimizer_state_dict": {"state": moments, "param_groups": [group]}}
+
+
+_NAIVE = r"""
+extern "C" __global__ void naive(const unsigned short* data, unsigned long long n, unsigned int* out) {
+    for (unsigned long long i = blockIdx.x * (unsigned long long)blockDim.x + threadIdx.x; i < n;
+         i += (unsigned long long)gridDim.x * blockDim.x) atomicAdd(&out[data[i]], 1u);
+}
+"""
+
+
+def compare_kernels() -> dict[str, Any]:
+    """The histogram alone on data in device memory, in GB/s: ours, one global atomic per element, and bincount."""
+    import ctypes
+
+    import torch
+
+    from remote_payload.health import cuda_source
+    from remote_payload.health.cuda_worker import load_kernels
+    from remote_payload.health.nvrtc import CudaModule
+
+    device = torch.device("cuda:0")
+    began = time.perf_counter()
+    ours, _ = load_kernels(device)
+    compile_s = time.perf_counter() - began
+    naive = CudaModule(_NAIVE, ["naive"], device)
+    stream = torch.cuda.current_stream()
+    rates: dict[str, Any] = {"compile_s": compile_s}
+    count = 132 * cuda_source.ELEMENTS_PER_HISTOGRAM
+    for kind in ("normal", "constant"):
+        values = torch.randn(count, device=device).mul_(0.02) if kind == "normal" else torch.ones(count, device=device)
+        data = values.to(torch.bfloat16).view(torch.int16)
+        out = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+        address = (ctypes.c_void_p(data.data_ptr()), ctypes.c_uint64(count))
+        result = ctypes.c_void_p(out.data_ptr())
+        share = (ctypes.c_uint64(cuda_source.ELEMENTS_PER_HISTOGRAM), ctypes.c_int32(0), ctypes.c_uint32(0))
+
+        def run_ours() -> None:
+            arguments = (*address, *share, ctypes.c_uint32(1 << 16), result)
+            ours.launch("histogram", 132, 1024, arguments, stream, cuda_source.HISTOGRAM_BYTES)
+
+        def run_naive() -> None:
+            naive.launch("naive", 132 * 8, 256, (*address, result), stream)
+
+        def run_bincount() -> None:
+            torch.bincount(data.to(torch.int32).bitwise_and_(0xFFFF), minlength=1 << 16)
+
+        expected = torch.bincount(data.to(torch.int32).bitwise_and_(0xFFFF), minlength=1 << 16)
+        run_ours()
+        rates[f"{kind}_equal"] = bool((out.long() == expected).all())
+        for name, function in (("ours", run_ours), ("naive", run_naive), ("bincount", run_bincount)):
+            rates[f"{kind}_{name}"] = 2 * count / 1e9 / _median_s(function)
+    return rates
+
+
+def _median_s(function: Any, repeats: int = 15) -> float:
+    import torch
+
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2]
