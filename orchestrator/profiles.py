@@ -28,11 +28,12 @@ class _Strict(pydantic.BaseModel):
 
 
 class ContainerProfile(_Strict):
-    """Run the payload inside a container image that is already on the node."""
+    """Run the payload inside a container image that is already on the node.
 
-    runtime: Literal["apptainer", "singularity", "podman", "docker"] = Field(
-        description="Container command on the node."
-    )
+    Only runtimes without a process namespace of their own: a job must outlive the call that started it.
+    """
+
+    runtime: Literal["apptainer", "singularity"] = Field(description="Container command on the node.")
     image: str = Field(min_length=1, description="Image path or name, as the runtime takes it.")
     options: list[str] = Field(default=[], description="More options for the runtime's exec or run command.")
 

@@ -10,7 +10,7 @@ import typer
 
 from orchestrator.cli.output import print_json
 from orchestrator.cli.session import services
-from orchestrator.errors import ExitCode, UsageError
+from orchestrator.errors import ConfigurationError, ExitCode, UsageError
 from orchestrator.layout import LocalLayout
 
 if TYPE_CHECKING:
@@ -24,7 +24,13 @@ def tick(file: Path | None, *, as_json: bool) -> int:
 
     layout = LocalLayout.for_user()
     world = services(quiet=as_json)
-    targets = nightly.load_targets(file or layout.nightly_file).targets
+    path = file or layout.nightly_file
+    if not path.exists():
+        raise ConfigurationError(
+            f"there is no {path}",
+            action="Write one, such as `targets: [{name: best, cluster: tensor02, checkpoint: 'tensor02:best.pt'}]`.",
+        )
+    targets = nightly.load_targets(path).targets
     summary = nightly.tick(
         layout,
         targets,
