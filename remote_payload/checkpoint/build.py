@@ -285,7 +285,7 @@ def _notes(
         notes.append(
             f"Optimizer entries were matched to parameters {facts.mapping.replace('_', ' ')}; every shape fits."
         )
-    unplaced = sum(1 for t in builder.entries if t.unreadable)
+    unplaced = sum(1 for t in builder.entries if not t.is_readable)
     if unplaced:
         notes.append(f"{unplaced} of {len(builder.entries)} tensors cannot be read.")
     if plain.left_out:

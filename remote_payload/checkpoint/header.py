@@ -85,7 +85,7 @@ class TensorEntry:
     """From the first element to behind the last, in the file: `nbytes` if the tensor is dense."""
     value: Any = None
     unreadable: Optional[str] = None
-    """Why its bytes cannot be read."""
+    """Why there is no `file_offset`."""
     pieces: tuple[TensorPiece, ...] = ()
     """Where a sharded tensor lies: boxes that cover it exactly, in row-major order of their offsets. Such a tensor has
     no `file_offset` of its own; the usual tensor is in one place and has no pieces."""

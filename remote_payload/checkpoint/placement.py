@@ -94,7 +94,8 @@ class Placer:
             if placement.file_offset is None:
                 return Placement(unreadable=f"its piece at {list(offsets)}: {placement.unreadable}")
             placed.append((offsets, piece, placement))
-        return Placement(span_bytes=sum(p.span_bytes for _, _, p in placed), pieces=tuple(placed))
+        span = sum(p.span_bytes for _, _, p in placed)
+        return Placement(span_bytes=span, unreadable=f"it lies in {len(placed)} pieces", pieces=tuple(placed))
 
     def problems(self) -> list[Finding]:
         """What did not fit, the reader's own problems first."""

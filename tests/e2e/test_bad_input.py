@@ -34,6 +34,7 @@ def test_a_missing_checkpoint_is_said_to_be_missing_on_either_side(world: World)
 def test_a_directory_is_no_checkpoint(world: World) -> None:
     assert "is a directory" in world.json("--checkpoint", "my_jobs", expect=2)["cause"]
     (world.node / "data" / "folder").mkdir()
+    world.with_torch()
     world.json("--checkpoint", "lab:folder", "--jobs", "health", expect=2)
 
 
