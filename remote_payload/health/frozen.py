@@ -121,6 +121,28 @@ def _from_moments(facts: HealthFacts, tensor: TensorEntry, joint: JointStats) ->
     )
 
 
+def is_frozen_by_design(facts: HealthFacts, tensor: TensorEntry, diagnosis: Diagnosis) -> bool:
+    """Whether a parameter at its initial value is no sign of anything gone wrong in this training.
+
+    So where none of its kind is in the optimizer (adapters over a frozen base), and where a file without an optimizer
+    was cast to 16 bits, which takes values near 1 back to 1.
+    """
+    optimizer = facts.header.optimizer
+    if diagnosis.cause is Cause.NO_OPTIMIZER:
+        return tensor.dtype in ("bfloat16", "float16")
+    kind = [t.name for t in facts.header.model_tensors() if t.role is tensor.role]
+    if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
+        return not set(kind) & (optimizer_names(facts.header) or set())
+    if diagnosis.cause is Cause.UNMATCHED and optimizer is not None:
+        return optimizer.parameter_count < len(kind) or _no_moment_like(facts.header, tensor)
+    return False
+
+
+def _no_moment_like(header: CheckpointHeader, tensor: TensorEntry) -> bool:
+    """No entry of the optimizer has the parameter's shape, so it cannot be among them."""
+    return all(t.shape != tensor.shape for t in moments(header, Role.FIRST_MOMENT))
+
+
 def joint_evidence(joint: JointStats) -> dict[str, Any]:
     """The numbers that a cause rests on."""
     return {

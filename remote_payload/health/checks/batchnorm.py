@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
 from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
-from remote_payload.health.frozen import diagnose, summarise
+from remote_payload.health.frozen import diagnose, is_frozen_by_design, summarise
 from remote_payload.health.run_config import run_config
 from remote_payload.health.stats import FP16_MAX, TensorStats
 from remote_payload.health.training_record import training_record, usual_count
@@ -34,9 +34,10 @@ def _gamma_at_init(facts: HealthFacts) -> Iterator[Finding]:
         return
     trained = facts.steps_trained() > 0
     diagnoses = {t.name: diagnose(facts, t) for t, _ in stuck}
+    innocent = all(is_frozen_by_design(facts, t, diagnoses[t.name]) for t, _ in stuck)
     yield Finding(
         id="batchnorm.gamma_at_init",
-        severity=Severity.WARNING if trained else Severity.INFO,
+        severity=Severity.WARNING if trained and not innocent else Severity.INFO,
         title=f"{len(stuck)} of {len(scales)} normalisation scales are still at their initial 1",
         dimension=Dimension.NUMERICS,
         where=tuple(t.name[:200] for t, _ in stuck[:50]),

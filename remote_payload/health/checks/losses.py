@@ -39,7 +39,8 @@ def loss_parts(header: CheckpointHeader) -> list[tuple[str, dict[str, Series]]]:
         parts = {leaf: s for leaf, s in members.items() if not _TOTAL.match(leaf)}
         if len(parts) >= 2:
             found.append((history, parts))
-    return found
+    # What is held out says more than what was trained on.
+    return sorted(found, key=lambda entry: not next(iter(entry[1].values())).held_out)
 
 
 def total_loss(header: CheckpointHeader, history: str) -> Optional[Series]:

@@ -19,6 +19,7 @@ _CORRELATION = re.compile(r"corr|pearson|spearman", re.IGNORECASE)
 _ACCURACY = re.compile(r"(^|[._])(acc|accuracy|top_?1)([._]|$)", re.IGNORECASE)
 _EXPLAINED = re.compile(r"(^|[._])(r2|r_squared|rsquared|r2_score|explained_variance)([._]|$)", re.IGNORECASE)
 _CODES = re.compile(r"audio|code|token", re.IGNORECASE)
+_ERROR = re.compile(r"loss|error|mse|mae|l1|recon", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"mae|l1", re.IGNORECASE)
 _BRAIN = re.compile(r"voxel|fmri|bold", re.IGNORECASE)
 
@@ -227,11 +228,12 @@ def _code_severity(stated: bool, is_part: bool) -> Severity:
 
 def _code_losses(header: CheckpointHeader) -> Iterator[tuple[Series, dict[str, Any], bool]]:
     """Held-out losses of codes, the total behind them where the model has an audio part."""
-    for history, parts in loss_parts(header):
-        for leaf, series in parts.items():
-            if series.held_out and _CODES.search(leaf):
-                found = dominant_part(header, history, parts)
-                yield series, ({"share_of_the_loss": found[1]} if found and found[0] == leaf else {}), True
+    parts_of = dict(loss_parts(header))
+    for series in training_record(header).series:
+        history, _, leaf = series.name.rpartition(".")
+        if series.held_out and _CODES.search(leaf) and _ERROR.search(leaf):
+            found = dominant_part(header, history, parts_of[history]) if history in parts_of else None
+            yield series, ({"share_of_the_loss": found[1]} if found and found[0] == leaf else {}), True
     total = held_out_loss(training_record(header), None)
     if total is not None and any("audio" in t.name.lower() for t in header.model_tensors()):
         yield total, {}, False
