@@ -32,6 +32,7 @@ from remote_payload.wire.names import printable
 
 T = TypeVar("T")
 _SHOWN_BYTES = 2000
+CLOCK_OFFSET_WARNING_S = 120.0
 _READY_LIMIT_BYTES = 1024 * 1024
 
 _ENVIRONMENT_PROBLEMS = {
@@ -104,10 +105,11 @@ class Node:
             self._hello = self.call("hello", HelloRequest(self.profile.node_root), Hello)
         return self._hello
 
-    def refresh_hello(self) -> Hello:
-        """Ask again: clock and free space change."""
+    def clock_offset_s(self) -> float:
+        """The node's clock minus ours, in seconds; asked anew."""
+        before = time.time()
         self._hello = None
-        return self.hello
+        return self.hello.clock_unix_s - (before + time.time()) / 2
 
     def shell_noise(self) -> bytes:
         """What a script that prints nothing prints all the same."""

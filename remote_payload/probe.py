@@ -143,11 +143,12 @@ class Probe:
         left = min((n for n in (free, quota.quota_free_bytes(folder)) if n is not None), default=free)
         needed = max(0, self._request.needed_bytes)
         if left < needed + _LOW_DISK_BYTES:
-            wanted = f", and the checkpoint takes {needed / 1024**2:.0f} MiB" if needed else ""
+            # A warning only: the node may have the file, or most of it, already. The receiver refuses what does not fit.
+            wanted = f"; the checkpoint takes up to {needed / 1024**2:.0f} MiB of them" if needed else ""
             self._add(
                 Finding(
                     id="node.low_disk",
-                    severity=Severity.ERROR if left < needed + _NO_DISK_BYTES else Severity.WARNING,
+                    severity=Severity.ERROR if left < _NO_DISK_BYTES else Severity.WARNING,
                     title=f"Only {left / 1024**2:.0f} MiB are left under the node root{wanted}",
                     evidence={"free_bytes": left, "needed_bytes": needed, "folder": folder},
                     action="Free some space there (`remote-eval gc`), or name another node_root in the profile.",

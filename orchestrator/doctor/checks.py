@@ -13,14 +13,13 @@ from collections.abc import Iterator
 
 from orchestrator.errors import RemoteEvalError
 from orchestrator.layout import LocalLayout
-from orchestrator.node import Node
+from orchestrator.node import CLOCK_OFFSET_WARNING_S, Node
 from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Severity
 
 PROBE_TIMEOUT_S = 180.0
 SLOW_LOGIN_S = 5.0
-CLOCK_OFFSET_S = 120.0
 LOW_SPACE_BYTES = 2 * 1024**3
 _GIB = 1024**3
 
@@ -119,9 +118,8 @@ def _shell_noise(node: Node) -> Check:
 
 
 def _clock(node: Node) -> Check:
-    before = time.time()
-    offset = node.refresh_hello().clock_unix_s - (before + time.time()) / 2
-    state = CheckState.OK if abs(offset) < CLOCK_OFFSET_S else CheckState.WARNING
+    offset = node.clock_offset_s()
+    state = CheckState.OK if abs(offset) < CLOCK_OFFSET_WARNING_S else CheckState.WARNING
     action = "" if state is CheckState.OK else "Check NTP on both."
     return Check("clock", state, f"{offset:+.1f} s against this machine", action)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from orchestrator.errors import (
 )
 from orchestrator.fsutil import write_atomically
 from orchestrator.inspection import inspect_local
+from orchestrator.node import CLOCK_OFFSET_WARNING_S
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.sync import locate_in_place, sync_code
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
@@ -56,9 +58,10 @@ def preflight(context: RunContext) -> Preflight:
         plan=node_plan(plan, checkpoint) if header is not None or not here else None,
         timeout_s=PROBE_TIMEOUT_S,
         header=header,
-        needed_bytes=size,
+        needed_bytes=0 if context.profile.embedded else size,
     )
     report = context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
+    report = dataclasses.replace(report, findings=(*report.findings, *_clock_findings(context)))
     write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
     for finding in report.findings:
         context.reporter.finding(finding)
@@ -109,6 +112,22 @@ def _text(finding: Finding) -> str:
     where = f" [{', '.join(finding.where[:5])}]" if finding.where else ""
     explanation = f": {finding.explanation}" if finding.explanation else ""
     return printable(f"{finding.id}: {finding.title}{where}{explanation}")
+
+
+def _clock_findings(context: RunContext) -> list[Finding]:
+    """Nothing here compares two machines' clocks; people who read times in logs do."""
+    offset_s = context.node.clock_offset_s()
+    if abs(offset_s) < CLOCK_OFFSET_WARNING_S:
+        return []
+    return [
+        Finding(
+            id="node.clock_offset",
+            severity=Severity.WARNING,
+            title=f"The node's clock is {offset_s:+.0f} s off this machine's",
+            evidence={"offset_s": round(offset_s, 1)},
+            action="Check NTP on both; times in logs and reports are the node's.",
+        )
+    ]
 
 
 def facts(report: Preflight) -> dict[str, Any]:

@@ -95,10 +95,10 @@ def test_a_node_without_torch_is_unfit_for_our_jobs_and_not_for_a_users_own(tmp_
         assert finding(found, "checkpoint.missing")["severity"] == "error"
 
 
-def test_too_little_space_for_the_checkpoint_is_an_error(with_torch: WithTorch) -> None:
+def test_too_little_space_for_a_file_that_the_node_may_have_already_is_a_warning(with_torch: WithTorch) -> None:
     found = with_torch(USABLE).call("preflight", gpu_policy="cpu", needed_bytes=10**18)
     low = finding(found, "node.low_disk")
-    assert low["severity"] == "error"
+    assert low["severity"] == "warning"
     assert low["evidence"]["needed_bytes"] == 10**18
 
 
