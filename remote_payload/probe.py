@@ -143,7 +143,7 @@ class Probe:
         left = min((n for n in (free, quota.quota_free_bytes(folder)) if n is not None), default=free)
         needed = max(0, self._request.needed_bytes)
         if left < needed + _LOW_DISK_BYTES:
-            # A warning only: the node may have the file, or most of it, already. The receiver refuses what does not fit.
+            # A warning only: the node may have most of the file already. The receiver refuses what does not fit.
             wanted = f"; the checkpoint takes up to {needed / 1024**2:.0f} MiB of them" if needed else ""
             self._add(
                 Finding(
