@@ -1,4 +1,4 @@
-"""`python -m remote_payload.checkpoint FILE [--json]`: header facts of a checkpoint, nothing executed."""
+"""`python -m remote_payload.checkpoint PATH [--json]`: header facts of a checkpoint, nothing executed."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from typing import Any
 
 from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.checkpoint.findings import header_findings
+from remote_payload.checkpoint.pickle_globals import allowed_globals
 from remote_payload.checkpoint.reader import read_header
 from remote_payload.checkpoint.render import render_header
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding, Severity
 
-_USAGE = "usage: checkpoint FILE [--json]"
+_USAGE = "usage: checkpoint PATH [--json] | checkpoint --allow-list"
 
 
 def main(arguments: list[str]) -> int:
     """Print the header of one checkpoint. Returns 0; 1 if a finding is an error; 2 if it cannot be read or for usage.
 
     With `--json` one document on standard output: `header` (null if unreadable), `findings`, `error` (null, or `kind`,
-    `message` and `action`).
+    `message` and `action`). `--allow-list` alone prints the globals that a pickle may name without a finding.
     """
+    if arguments == ["--allow-list"]:
+        _write("".join(f"{name}\n" for name in allowed_globals()))
+        return 0
     paths = [a for a in arguments if a != "--json"]
     if len(paths) == 2 and paths[0] == "--":
         paths = paths[1:]

@@ -8,7 +8,7 @@ from typing import Callable, Optional
 from remote_payload.checkpoint.inert import NumpyArray, NumpyDtype, StorageRef, Symbol, TensorRef, Trust
 from remote_payload.checkpoint.pickle_machine import PickleMachine
 from remote_payload.checkpoint.pickle_values import MalformedPickleError
-from remote_payload.checkpoint.trust import named_dtype, storage_dtype, trust_of
+from remote_payload.checkpoint.trust import harmless_globals, named_dtype, storage_dtype, trust_of
 
 Arguments = tuple[object, ...]
 _MAX_DIMENSIONS = 64
@@ -221,3 +221,8 @@ _PLAIN: dict[str, Callable[[Arguments], Optional[object]]] = {
     "numpy.core.multiarray._reconstruct": _numpy_array,
     "numpy._core.multiarray._reconstruct": _numpy_array,
 }
+
+
+def allowed_globals() -> tuple[str, ...]:
+    """The named allow-list: every global that a pickle may name without a finding, but for torch's own layers."""
+    return tuple(sorted({*_COPYING, *_PLAIN, *harmless_globals()}))

@@ -38,5 +38,5 @@ def _finding(symbols: list[Symbol], severity: Severity) -> Finding:
         confidence=1.0 if dangerous else 0.9,
         refuted_by="The source of every global named, trusted and reviewed by whoever loads the file.",
         action="Do not load this file with torch.load(weights_only=False). Save the state dict alone, or convert the "
-        "file to safetensors on a machine that trusts it.",
+        "file to safetensors on a machine that trusts it. `checkpoint --allow-list` prints what is harmless.",
     )

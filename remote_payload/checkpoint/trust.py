@@ -107,12 +107,12 @@ def trust_of(module: str, name: str) -> Trust:
     return Trust.UNSAFE
 
 
-def allowed_globals() -> tuple[str, ...]:
-    """The named allow-list: every global that a checkpoint may name without a finding, torch's layers aside."""
+def harmless_globals() -> frozenset[str]:
+    """Every global that is known to be inert, or that names a type; torch's own layers are known by their form."""
     named = {f"{module}.{name}" for module, names in _INERT.items() for name in names}
     storages = {f"torch.{name}" for name in dtypes.STORAGE_DTYPES}
     types = {f"torch.{name}" for name in (*dtypes.ITEM_BYTES, *dtypes.TORCH_ALIASES)}
-    return tuple(sorted(named | storages | types))
+    return frozenset(named | storages | types)
 
 
 def is_dangerous(symbol: Symbol) -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
+import yaml
+
 from tests.support.formats import write_dcp_checkpoint, write_deepspeed_checkpoint
 from tests.support.world import World
 
@@ -43,3 +48,14 @@ def test_a_local_folder_for_another_machine_is_refused_with_what_to_do(world: Wo
     assert "only single files are sent" in refused["cause"]
     assert "CLUSTER:PATH" in str(refused)
     assert not (world.node / "root of ours" / "runs").exists()
+
+
+def test_a_local_folder_is_examined_where_it_is_on_this_machine(world: World) -> None:
+    folder = world.project / "step 5"
+    write_dcp_checkpoint(folder)
+    profile = {"embedded": True, "node_root": str(world.node / "here"), "python": {"path": sys.executable}}
+    (world.profile.parent / "here.yaml").write_text(yaml.safe_dump(profile))
+    result = world.json("--cluster", "here", "--checkpoint", str(folder), "--jobs", "health")
+    assert result["verdict"]["dimensions"]["integrity"] == "pass"
+    document = world.run_folder(result["run_id"]) / "artifacts" / "health" / "health.json"
+    assert json.loads(document.read_text())["header"]["format"] == "torch_dcp"

@@ -339,6 +339,18 @@ def test_the_command_line_reads_a_folder(tmp_path: Path, capfdbinary: pytest.Cap
     assert b"torch_dcp" in capfdbinary.readouterr().out
 
 
+def test_the_allow_list_is_printed_and_holds_what_real_files_name(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert main(["--allow-list"]) == 0
+    allowed = set(capfdbinary.readouterr().out.decode().split())
+    assert "os.system" not in allowed
+    assert not {n for n in allowed if n.startswith(("builtins.eval", "posix.", "subprocess."))}
+    write_dcp_checkpoint(tmp_path / "step")
+    named = {g.name for g in read_header(tmp_path / "step").globals}
+    assert named <= allowed
+
+
 # files that change
 
 
