@@ -93,6 +93,6 @@ def _ratio(above: float, below: float) -> Optional[float]:
 
 def _largest_count(header: CheckpointHeader) -> Optional[int]:
     counts = [t.value for t in header.model_tensors() if t.role is Role.COUNTER and isinstance(t.value, int)]
-    counts.extend(int(s) for s in (header.optimizer.steps if header.optimizer else ()) if isinstance(s, (int, float)))
+    counts.extend(int(s) for s in (header.optimizer.steps if header.optimizer else ()) if math.isfinite(s))
     counts.extend(v for k, v in header.scalars.items() if k in ("global_step", "step") and type(v) is int)
     return max(counts, default=None)

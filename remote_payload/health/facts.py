@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 from typing import Optional
 
@@ -96,6 +98,14 @@ class HealthFacts:
         """What the model's parameter of that name and its moments come to together, None if nothing was read."""
         return self.scan.joint.get(name)
 
+    @functools.cached_property
+    def optimizer_names(self) -> Optional[frozenset[str]]:
+        """The parameters that the optimizer holds, None if its entries cannot be matched to names."""
+        optimizer = self.header.optimizer
+        if optimizer is None or optimizer.mapping == "not_derivable":
+            return None
+        return frozenset(optimizer.parameters.values())
+
     def steps_trained(self) -> int:
         """The most optimizer steps that the file itself gives evidence of: its labels, counters or optimizer."""
         found = [0]
@@ -105,5 +115,5 @@ class HealthFacts:
                 found.append(int(value))
         found.extend(int(t.value) for t in self.header.tensors if t.role is Role.COUNTER and isinstance(t.value, int))
         if self.header.optimizer is not None:
-            found.extend(int(s) for s in self.header.optimizer.steps)
+            found.extend(int(s) for s in self.header.optimizer.steps if math.isfinite(s))
         return max(found)

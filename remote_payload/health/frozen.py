@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any, Optional
+from typing import Any
 
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
 from remote_payload.health.facts import HealthFacts
@@ -42,14 +42,6 @@ class Diagnosis:
     evidence: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def optimizer_names(header: CheckpointHeader) -> Optional[frozenset[str]]:
-    """The parameters that the optimizer holds, None if its entries cannot be matched to names."""
-    optimizer = header.optimizer
-    if optimizer is None or optimizer.mapping == "not_derivable":
-        return None
-    return frozenset(optimizer.parameters.values())
-
-
 def parameters_by_moment(header: CheckpointHeader) -> dict[str, str]:
     """The name of every tensor in the optimizer's state → its parameter's, as far as entries can be matched."""
     optimizer = header.optimizer
@@ -70,7 +62,7 @@ def diagnose(facts: HealthFacts, tensor: TensorEntry) -> Diagnosis:
     optimizer = facts.header.optimizer
     if optimizer is None:
         return Diagnosis(Cause.NO_OPTIMIZER, "cannot be explained further: the file holds no optimizer")
-    names = optimizer_names(facts.header)
+    names = facts.optimizer_names
     if names is None:
         return Diagnosis(Cause.UNMATCHED, "cannot be explained further: the optimizer's entries match no parameters")
     if tensor.name not in names:
@@ -132,7 +124,7 @@ def is_frozen_by_design(facts: HealthFacts, tensor: TensorEntry, diagnosis: Diag
         return tensor.dtype in ("bfloat16", "float16")
     kind = [t.name for t in facts.header.model_tensors() if t.role is tensor.role]
     if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
-        return not set(kind) & (optimizer_names(facts.header) or set())
+        return not set(kind) & (facts.optimizer_names or set())
     if diagnosis.cause is Cause.UNMATCHED and optimizer is not None:
         return optimizer.parameter_count < len(kind) or _no_moment_like(facts.header, tensor)
     return False

@@ -60,7 +60,7 @@ def read_config_schedule(header: CheckpointHeader, batches_per_epoch: Optional[f
     if peak is None:
         return ScheduleReading(kind, (), "the config has no learning rate")
     if "plateau" in kind:
-        factor = config.number("gamma")
+        factor = _factor(config.number("gamma"))
         if factor is None:
             return ScheduleReading(kind, (), "the config has no factor for its plateau schedule")
         return ScheduleReading(kind, (), "", PlateauSettings(factor, peak, config.number("min_lr") or 0.0))
@@ -96,7 +96,7 @@ def _state_curve(state: dict[str, Any], base: float) -> Optional[RateAt]:
     if state.get("_schedulers") is not None or "lr_lambdas" in state:
         return None
     numbers = {k: as_number(v) for k, v in state.items()}
-    gamma, size, length = numbers.get("gamma"), numbers.get("step_size"), numbers.get("T_max")
+    gamma, size, length = _factor(numbers.get("gamma")), numbers.get("step_size"), numbers.get("T_max")
     if length is not None and "T_0" not in state:
         # Behind T_max torch's cosine rises again; nobody means it to, and the closed form here does not.
         step = numbers.get("last_epoch") or 0.0
@@ -104,7 +104,7 @@ def _state_curve(state: dict[str, Any], base: float) -> Optional[RateAt]:
     if gamma is not None and size is not None:
         return stepped(base, gamma, size)
     if gamma is not None and isinstance(state.get("milestones"), dict):
-        milestones = tuple(sorted(float(m) for m in state["milestones"] if m.isdigit()))
+        milestones = tuple(sorted(float(m) for m in state["milestones"] if m.isdecimal()))
         return multistep(base, gamma, milestones) if len(milestones) == len(state["milestones"]) else None
     if gamma is not None and not {"milestones", "step_size", "max_lrs", "base_momentums"} & set(state):
         return exponential(base, gamma)
@@ -162,7 +162,7 @@ def _curves(
 ) -> Iterator[tuple[str, RateAt, float]]:
     floor = config.number("min_lr") or 0.0
     start = given_start if given_start is not None else _DEFAULT_WARMUP_START * peak
-    gamma = config.number("gamma")
+    gamma = _factor(config.number("gamma"))
     after: list[tuple[str, RateAt]] = []
     if "onecycle" in kind:
         if total is not None:
@@ -179,7 +179,7 @@ def _curves(
     elif "linear" in kind and total is not None:
         after.append(("", linear(peak, floor, total - warmup)))
     elif "poly" in kind and total is not None:
-        after.append(("", polynomial(peak, floor, total - warmup, config.number("power") or 1.0)))
+        after.append(("", polynomial(peak, floor, total - warmup, _power(config))))
     elif "multistep" in kind and gamma is not None and config.milestones():
         after.append(("", multistep(peak, gamma, config.milestones())))
     elif "step" in kind and gamma is not None and config.number("step_size"):
@@ -199,9 +199,19 @@ def _config_one_cycle(config: RunConfig, peak: float, total: float) -> RateAt:
         peak,
         total,
         config.number("warmup_ratio") or 0.3,
-        config.number("div_factor") or 25.0,
-        config.number("final_div_factor") or 1e4,
+        max(1.0, config.number("div_factor") or 25.0),
+        max(1.0, config.number("final_div_factor") or 1e4),
     )
+
+
+def _factor(number: Optional[float]) -> Optional[float]:
+    """A schedule's factor; growing ones are no schedule that anybody runs, and overflow."""
+    return number if number is not None and 0 < number <= 1 else None
+
+
+def _power(config: RunConfig) -> float:
+    power = config.number("power") or 1.0
+    return power if 0 < power <= 100 else 1.0
 
 
 def _total(config: RunConfig, unit: str, scale: Optional[float]) -> Optional[float]:

@@ -126,7 +126,7 @@ def chained_cosine(start: float, peak: float, floor: float, warmup: float, lengt
 
 def is_power_of(factor: float, ratio: float, tolerance: float = 1e-3) -> bool:
     """Whether `ratio` is `factor` to a whole power of 0 or more: what reducing on a plateau leaves."""
-    if ratio <= 0 or not 0 < factor < 1:
+    if not 0 < ratio < math.inf or not 0 < factor < 1:
         return False
     times = math.log(ratio) / math.log(factor)
     return times > -tolerance and abs(times - round(times)) <= tolerance * max(1.0, times)

@@ -70,7 +70,7 @@ class TrainingRecord:
 def training_record(header: CheckpointHeader) -> TrainingRecord:
     """Collect what is there; what is not is None."""
     counters = [t.value for t in header.model_tensors() if t.role is Role.COUNTER and isinstance(t.value, int)]
-    steps = [int(s) for s in header.optimizer.steps] if header.optimizer else []
+    steps = [int(n) for n in map(as_number, header.optimizer.steps if header.optimizer else ()) if n is not None]
     series = tuple(_all_series(header.histories))
     lengths = Counter(len(s.values) for s in series)
     return TrainingRecord(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Optional
@@ -64,7 +65,7 @@ def dominant_part(header: CheckpointHeader, history: str, parts: dict[str, Serie
     total = total_loss(header, history)
     for weighting, weighted in (("weights of the config", _weighted(header, last)), ("equal weights", last)):
         amount = sum(weighted.values()) if weighted else 0.0
-        if not weighted or amount <= 0:
+        if not weighted or not 0 < amount < math.inf:
             continue
         if total is not None and abs(amount - total.values[-1]) > _ADDS_UP * abs(total.values[-1]):
             continue

@@ -11,11 +11,13 @@ from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, Te
 from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.frozen import joint_evidence, moments, parameters_by_moment
+from remote_payload.health.run_config import as_number
 from remote_payload.wire.results import Dimension, Finding, Severity
 
 _TRAINABLE = frozenset({Role.WEIGHT_MATRIX, Role.EMBEDDING, Role.BIAS, Role.NORM_SCALE, Role.NORM_SHIFT})
 _SHIFTS = frozenset({Role.BIAS, Role.NORM_SHIFT})
 _LARGE_SHARE = 0.05
+_MOST_PARTS = 100
 _FLOORED = 0.5
 _USUAL_EPS = 1e-6
 
@@ -102,7 +104,7 @@ def _role_of(facts: HealthFacts, parameter: str) -> Optional[Role]:
 
 
 def _zero_gradient(facts: HealthFacts) -> Iterator[Finding]:
-    if not any(float(s) > 0 for s in _steps(facts.header)):
+    if not any(s > 0 for s in _steps(facts.header)):
         return
     found = _second_moments(facts)
     # Squared gradients below 6e-8 underflow in float16, so its zeros say nothing.
@@ -130,7 +132,7 @@ def _zero_gradient(facts: HealthFacts) -> Iterator[Finding]:
                 for n, t in dead[:20]
             ],
             "other_than_biases": len(important),
-            "steps": [float(s) for s in _steps(facts.header)[:5]],
+            "steps": _steps(facts.header)[:5],
         },
         explanation="Adam's second moment sums squared gradients, and here it is 0 throughout. A bias in front of a "
         "normalisation has no gradient, because the normalisation takes any constant away, and so has a "
@@ -144,7 +146,7 @@ def _zero_gradient(facts: HealthFacts) -> Iterator[Finding]:
 
 def _steps(header: CheckpointHeader) -> list[float]:
     steps = header.optimizer.steps if header.optimizer else ()
-    return [float(s) for s in steps if isinstance(s, (int, float))]
+    return [n for n in map(as_number, steps) if n is not None]
 
 
 def _eps_floored(facts: HealthFacts) -> Iterator[Finding]:
@@ -247,7 +249,7 @@ def _moment_shapes(header: CheckpointHeader) -> list[tuple[int, ...]]:
     numbered = []
     for tensor in first:
         index = tensor.name.split("/")[-2]
-        if not index.isdigit():
+        if not index.isdecimal():
             return []
         numbered.append((int(index), tensor.shape))
     return [shape for _, shape in sorted(numbered)]
@@ -258,6 +260,8 @@ def _is_rearranged(parameters: list[TensorEntry], shapes: list[tuple[int, ...]])
     parts: dict[str, list[tuple[int, ...]]] = {}
     for tensor in parameters:
         parts.setdefault(tensor.name.partition(".")[0], []).append(tensor.shape)
+    if len(parts) > _MOST_PARTS:
+        return True
     at = 0
     while parts:
         fitting = next((n for n, part in parts.items() if shapes[at : at + len(part)] == part), None)

@@ -17,6 +17,7 @@ from remote_payload.wire.results import Dimension, Finding, Severity
 
 SLACK_STEPS = 5
 """torch's schedulers step before or after the batch, and hand over to one another a step early or late."""
+_LONGEST = 1e12
 _MOST_PROCESSES = 64
 """Some launchers step the scheduler once for every process."""
 
@@ -89,7 +90,8 @@ def schedule_evidence(header: CheckpointHeader, record: TrainingRecord) -> dict[
 def _warmup_batches(header: CheckpointHeader, per_epoch: int) -> Optional[int]:
     config = run_config(header)
     steps, epochs = config.number("warmup_steps"), config.number("warmup_epochs")
-    return int(steps) if steps else (int(epochs * per_epoch) if epochs else None)
+    length = steps or (epochs or 0.0) * per_epoch
+    return int(length) if 0 < length < _LONGEST else None
 
 
 def _config_disagrees(facts: HealthFacts) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
 from remote_payload.wire.results import Dimension, Finding, Severity
 
-_NUMBER = re.compile(r"(\d+)$")
+_NUMBER = re.compile(r"([0-9]+)$")
 Module = dict[str, TensorEntry]
 
 
@@ -30,36 +30,33 @@ def biases_before_norms(header: CheckpointHeader) -> dict[str, str]:
     every = modules(header)
     names = list(every)
     followers = dict(zip(names, names[1:]))
+    numbered = _numbered_norms(every)
     pairs: dict[str, str] = {}
     for name, module in every.items():
         bias = module.get("bias")
         if bias is None or "weight" not in module or "running_var" in module or bias.role is not Role.BIAS:
             continue
-        norm = _norm_behind(name, followers.get(name, ""), every, bias.numel)
-        if norm is not None:
+        follower = followers.get(name, "")
+        if _is_norm(every.get(follower), bias.numel):
+            if _are_neighbours(name, follower):
+                pairs[bias.name] = follower
+            continue
+        # fc1, fc2, bn1, bn2: listed by kind, belonging together by number.
+        norm = numbered.get(_place(name), "")
+        if _is_norm(every.get(norm), bias.numel):
             pairs[bias.name] = norm
     return pairs
 
 
-def _norm_behind(name: str, follower: str, every: dict[str, Module], width: int) -> Optional[str]:
-    if _is_norm(every.get(follower), width) and _are_neighbours(name, follower):
-        return follower
-    # fc1, fc2, bn1, bn2: listed by kind, belonging together by number.
-    parent, number = name.rpartition(".")[0], _NUMBER.search(name)
-    if number is None or name.rpartition(".")[2].isdigit():
-        return None
-    for other, module in every.items():
-        same = _NUMBER.search(other)
-        if (
-            other.rpartition(".")[0] == parent
-            and same is not None
-            and same[1] == number[1]
-            and not other.rpartition(".")[2].isdigit()
-            and _is_norm(module, width)
-            and not _is_norm(every.get(follower), width)
-        ):
-            return other
-    return None
+def _numbered_norms(every: dict[str, Module]) -> dict[tuple[str, str], str]:
+    return {_place(name): name for name, module in every.items() if "running_var" in module and _place(name)[1]}
+
+
+def _place(name: str) -> tuple[str, str]:
+    """A module's parent and the number at the end of its name, such as 2 of `fc2`; the number empty without both."""
+    parent, _, own = name.rpartition(".")
+    number = _NUMBER.search(own)
+    return parent, number[1] if number is not None and number[1] != own else ""
 
 
 def _is_norm(module: Optional[Module], width: int) -> bool:
@@ -72,7 +69,7 @@ def _are_neighbours(name: str, follower: str) -> bool:
     other_parent, _, other = follower.rpartition(".")
     if parent != other_parent:
         return False
-    return int(other) == int(own) + 1 if own.isdigit() and other.isdigit() else True
+    return int(other) == int(own) + 1 if own.isdecimal() and other.isdecimal() else True
 
 
 def _bias_before_norm(facts: HealthFacts) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ _DEPENDENT_FEWEST, _DEPENDENT_MOST = 40, 2500
 5 volumes in a correlation time of the haemodynamic response (about 8 s)."""
 _USUAL_CODEBOOK = 1024
 """Entries of a codebook of the common neural audio codecs."""
+_PLAUSIBLE = 1e9
 _LIKE_CONSTANT = (0.85, 1.1)
 
 
@@ -79,9 +80,9 @@ def _sample_size(header: CheckpointHeader, series: Series) -> dict[str, Any]:
     """Standard errors of the last value, naive and honest, as far as the file says how much was measured."""
     voxels = _voxels(header) if _BRAIN.search(series.name) else None
     volumes = run_config(header).number("volumes")
-    if not voxels:
+    if not voxels or not 0 < voxels < _PLAUSIBLE:
         return {}
-    if not volumes:
+    if not volumes or not 1 <= volumes < _PLAUSIBLE:
         return {"voxels": voxels, "volumes": None}
     naive = 1 / math.sqrt(voxels * volumes)
     least, most = naive * math.sqrt(_DEPENDENT_FEWEST), naive * math.sqrt(_DEPENDENT_MOST)
@@ -183,6 +184,8 @@ def _guesses_classes(header: CheckpointHeader) -> Iterator[Finding]:
 def _constant_codes(header: CheckpointHeader) -> Iterator[Finding]:
     """Errors of code numbers, which a constant predicts with their spread: std for errors divided by the std."""
     stated = run_config(header).number("codebook_size")
+    if stated is not None and not 2 <= stated < _PLAUSIBLE:
+        stated = None
     entries = stated or _USUAL_CODEBOOK
     spread = math.sqrt((entries**2 - 1) / 12)
     for series, dominance, is_part in _code_losses(header):
