@@ -39,8 +39,9 @@ class CheckpointReference:
 class RunPlan:
     """One run, immutable.
 
-    `profile` is the validated cluster profile as JSON, so that a later edit of the file cannot change a run under
-    way. `plan_key` digests request, config, code and payload; equal keys mean equal work but for the checkpoint.
+    `profile` is the validated cluster profile as JSON, so that a later edit of the file cannot change a run under way.
+    `local_fingerprint` is [size, mtime_ns, inode] of a local checkpoint when it was planned. `plan_key` digests request,
+    config, code and payload; equal keys mean equal work but for the checkpoint.
     """
 
     run_id: str
@@ -58,6 +59,7 @@ class RunPlan:
     code_paths: tuple[str, ...] = ()
     code: CodeSource | None = None
     nightly_target: str | None = None
+    local_fingerprint: tuple[int, ...] = ()
     schema: int = 1
 
     def cluster_profile(self) -> ClusterProfile:

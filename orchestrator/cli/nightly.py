@@ -16,6 +16,9 @@ from orchestrator.layout import LocalLayout
 if TYPE_CHECKING:
     from orchestrator.nightly import InstallPlan, Target, TargetOutcome
     from orchestrator.pipeline.context import Services
+    from orchestrator.plan import RunPlan
+
+_RECENT_RUNS = 100
 
 
 def tick(file: Path | None, *, as_json: bool) -> int:
@@ -98,7 +101,7 @@ def _evaluate(target: Target, world: Services) -> TargetOutcome:
         start_folder=folder,
         nightly_target=target.name,
     )
-    plan = resolve(request, world)
+    plan = _unfinished(target, _identity(target, world), world) or resolve(request, world)
     outcome = advance(plan, world)
     if outcome is None:
         raise UsageError(f"{plan.run_id} was detached")
@@ -124,7 +127,7 @@ def _reference(target: Target) -> str:
 def _identity(target: Target, world: Services) -> str:
     """What tells this content of the checkpoint from others: size, mtime and inode, here or on the node."""
     from orchestrator.payload import build_payload
-    from orchestrator.pipeline.resolve import resolve_profile, resolve_reference
+    from orchestrator.pipeline.resolve import fingerprint, resolve_profile, resolve_reference
     from orchestrator.plan import node_path
     from orchestrator.project import find_project
     from remote_payload.wire.messages import Located, LocateRequest
@@ -133,11 +136,33 @@ def _identity(target: Target, world: Services) -> str:
     named = resolve_profile(target.cluster, project, world.layout)
     reference = resolve_reference(_reference(target), named.name)
     if reference.cluster is None:
-        status = Path(reference.path).stat()
-        return f"{reference.path}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+        return _identity_text(reference.path, fingerprint(Path(reference.path)))
     with world.open_node(named.profile, build_payload(world.layout)) as node:
         path = node_path(reference, named.profile.checkpoint_roots)
         found = node.call("locate", LocateRequest(node.layout.root, path=path), Located)
     if not found.found:
         raise UsageError(f"there is no file at {reference}", action="Check the target's checkpoint.")
-    return f"{found.path}:{found.size}:{found.mtime_ns}:{found.inode}"
+    return _identity_text(str(found.path), (found.size, found.mtime_ns, found.inode))
+
+
+def _identity_text(path: str, fingerprint: tuple[int | None, ...]) -> str:
+    return ":".join([path, *map(str, fingerprint)])
+
+
+def _unfinished(target: Target, identity: str, world: Services) -> RunPlan | None:
+    """A run of this target on this content that an earlier tick could not see to its end: its job may well be done."""
+    from orchestrator.journal import fold
+    from orchestrator.pipeline.run import load_plan
+
+    for run_id in world.journal.run_ids()[:_RECENT_RUNS]:
+        record = fold(world.journal.entries(run_id))
+        attempt = record.current_attempt
+        if record.reported or attempt is None or attempt.fate not in ("intended", "launched", "terminal"):
+            continue
+        plan = load_plan(run_id, world.layout)
+        synced = record.synced or {}
+        local = _identity_text(plan.checkpoint.path, plan.local_fingerprint)
+        there = _identity_text(str(synced.get("path")), tuple(synced.get("fingerprint", ())))
+        if plan.nightly_target == target.name and identity in (local, there):
+            return plan
+    return None

@@ -89,6 +89,7 @@ def resolve(request: Request, services: Services) -> RunPlan:
         code_paths=tuple(project.file.code),
         code=code,
         nightly_target=request.nightly_target,
+        local_fingerprint=fingerprint(Path(reference.path)) if reference.cluster is None else (),
     )
     run = services.layout.run(plan.run_id)
     services.layout.make_private(run.folder)
@@ -114,6 +115,12 @@ def resolve_reference(text: str, cluster: str, *, folders: bool = False) -> Chec
     if reference.cluster is None:
         return CheckpointReference(str(local_checkpoint(reference, folders=folders)))
     return reference
+
+
+def fingerprint(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, mtime in nanoseconds and inode of a local file: a hint that it is the same, never proof."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _pack(project: Project, services: Services) -> CodeSource | None:

@@ -6,7 +6,7 @@ import shutil
 
 import yaml
 
-from tests.support.world import World
+from tests.support.world import World, until
 
 
 def write_targets(world: World, *targets: dict[str, object]) -> None:
@@ -27,6 +27,18 @@ def test_a_tick_evaluates_what_is_new_and_nothing_else(world: World) -> None:
     changed.write_bytes(changed.read_bytes() + b"")
     assert [t["status"] for t in world.json(*tick, expect=1)["targets"]] == ["evaluated"]
     assert len(world.run_ids()) == 2
+
+
+def test_a_tick_takes_up_the_run_that_a_killed_tick_had_started(world: World) -> None:
+    write_targets(world, {"name": "best", "checkpoint": "best.pt", "jobs": ["wait"]})
+    tick = ("nightly", "tick", "--file", "nightly.yaml")
+    killed = world.start(*tick)
+    until(lambda: world.launches())
+    killed.kill()
+    killed.communicate(timeout=30)
+    (world.node / "data" / "go").touch()
+    summary = world.json(*tick, expect=1)
+    assert [t["run_id"] for t in summary["targets"]] == world.launches() == world.run_ids()
 
 
 def test_a_target_that_cannot_be_reached_does_not_stop_the_others(world: World) -> None:
