@@ -65,32 +65,54 @@ class Distribution:
         return float(self.values[at]), int(self.counts[at]) / self.total
 
 
-def pattern_values(dtype: str) -> Array:
-    """The value of each bit pattern of a type, in float64; also `float32_high`: the bins of float32's high halves."""
-    return _tables(dtype)[0]
+def non_finite_patterns(dtype: str) -> Array:
+    """The bit patterns of a type's NaNs and infinities, all of them."""
+    return _non_finite(dtype)
 
 
-def of_counts(counts: Array, dtype: str) -> Distribution:
-    """The finite part of a histogram of bit patterns; both zeros are one value."""
-    values, order, _ = _tables(dtype)
-    seen = order[counts[order] > 0]
-    found, number = values[seen], counts[seen]
-    if found.size > 1:
-        # -0.0 stands right before 0.0.
-        same = np.flatnonzero(found[1:] == found[:-1])
-        if same.size:
-            number = number.copy()
-            number[same + 1] += number[same]
-            keep = np.ones(found.size, dtype=bool)
-            keep[same] = False
-            found, number = found[keep], number[keep]
-    return Distribution(found + 0.0, number, HIGH_HALF_RESOLUTION if dtype == "float32_high" else 0.0)
+@functools.lru_cache(maxsize=16)
+def _non_finite(dtype: str) -> Array:
+    return np.flatnonzero(~np.isfinite(_tables(dtype)[0]))
 
 
-def moments_of_counts(counts: Array, dtype: str) -> Moments:
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """A histogram of bit patterns read: the finite part, both zeros one value, and how many are not finite."""
+
+    spread: Distribution
+    nan: int
+    positive_inf: int
+    negative_inf: int
+
+
+def tally(counts: Array, dtype: str) -> Tally:
+    """Only patterns that occur are looked at: few of 65,536 in a trained tensor, one in a constant."""
+    values, _ = _tables(dtype)
+    present = np.flatnonzero(counts)
+    seen, number = values[present], counts[present]
+    finite = np.isfinite(seen)
+    bad = ~finite
+    strange, strange_number = seen[bad], number[bad]
+    order = np.argsort(seen[finite], kind="stable")
+    found, number = seen[finite][order] + 0.0, number[finite][order]
+    same = np.flatnonzero(found[1:] == found[:-1])
+    if same.size:
+        # Both zeros; and, of float32's high halves, the bins around 0.
+        keep = np.concatenate(([True], found[1:] != found[:-1]))
+        number = np.add.reduceat(number, np.flatnonzero(keep))
+        found = found[keep]
+    return Tally(
+        Distribution(found, number, HIGH_HALF_RESOLUTION if dtype == "float32_high" else 0.0),
+        int(strange_number[np.isnan(strange)].sum()),
+        int(strange_number[strange == np.inf].sum()),
+        int(strange_number[strange == -np.inf].sum()),
+    )
+
+
+def moments_of(tally: Tally, dtype: str) -> Moments:
     """Everything that the moments of a whole tensor need, exactly, from the counts of its bit patterns."""
-    values, _, limits = _tables(dtype)
-    spread = of_counts(counts, dtype)
+    _, limits = _tables(dtype)
+    spread = tally.spread
     weights, seen = spread.counts.astype(np.float64), spread.values
     total = spread.total
     mean = float((weights * seen).sum()) / total if total else 0.0
@@ -100,10 +122,10 @@ def moments_of_counts(counts: Array, dtype: str) -> Moments:
     squared = centred * centred
     size = np.abs(seen)
     return Moments(
-        count=int(counts.sum()),
-        nan=int(counts[np.isnan(values)].sum()),
-        positive_inf=int(counts[values == np.inf].sum()),
-        negative_inf=int(counts[values == -np.inf].sum()),
+        count=total + tally.nan + tally.positive_inf + tally.negative_inf,
+        nan=tally.nan,
+        positive_inf=tally.positive_inf,
+        negative_inf=tally.negative_inf,
         zeros=_count(spread, seen == 0),
         ones=_count(spread, seen == 1),
         over_fp16=_count(spread, size > FP16_MAX),
@@ -163,15 +185,13 @@ class TypeLimits:
 
 
 @functools.lru_cache(maxsize=16)
-def _tables(dtype: str) -> tuple[Array, Array, TypeLimits]:
-    """Values by pattern, the finite patterns in ascending order of value (-0.0 before 0.0), and the type's limits."""
+def _tables(dtype: str) -> tuple[Array, TypeLimits]:
+    """Values by pattern, and the type's limits."""
     with np.errstate(invalid="ignore"):
-        values = _decode(dtype)
-    finite = np.flatnonzero(np.isfinite(values))
-    order = finite[np.lexsort((~np.signbit(values[finite]), values[finite]))]
-    return values, order, type_limits(dtype)
+        return _decode(dtype), type_limits(dtype)
 
 
+@functools.lru_cache(maxsize=16)
 def type_limits(dtype: str) -> TypeLimits:
     """Raises `AttributeError` for a type that this torch does not know."""
     import torch

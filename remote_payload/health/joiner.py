@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Optional
+from typing import Callable, Optional
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from remote_payload.health.distribution import (
     Array,
     Distribution,
     init_distances,
-    moments_of_counts,
-    of_counts,
+    moments_of,
+    tally,
     within,
 )
 from remote_payload.health.facts import ChecksumFacts, ChecksumMismatch, ScanResult
@@ -38,6 +38,8 @@ class Joiner:
     """At any time only the groups that the last block touched are open."""
 
     def __init__(self, header: CheckpointHeader, plan: ScanPlan) -> None:
+        self.take_counts: Callable[[int], Optional[Array]] = lambda _: None
+        """Gives the counts of a closed group that a worker kept on its device, and forgets them."""
         self.rows: dict[int, RowAccumulator] = {}
         """Of the open groups; workers look into it to see what still matters."""
         self.shapes = _row_shapes(header, plan)
@@ -166,6 +168,9 @@ class Joiner:
 
     def _close(self, group: Group) -> None:
         state = self._open.pop(group.index)
+        kept = self.take_counts(group.index)
+        if kept is not None:
+            state.add(0, Part(counts=kept))
         self.rows.pop(group.index, None)
         reason = state.failed or (None if kernels.is_supported(group.dtype) else f"{group.dtype} is not supported")
         if reason is not None:
@@ -193,13 +198,17 @@ class _OpenGroup:
         self._dtype = dtype
         self._moments: Optional[Moments] = None
         self._counts: Optional[Array] = None
+        self._result: Optional[tuple[Moments, Distribution]] = None
 
     def add(self, position: int, part: Part) -> None:
         first = position // ITEM_BYTES[self._dtype]
         self.nan = [*self.nan, *(first + p for p in part.nan)][:MAX_LOCATIONS]
         self.inf = [*self.inf, *(first + p for p in part.inf)][:MAX_LOCATIONS]
         if part.counts is not None:
-            self._counts = part.counts if self._counts is None else self._counts + part.counts
+            if self._counts is None:
+                self._counts = part.counts
+            else:
+                self._counts += part.counts
         if part.moments is not None:
             self._moments = self._moments or Moments()
             self._moments.add(part.moments)
@@ -207,25 +216,28 @@ class _OpenGroup:
             self.rows.add(part.rows)
 
     def spread(self) -> Distribution:
-        table = kernels.table_of(self._dtype)
-        if table is None or self._counts is None:
-            return _EMPTY
-        spread = of_counts(self._counts, table)
-        if self._moments is None:
-            return spread
-        return within(spread, self._moments.minimum, self._moments.maximum)
+        return self._read()[1]
+
+    def _read(self) -> tuple[Moments, Distribution]:
+        """Moments and distribution, worked out once."""
+        if self._result is None:
+            table = kernels.table_of(self._dtype)
+            if table is None or self._counts is None:
+                self._result = self._moments or Moments(), _EMPTY
+            else:
+                found = tally(self._counts, table)
+                moments = self._moments or moments_of(found, self._dtype)
+                self._result = moments, within(found.spread, moments.minimum, moments.maximum)
+        return self._result
 
     def finish(self, tensor: TensorEntry) -> TensorStats:
-        moments = self._moments
-        if moments is None:
-            moments = Moments() if self._counts is None else moments_of_counts(self._counts, self._dtype)
+        moments, spread = self._read()
         stats = finish(
             moments,
             tuple(index_of(p, tensor.shape, tensor.stride) for p in self.nan),
             tuple(index_of(p, tensor.shape, tensor.stride) for p in self.inf),
             is_floating(self._dtype),
         )
-        spread = self.spread()
         value, share = spread.most_frequent()
         is_matrix = tensor.role in (Role.WEIGHT_MATRIX, Role.EMBEDDING)
         return dataclasses.replace(

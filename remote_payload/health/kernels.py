@@ -8,7 +8,7 @@ from typing import Optional
 import numpy as np
 import torch
 
-from remote_payload.health.distribution import PATTERN_BITS, Array, pattern_values, type_limits
+from remote_payload.health.distribution import PATTERN_BITS, Array, non_finite_patterns, type_limits
 from remote_payload.health.rows import RowPart
 from remote_payload.health.stats import FP16_MAX, MAX_LOCATIONS, Moments
 
@@ -60,7 +60,7 @@ def reduce_values(data: torch.Tensor, dtype: str) -> Part:
     if dtype in PATTERN_BITS:
         counts = histogram(data, dtype)
         part = Part(counts=counts)
-        bad = bool((counts[~np.isfinite(pattern_values(dtype))] > 0).any())
+        bad = bool(counts[non_finite_patterns(dtype)].any())
     elif dtype in _FLOATS:
         part = _reduce_wide(data, dtype)
         bad = part.moments is not None and part.moments.finite < part.moments.count
