@@ -304,7 +304,11 @@ def _changed_since_planned(plan: NodePlan) -> list[Finding]:
 
 def _fingerprint(path: str) -> tuple[int, int, int]:
     if os.path.isdir(path):
-        found = folder_fingerprint(path)
+        try:
+            found = folder_fingerprint(path)
+        except ValueError:
+            # It could be listed when it was planned, and has more files than that by now.
+            return -1, 0, 0
         return found.size, found.mtime_ns, found.inode
     facts = os.stat(path)
     return facts.st_size, facts.st_mtime_ns, facts.st_ino

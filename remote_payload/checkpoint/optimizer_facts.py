@@ -12,6 +12,7 @@ from remote_payload.checkpoint.tree import strip_prefixes
 
 _BUFFERS = frozenset({Role.RUNNING_MEAN, Role.RUNNING_VAR, Role.COUNTER})
 _MAX_GROUPS = 1000
+_MOST_STEPS = 1 << 62
 
 
 def describe_optimizer(
@@ -80,7 +81,8 @@ def _steps(state: Mapping[str, Mapping[Any, Any]], single_values: Mapping[int, A
         step = entry.get("step")
         if isinstance(step, TensorRef):
             step = single_values.get(id(step))
-        if isinstance(step, (int, float)):
+        # NaN and infinities are no counts, and no JSON either.
+        if isinstance(step, (int, float)) and -_MOST_STEPS < step < _MOST_STEPS:
             steps.add(step)
     return tuple(sorted(steps))[:100]
 

@@ -26,6 +26,7 @@ from remote_payload.checkpoint.unpickle import unpickle
 
 METADATA_NAME = ".metadata"
 _LIGHTNING_META = "meta.pt"
+_MAX_REASONS = 10
 
 
 class TorchDcpReader:
@@ -88,7 +89,7 @@ class _Items:
             if names:
                 evidence: dict[str, Any] = {"items": len(names)}
                 if finding_id == "integrity.record_missing":
-                    evidence["reasons"] = dict(list(self._lost.items())[:10])
+                    evidence["reasons"] = dict(list(self._lost.items())[:_MAX_REASONS])
                 where = tuple(n[:200] for n in names)
                 problems.append(
                     integrity_problem(finding_id, f"{len(names)} saved items {words}", where, evidence, explanation)
@@ -132,7 +133,7 @@ class _Items:
         if isinstance(error, TruncatedCheckpointError):
             self._truncated.append(name)
         else:
-            self._lost[name[:200]] = reason(error)
+            self._lost[name[:200]] = reason(error) if len(self._lost) < _MAX_REASONS else ""
 
 
 def _nested(leaves: dict[str, object], paths: dict[str, tuple[Any, ...]]) -> dict[Any, Any]:
@@ -165,7 +166,19 @@ def _is_list(value: dict[Any, Any]) -> bool:
 
 def _add_lightning_values(root: dict[Any, Any], parts: Parts) -> None:
     """Lightning keeps epoch, step, hyper-parameters and callbacks in a torch file beside the shards."""
-    extra = parts.read(_LIGHTNING_META)
+    try:
+        extra = parts.read(_LIGHTNING_META)
+    except CheckpointError as error:
+        parts.raw.problems.append(
+            integrity_problem(
+                "integrity.shard_incomplete",
+                f"{_LIGHTNING_META} cannot be read",
+                (_LIGHTNING_META,),
+                {"reason": reason(error)},
+                "It holds epoch, step and hyper-parameters; the tensors do not depend on it.",
+            )
+        )
+        return
     if isinstance(extra, dict):
         for key, value in extra.items():
             root.setdefault(key, value)

@@ -133,6 +133,15 @@ def test_a_lightning_folder_takes_its_values_from_meta(tmp_path: Path) -> None:
     assert header.config == whole["hyper_parameters"]
 
 
+def test_a_broken_meta_file_costs_its_values_and_no_tensor(tmp_path: Path) -> None:
+    folder = tmp_path / "epoch=4.ckpt"
+    saved = write_dcp_checkpoint(folder)
+    (folder / "meta.pt").write_bytes(b"PK\x03\x04 and no more")
+    header = read_header(folder)
+    assert errors_of(header) == {"integrity.shard_incomplete"}
+    assert load_tensor(header, "head.weight").equal(saved["model_state_dict"]["head.weight"])
+
+
 @pytest.mark.parametrize("cut", [1, 700, 1600, 5000])
 def test_a_data_file_cut_short_loses_what_lay_behind_and_nothing_else(tmp_path: Path, cut: int) -> None:
     folder = tmp_path / "step"
