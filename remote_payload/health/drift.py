@@ -12,6 +12,7 @@ from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.checkpoint.header import CheckpointHeader, Role, TensorEntry
 from remote_payload.checkpoint.torch_tensors import load_tensor
 from remote_payload.health.facts import DriftFacts, TensorDrift
+from remote_payload.health.run_config import as_number
 
 _STEP = 1 << 20
 """Elements at once: their float64 copies stay small whatever the tensor's size."""
@@ -93,6 +94,6 @@ def _ratio(above: float, below: float) -> Optional[float]:
 
 def _largest_count(header: CheckpointHeader) -> Optional[int]:
     counts = [t.value for t in header.model_tensors() if t.role is Role.COUNTER and isinstance(t.value, int)]
-    counts.extend(int(s) for s in (header.optimizer.steps if header.optimizer else ()) if math.isfinite(s))
+    counts.extend(int(s) for s in map(as_number, header.optimizer.steps if header.optimizer else ()) if s is not None)
     counts.extend(v for k, v in header.scalars.items() if k in ("global_step", "step") and type(v) is int)
     return max(counts, default=None)

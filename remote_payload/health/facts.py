@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 from typing import Optional
 
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
+from remote_payload.health.run_config import as_number
 from remote_payload.health.stats import JointStats, Misalignment, TensorStats
 
 
@@ -110,10 +110,10 @@ class HealthFacts:
         """The most optimizer steps that the file itself gives evidence of: its labels, counters or optimizer."""
         found = [0]
         for key in ("global_step", "step", "steps", "iteration", "epoch"):
-            value = self.header.scalars.get(key)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = as_number(self.header.scalars.get(key))
+            if value is not None:
                 found.append(int(value))
         found.extend(int(t.value) for t in self.header.tensors if t.role is Role.COUNTER and isinstance(t.value, int))
         if self.header.optimizer is not None:
-            found.extend(int(s) for s in self.header.optimizer.steps if math.isfinite(s))
+            found.extend(int(s) for s in map(as_number, self.header.optimizer.steps) if s is not None)
         return max(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any, Optional
 
@@ -52,6 +51,7 @@ _SCHEDULER = (
     "lr_decay_style",
 )
 _DEPTH = 3
+_LARGEST = 1e300
 
 
 class RunConfig:
@@ -112,6 +112,7 @@ def run_config(header: CheckpointHeader) -> RunConfig:
 
 def as_number(value: Any) -> Optional[float]:
     """A finite number, None for anything else; a bool is no number."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    # Compared as it is: an integer may be too large to become a float. NaN fails every comparison.
+    return float(value) if -_LARGEST < value < _LARGEST else None

@@ -55,9 +55,9 @@ def _steps(
         yield float(batches), float(SLACK_STEPS)
     elif per_epoch:
         # Stepped after the epoch, the rate is that of the next; stepped before, that of the one just run.
-        yield batches / per_epoch, 1.0
+        yield from ((max(0.0, round(batches / per_epoch) - late), 0.0) for late in (0.0, 1.0))
     elif record.history_epochs:
-        yield float(record.history_epochs), 1.0
+        yield from ((max(0.0, record.history_epochs - late), 0.0) for late in (0.0, 1.0))
 
 
 def schedule_evidence(header: CheckpointHeader, record: TrainingRecord) -> dict[str, Any]:
@@ -190,9 +190,9 @@ def _is_a_count(last: int, record: TrainingRecord, warmup: Optional[int]) -> boo
         return True
     for count in record.step_counts:
         processes = max(1, round(last / count))
-        if processes <= _MOST_PROCESSES and abs(last - count * processes) <= SLACK_STEPS * processes:
+        if processes <= _MOST_PROCESSES and abs(last - count * processes) <= SLACK_STEPS:
             return True
-        if abs(last - count * processes) <= SLACK_STEPS or (last < count and abs(count % last) == 0):
+        if last < count and count % last == 0:
             # Accumulated gradients: several batches a step of the scheduler; or stepped every epoch.
             return True
     return False
