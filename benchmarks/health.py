@@ -1,6 +1,6 @@
 """`python -m benchmarks.health COMMAND`: the health pass against what a user would do instead.
 
-`cpu [--gigabytes N]` compares on this machine's processors, `gpu PATH [--scale N]` on its GPU with a checkpoint of the
+`cpu [--gigabytes N]` compares on this machine's processors, `gpu PATH [--steps a,b]` on its GPU with a checkpoint of the
 reference architecture that it writes to PATH. Each measurement is a process of its own and prints one JSON line.
 """
 
@@ -29,11 +29,12 @@ def main(arguments: list[str]) -> int:
     cpu.add_argument("--runs", type=int, default=3)
     gpu = commands.add_parser("gpu")
     gpu.add_argument("path")
-    gpu.add_argument("--scale", type=int, default=1)
+    gpu.add_argument("--steps", default="equal,kernels,write,warm,by hand,cold,cpu warm,naive")
     one = commands.add_parser("pass")
     one.add_argument("path")
     one.add_argument("--device", default="auto")
     one.add_argument("--repeats", type=int, default=1)
+    one.add_argument("--threads", type=int)
     one.add_argument("--block-mib", type=int)
     naive = commands.add_parser("naive")
     naive.add_argument("path")
@@ -43,15 +44,19 @@ def main(arguments: list[str]) -> int:
     elif options.command == "gpu":
         from benchmarks import health_gpu
 
-        health_gpu.measure(Path(options.path), options.scale)
+        health_gpu.measure(Path(options.path), options.steps)
     elif options.command == "pass":
-        print(json.dumps(measure_pass(options.path, options.device, options.repeats, options.block_mib)))
+        print(
+            json.dumps(measure_pass(options.path, options.device, options.repeats, options.block_mib, options.threads))
+        )
     else:
         print(json.dumps(measure_naive(options.path)))
     return 0
 
 
-def measure_pass(path: str, device: str, repeats: int, block_mib: int | None = None) -> dict[str, Any]:
+def measure_pass(
+    path: str, device: str, repeats: int, block_mib: int | None = None, threads: int | None = None
+) -> dict[str, Any]:
     """Header and pass, with everything included but the interpreter's and torch's own start."""
     import torch
 
@@ -59,6 +64,8 @@ def measure_pass(path: str, device: str, repeats: int, block_mib: int | None = N
     from remote_payload.health.device import choose_device
     from remote_payload.health.scan import scan
 
+    if threads:
+        os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
     chosen = choose_device(device)
     on_cuda = chosen.startswith("cuda")
     # Room for alignment, since torch rounds pinned memory up to a power of two.

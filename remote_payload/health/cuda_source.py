@@ -43,7 +43,9 @@ __device__ __forceinline__ void bump(u32* bins, u32 pattern, u32 first, u32 coun
     pattern -= first;
     if (pattern < count) atomicAdd(&bins[pattern >> 1], by << ((pattern & 1u) << 4));
 }
-extern "C" __global__ void histogram(const void* data, u64 n, u64 share, int wide, u32 first, u32 count, u32* out) {
+// `flag` is set if a pattern has all bits of `mask`: the exponent of NaN and infinity.
+extern "C" __global__ void histogram(const void* data, u64 n, u64 share, int wide, u32 first, u32 count, u32 mask,
+                                     u32* flag, u64* out) {
     extern __shared__ u32 bins[];
     for (u32 i = threadIdx.x; i < count / 2; i += blockDim.x) bins[i] = 0;
     __syncthreads();
@@ -74,8 +76,11 @@ extern "C" __global__ void histogram(const void* data, u64 n, u64 share, int wid
     __syncthreads();
     for (u32 i = threadIdx.x; i < count / 2; i += blockDim.x) {
         const u32 word = bins[i];
-        if (word & 0xFFFFu) atomicAdd(&out[first + 2 * i], word & 0xFFFFu);
-        if (word >> 16) atomicAdd(&out[first + 2 * i + 1], word >> 16);
+        if (word == 0) continue;
+        const u32 pattern = first + 2 * i;
+        if (word & 0xFFFFu) atomicAdd(&out[pattern], (u64)(word & 0xFFFFu));
+        if (word >> 16) atomicAdd(&out[pattern + 1], (u64)(word >> 16));
+        if ((pattern & mask) == mask || ((pattern + 1) & mask) == mask) *flag = 1;
     }
 }
 

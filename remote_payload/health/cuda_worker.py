@@ -6,8 +6,9 @@ import ctypes
 import dataclasses
 import functools
 import queue
+import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Optional
 
 import numpy as np
@@ -19,10 +20,10 @@ from remote_payload.health import cuda_source as source
 from remote_payload.health import kernels
 from remote_payload.health.blocks import Block, Piece
 from remote_payload.health.crc import crc32_join, crc32_of_remainder, power_of_x8
-from remote_payload.health.distribution import Array, pattern_values
+from remote_payload.health.distribution import Array
 from remote_payload.health.joint import JointPart
 from remote_payload.health.kernels import Part
-from remote_payload.health.nvrtc import CudaModule
+from remote_payload.health.nvrtc import CompilerUnavailableError, CudaModule
 from remote_payload.health.rows import RowPart, RowShape
 from remote_payload.health.stats import Moments
 from remote_payload.health.worker import (
@@ -37,6 +38,7 @@ from remote_payload.health.worker import (
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _POWERS = 32
+_EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80}
 _TILE_VALUES = ("finite", "mean", "squares", "cubes", "fourths", "minimum", "maximum")
 _TILE_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
 TILE_FIELDS = (*_TILE_VALUES, *_TILE_COUNTS)
@@ -59,11 +61,21 @@ def load_kernels(device: torch.device) -> tuple[CudaModule, int]:
     return module, parts
 
 
-@dataclasses.dataclass
 class _Buffer:
-    host: torch.Tensor
-    device: torch.Tensor
-    stream: torch.cuda.Stream
+    """Pinned memory, as much on the device, and a stream; made where they are first used, while others read."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.host: torch.Tensor
+        self.device: torch.Tensor
+        self.stream: Optional[torch.cuda.Stream] = None
+
+    def make(self, device: torch.device) -> torch.cuda.Stream:
+        if self.stream is None:
+            self.host = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
+            self.device = torch.empty(self._size, dtype=torch.uint8, device=device)
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self.stream
 
 
 @dataclasses.dataclass
@@ -104,7 +116,7 @@ class _PieceJob:
     dtype: str
     elements: int
     offset: int
-    counts_at: int
+    flag_at: int
     tiles_at: Optional[int]
     rows: Optional[_RowJob]
 
@@ -112,35 +124,55 @@ class _PieceJob:
 class CudaWorker:
     """Callable from any thread; each call takes one of a fixed set of pinned buffers and streams.
 
-    Raises `CompilerUnavailableError` when made, if this GPU's code cannot be compiled here.
+    A GPU whose code cannot be compiled here only holds the buffers: the CPU does the rest.
     """
 
     def __init__(self, state: ScanState, device: torch.device, threads: int, block_bytes: int) -> None:
         self._state = state
         self._device = device
         self._swap = state.header.byte_order == "big"
+        self._lock = threading.Lock()
+        self._counts: dict[int, torch.Tensor] = {}
         self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         size = buffer_bytes(state.header, state.plan, block_bytes)
-        # Pinning memory and compiling each take a good part of a second, and neither needs the other.
-        with ThreadPoolExecutor(4, thread_name_prefix="health-pin") as pool:
-            made = [pool.submit(self._make_buffer, size) for _ in range(threads)]
-            self._module, self._histogram_parts = load_kernels(device)
-            for future in made:
-                self._buffers.put(future.result())
+        for _ in range(threads):
+            self._buffers.put(_Buffer(size))
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         powers = [power_of_x8(source.CRC_CHUNK_BYTES << k) for k in range(_POWERS)]
         self._powers = torch.from_numpy(np.asarray(powers, dtype=np.uint32).view(np.int32)).to(device)
+        # Compiling takes a good part of a second, in which much can be read.
+        compiler = ThreadPoolExecutor(1, thread_name_prefix="health-compile")
+        self._kernels: Future[tuple[CudaModule, int]] = compiler.submit(load_kernels, device)
+        compiler.shutdown(wait=False)
 
-    def _make_buffer(self, size: int) -> _Buffer:
-        with torch.cuda.device(self._device):
-            host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            return _Buffer(host, torch.empty(size, dtype=torch.uint8, device=self._device), stream)
+    def _has_kernels(self) -> bool:
+        """False where this GPU's code cannot be compiled: then the CPU reduces, with the same numbers."""
+        try:
+            self._module, self._histogram_parts = self._kernels.result()
+        except CompilerUnavailableError:
+            return False
+        return True
+
+    def take_counts(self, group: int) -> Optional[Array]:
+        """The counts of a group whose every block was reduced; None if the CPU counted it. They are forgotten here."""
+        with self._lock:
+            counts = self._counts.pop(group, None)
+        return None if counts is None else counts.cpu().numpy()
+
+    def _counts_of(self, group: int, stream: torch.cuda.Stream) -> torch.Tensor:
+        """A group's counters stay on the device until its last block is in: half a megabyte each, few at a time."""
+        with self._lock:
+            counts = self._counts.get(group)
+            if counts is None:
+                counts = self._counts[group] = torch.zeros(1 << 16, dtype=torch.int64, device=self._device)
+                # Other streams add to them from now on.
+                stream.synchronize()
+            return counts
 
     def __call__(self, block: Block) -> BlockOutcome:
         buffer = self._buffers.get()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(buffer.stream):
+            with torch.cuda.device(self._device), torch.cuda.stream(buffer.make(self._device)):
                 return self._reduce(block, buffer)
         except CheckpointError as error:
             return BlockOutcome(error=str(error))
@@ -156,10 +188,12 @@ class CudaWorker:
             offsets.append(at)
             at += -(-span.length // ALIGNMENT) * ALIGNMENT
         arena = _Arena()
+        ready = self._has_kernels()
         jobs = [
-            [self._plan_piece(p, at + p.start, arena) for p in span.pieces] for span, at in zip(block.spans, offsets)
+            [self._plan_piece(p, at + p.start, arena) if ready else None for p in span.pieces]
+            for span, at in zip(block.spans, offsets)
         ]
-        crcs = [self._plan_crc(block, n, arena) for n in range(len(block.spans))]
+        crcs = [self._plan_crc(block, n, arena) if ready else None for n in range(len(block.spans))]
         on_device = block.trio is not None and all(j is not None for js in jobs for j in js)
         joint_at = arena.reserve(7 * 8) if on_device else None
         arena.memory = torch.zeros(max(arena.size, 1), dtype=torch.uint8, device=self._device)
@@ -207,13 +241,13 @@ class CudaWorker:
         if group.dtype not in _KINDS or self._swap or offset % 16:
             return None
         elements = piece.length // ITEM_BYTES[group.dtype]
-        counts_at = arena.reserve(4 << 16)
+        flag_at = arena.reserve(4)
         tiles_at = None
         if group.dtype == "float32":
             tiles_at = arena.reserve(8 * source.TILE_VALUES * -(-elements // source.TILE_ELEMENTS))
         shape = self._state.shapes.get(group.index)
         rows = None if shape is None else self._plan_rows(piece, group.dtype, elements, shape, arena)
-        return _PieceJob(piece, group.dtype, elements, offset, counts_at, tiles_at, rows)
+        return _PieceJob(piece, group.dtype, elements, offset, flag_at, tiles_at, rows)
 
     def _plan_rows(self, piece: Piece, dtype: str, elements: int, shape: RowShape, arena: _Arena) -> _RowJob:
         position = piece.position // ITEM_BYTES[dtype]
@@ -229,25 +263,26 @@ class CudaWorker:
         return arena.reserve(4)
 
     def _launch_piece(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> None:
+        stream = buffer.make(self._device)
         data = ctypes.c_void_p(buffer.device.data_ptr() + job.offset)
         wide = job.dtype == "float32"
         share = self._histogram_share(job.elements)
         bins = (1 << 16) // self._histogram_parts
+        counts = ctypes.c_void_p(self._counts_of(job.piece.group, stream).data_ptr())
         for part in range(self._histogram_parts):
-            arguments = (data, _u64(job.elements), _u64(share), _i32(wide), _u32(part * bins), _u32(bins))
+            cut = (_u32(part * bins), _u32(bins), _u32(_EXPONENTS[job.dtype]))
+            arguments = (data, _u64(job.elements), _u64(share), _i32(wide), *cut)
             self._module.launch(
                 "histogram",
                 -(-job.elements // share),
                 source.HISTOGRAM_THREADS,
-                (*arguments, arena.address(job.counts_at)),
-                buffer.stream,
+                (*arguments, arena.address(job.flag_at), counts),
+                stream,
                 2 * bins,
             )
         if job.tiles_at is not None:
             tiles = -(-job.elements // source.TILE_ELEMENTS)
-            self._module.launch(
-                "tiles", tiles, 256, (data, _u64(job.elements), arena.address(job.tiles_at)), buffer.stream
-            )
+            self._module.launch("tiles", tiles, 256, (data, _u64(job.elements), arena.address(job.tiles_at)), stream)
         if job.rows is not None:
             self._launch_rows(job, job.rows, data, buffer, arena)
 
@@ -260,7 +295,7 @@ class CudaWorker:
         self, job: _PieceJob, rows: _RowJob, data: ctypes.c_void_p, buffer: _Buffer, arena: _Arena
     ) -> None:
         position = job.piece.position // ITEM_BYTES[job.dtype]
-        at = rows.at
+        at, stream = rows.at, buffer.make(self._device)
         results = [arena.address(at + n * rows.count) for n in (0, 16, 20, 8)]
         alive = arena.address(at + 24 * rows.count) if rows.wants_columns else ctypes.c_void_p(0)
         numbers = (position, job.elements, rows.shape.columns, rows.first, rows.count)
@@ -270,13 +305,14 @@ class CudaWorker:
             min(rows.count, 1 << 16),
             threads,
             (data, _i32(_KINDS[job.dtype]), *(_u64(n) for n in numbers), *results, alive),
-            buffer.stream,
+            stream,
         )
 
     def _launch_joint(self, block: Block, offsets: list[int], at: int, buffer: _Buffer, arena: _Arena) -> None:
         constants = self._state.constants(block)
         if constants is None:
             return
+        stream = buffer.make(self._device)
         types = [self._state.group(s.pieces[0]).dtype for s in block.spans]
         elements = block.spans[0].length // ITEM_BYTES[types[0]]
         numbers = (constants.rate, constants.rate_at_peak, constants.root, constants.eps)
@@ -288,39 +324,36 @@ class CudaWorker:
             arena.address(at),
         )
         blocks = min(8 * self._processors, -(-elements // 256))
-        self._module.launch("joint", blocks, 256, arguments, buffer.stream)
+        self._module.launch("joint", blocks, 256, arguments, stream)
 
     def _launch_crc(self, length: int, offset: int, at: int, buffer: _Buffer, arena: _Arena) -> None:
-        chunks = length // source.CRC_CHUNK_BYTES
+        chunks, stream = length // source.CRC_CHUNK_BYTES, buffer.make(self._device)
         arguments = (
             ctypes.c_void_p(buffer.device.data_ptr() + offset),
             _u64(chunks),
             ctypes.c_void_p(self._powers.data_ptr()),
             arena.address(at),
         )
-        self._module.launch("crc", -(-chunks // source.CRC_THREADS), source.CRC_THREADS, arguments, buffer.stream)
+        self._module.launch("crc", -(-chunks // source.CRC_THREADS), source.CRC_THREADS, arguments, stream)
 
     def _crc(self, block: Block, number: int, at: Optional[int], host: torch.Tensor, arena: _Arena) -> Optional[int]:
         span = block.spans[number]
         if self._state.header.records[span.record].crc32 is None:
             return None
         whole = span.length // source.CRC_CHUNK_BYTES * source.CRC_CHUNK_BYTES if at is not None else 0
-        rest = zlib.crc32(memoryview(host[whole:].numpy()))
+        rest = zlib.crc32(host[whole:].numpy().data)
         if at is None:
             return rest
         found = crc32_of_remainder(int(arena.get(at, np.uint32, 1)[0]), whole)
         return crc32_join(found, rest, span.length - whole)
 
     def _part(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> Part:
-        counts = arena.get(job.counts_at, np.uint32, 1 << 16).astype(np.int64)
-        part = Part(counts=counts)
-        if job.tiles_at is None:
-            bad = bool((counts[~np.isfinite(pattern_values(job.dtype))] > 0).any())
-        else:
+        part = Part()
+        bad = bool(arena.get(job.flag_at, np.uint32, 1)[0])
+        if job.tiles_at is not None:
             tiles = -(-job.elements // source.TILE_ELEMENTS)
             table = arena.get(job.tiles_at, np.float64, tiles * source.TILE_VALUES).reshape(tiles, -1)
             part.moments = _join_tiles(table)
-            bad = part.moments.finite < part.moments.count
         if bad:
             host = buffer.host[job.offset : job.offset + job.piece.length]
             part.nan, part.inf = kernels.locations(host, job.dtype)

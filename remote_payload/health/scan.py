@@ -7,29 +7,42 @@ same from run to run. Memory is bounded by threads times block, whatever the fil
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Callable, Optional
+from typing import Callable, Optional, Protocol
 
 import torch
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.checkpoint.source import Source
 from remote_payload.health.blocks import Block, iter_blocks, plan_scan
+from remote_payload.health.distribution import Array
 from remote_payload.health.facts import ScanResult
 from remote_payload.health.joiner import Joiner
 from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
-CUDA_BLOCK_BYTES = 32 * 1024 * 1024 - 16 * 1024
+CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
 """With room for alignment a power of two, to which torch rounds pinned memory up."""
 MAX_CPU_THREADS = 32
 MAX_CUDA_THREADS = 16
 _BLOCKS_IN_FLIGHT_PER_THREAD = 2
 
+_SWITCH_INTERVAL_S = 0.0005
+
 Progress = Callable[[int, int], None]
+
+
+class Worker(Protocol):
+    """Reads and reduces a block in the calling thread."""
+
+    def __call__(self, block: Block) -> BlockOutcome: ...
+
+    def take_counts(self, group: int) -> Optional[Array]:
+        """What it counted of a closed group and kept to itself."""
 
 
 def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes: Optional[int] = None) -> ScanResult:
@@ -46,11 +59,13 @@ def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes:
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
         worker, size = _make_worker(state, device, threads, block_bytes)
+        joiner.take_counts = worker.take_counts
         done = 0
         for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
             joiner.join(block, outcome)
             done += block.length
             progress(done, plan.total_bytes)
+        joiner.take_counts = _nothing_kept
         del worker
         if on_cuda:
             # A GPU may be shared: what the allocator keeps for later is nobody's.
@@ -60,20 +75,17 @@ def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes:
     return joiner.result()
 
 
-def _make_worker(
-    state: ScanState, device: str, threads: int, block_bytes: Optional[int]
-) -> tuple[Callable[[Block], BlockOutcome], int]:
+def _nothing_kept(_group: int) -> Optional[Array]:
+    return None
+
+
+def _make_worker(state: ScanState, device: str, threads: int, block_bytes: Optional[int]) -> tuple[Worker, int]:
     """The worker and the size of the blocks that it takes."""
     if torch.device(device).type == "cuda":
         from remote_payload.health.cuda_worker import CudaWorker
-        from remote_payload.health.nvrtc import CompilerUnavailableError
 
         size = block_bytes or CUDA_BLOCK_BYTES
-        try:
-            return CudaWorker(state, torch.device(device), threads, size), size
-        except CompilerUnavailableError:
-            # The CPU gives the same numbers.
-            pass
+        return CudaWorker(state, torch.device(device), threads, size), size
     size = block_bytes or CPU_BLOCK_BYTES
     return CpuWorker(state, threads, size), size
 
@@ -107,9 +119,12 @@ def _thread_count(most: int) -> int:
 @contextmanager
 def _one_thread_per_worker() -> Iterator[None]:
     """Every worker computes on its own block; torch's own threads would only fight over the same cores."""
-    before = torch.get_num_threads()
+    before, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    # A worker that has its data must not wait 5 ms for another to let go of the interpreter.
+    sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_S))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        sys.setswitchinterval(interval)

@@ -98,6 +98,9 @@ class CpuWorker:
         finally:
             self._buffers.put(buffer)
 
+    def take_counts(self, _group: int) -> None:
+        """Every part brought its counts along."""
+
     def _reduce(self, block: Block, buffer: torch.Tensor) -> BlockOutcome:
         outcome, at, data = BlockOutcome(), 0, []
         for span in block.spans:

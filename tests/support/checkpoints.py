@@ -147,7 +147,15 @@ def write_sparse_reference(path: Path) -> None:
             "model_state_dict": state,
             "optimizer_state_dict": {
                 "state": moments,
-                "param_groups": [{"lr": 5.377e-4, "params": list(range(len(parameters)))}],
+                "param_groups": [
+                    {
+                        "lr": 5.377e-4,
+                        "betas": (0.9, 0.999),
+                        "eps": 1e-8,
+                        "weight_decay": 0.01,
+                        "params": list(range(len(parameters))),
+                    }
+                ],
             },
             "best_val_loss": 167.15,
             "val_loss": 167.15,
