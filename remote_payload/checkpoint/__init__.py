@@ -1,8 +1,8 @@
 """Checkpoints read without executing them: header facts with the standard library alone, tensors by position.
 
 Files: torch's zip and legacy formats, safetensors, plain pickles. Folders: shards of either with an index,
-torch.distributed.checkpoint (FSDP2, Lightning's sharded strategy), DeepSpeed ZeRO. Whatever the layout, one budget bounds
-what reading may cost, and names that a checkpoint gives are taken only inside its own folder.
+torch.distributed.checkpoint (FSDP2, Lightning's sharded strategy), DeepSpeed ZeRO. Whatever the layout, one budget
+bounds what reading may cost, and names that a checkpoint gives are taken only inside its own folder.
 """
 
 from __future__ import annotations
