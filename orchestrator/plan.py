@@ -40,8 +40,8 @@ class RunPlan:
     """One run, immutable.
 
     `profile` is the validated cluster profile as JSON, so that a later edit of the file cannot change a run under way.
-    `local_fingerprint` is [size, mtime_ns, inode] of a local checkpoint when it was planned. `plan_key` digests request,
-    config, code and payload; equal keys mean equal work but for the checkpoint.
+    `local_fingerprint` is [size, mtime_ns, inode] of a local checkpoint when it was planned. `plan_key` digests
+    request, config, code and payload; equal keys mean equal work but for the checkpoint.
     """
 
     run_id: str
