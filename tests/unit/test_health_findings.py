@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from remote_payload.health.__main__ import main
 from tests.support.checkpoints import CodeOnLoad, tensor_pickle, torch_zip_of
 from tests.support.health_plants import EPOCHS, Checkpoint, SmallNet, examined, findings_of, small_run
 
@@ -428,3 +429,50 @@ def test_a_scale_at_one_is_told_by_its_optimizer_state(tmp_path: Path) -> None:
         tensors = {t["tensor"]: t["cause"] for t in found[0]["evidence"]["tensors"]}
         causes[name] = tensors["body.1.weight"]
     assert causes == {name: name for name in causes}
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_bias_at_zero_is_never_explained_by_rounding(tmp_path: Path, dtype: torch.dtype) -> None:
+    causes = {}
+    for name, change in {
+        "gradient_exactly_zero": lambda c, i: [entries(c)[i][k].zero_() for k in ("exp_avg", "exp_avg_sq")],
+        "in_the_optimizer_but_never_stepped": lambda c, i: entries(c).pop(i),
+        "has_gradients_and_steps_that_would_show": lambda c, i: None,
+    }.items():
+        checkpoint = copy.deepcopy(base_run(dtype))
+        weight(checkpoint, "head.bias").zero_()
+        change(checkpoint, len(entries(checkpoint)) - 1)
+        found = findings_of(document_of(tmp_path, checkpoint), "weights.constant")
+        causes[name] = found[0]["evidence"]["tensors"][0]["cause"]
+        assert found[0]["where"] == ["head.bias"]
+    assert causes == {name: name for name in causes}
+
+
+def test_a_second_moment_that_float16_underflowed_is_no_zero_gradient(tmp_path: Path) -> None:
+    checkpoint = copy.deepcopy(base_run(FLOAT32))
+    for entry in entries(checkpoint).values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            entry[moment] = (1e-9 * entry[moment]).half()
+    assert findings_of(document_of(tmp_path, checkpoint), "optimizer.zero_gradient") == []
+
+
+def test_an_earlier_checkpoint_can_be_named_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "checkpoint.pt", tmp_path / "out"
+    torch.save(base_run(FLOAT32), path)
+    command = [str(path), "--out", str(out), "--device", "cpu", "--against"]
+    assert main([*command, str(path)]) == 0
+    assert "drift.unchanged" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "nothing.pt")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_an_earlier_checkpoint_of_another_model_is_compared_as_far_as_it_goes(tmp_path: Path) -> None:
+    earlier, later = tmp_path / "earlier.pt", tmp_path / "later.pt"
+    torch.save({"head.weight": torch.zeros(3, 3), "norm.weight": torch.ones(96)}, earlier)
+    torch.save(base_run(FLOAT32), later)
+    drift = examined(later, earlier)["drift"]
+    assert set(drift["tensors"]) == {"norm.weight"}
+    assert drift["not_compared"]["head.weight"] == "its shape was [3, 3]"
+    assert drift["not_compared"]["head.bias"] == "the earlier checkpoint does not have it"

@@ -111,7 +111,10 @@ def _greatest(found: list[tuple[TensorEntry, TensorStats]]) -> float:
 def _is_untouched(facts: HealthFacts, tensor: TensorEntry) -> bool:
     """The layer's own counter says that it never saw a batch."""
     counter = tensor.name[: -len("running_var")] + "num_batches_tracked"
-    return any(t.name == counter and t.value == 0 for t in facts.header.tensors)
+    try:
+        return facts.header.tensor(counter).value == 0
+    except KeyError:
+        return False
 
 
 def _range(tensor: TensorEntry, stats: TensorStats) -> dict[str, object]:
