@@ -22,7 +22,6 @@ def main(arguments: Sequence[str]) -> int:
     training.add_argument("--data", type=Path, required=True, help="folder that prepare wrote")
     training.add_argument("--out", type=Path, required=True, help="checkpoint file to write")
     training.add_argument("--scale", type=int, default=None, help="must be the data's; default: the data's")
-    training.add_argument("--seconds", type=float, default=60.0, help="train for fewer epochs rather than for longer")
     training.add_argument("--epochs", type=int, default=None, help="0 writes the untrained model")
     training.add_argument("--threads", type=int, default=2)
     training.add_argument("--seed", type=int, default=0)
@@ -66,7 +65,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         epochs = options.epochs or plan.num_epochs
         plan = TrainingPlan(scale=scale, seed=options.seed, num_epochs=epochs, warmup_epochs=max(1, epochs // 10))
-        checkpoint = train(data, plan, options.seconds, say=lambda line: print(line, file=sys.stderr))
+        checkpoint = train(data, plan, say=lambda line: print(line, file=sys.stderr))
     save(checkpoint, options.out)
     facts = {name: checkpoint[name] for name in ("epoch", "global_step", "val_loss", "best_val_loss")}
     print(json.dumps({"checkpoint": str(options.out), "bytes": options.out.stat().st_size, **facts}))

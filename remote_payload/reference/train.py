@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -55,22 +54,10 @@ class TrainingPlan:
         }
 
 
-def train(
-    data: DemonstrationData, plan: TrainingPlan, seconds: float, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """The checkpoint of the best epoch. Fewer epochs are planned where `num_epochs` would take longer than `seconds`.
-
-    The same data, plan, machine and number of epochs give the same weights.
-    """
+def train(data: DemonstrationData, plan: TrainingPlan, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The checkpoint of the best epoch. The same data, plan and machine give the same weights, however busy it is."""
     training, validation = Windows(data, "train"), Windows(data, "val")
     steps_per_epoch = len(training) // plan.batch_size
-    seconds_per_epoch = _time_an_epoch(training, plan, steps_per_epoch)
-    affordable = max(2, int(seconds / max(seconds_per_epoch, 1e-6)))
-    if affordable < plan.num_epochs:
-        say(f"an epoch takes {seconds_per_epoch:.2f} s here: {affordable} epochs instead of {plan.num_epochs}")
-        plan = dataclasses.replace(
-            plan, num_epochs=affordable, warmup_epochs=max(1, min(plan.warmup_epochs, affordable // 4))
-        )
     run = _Run(data, plan, steps_per_epoch)
     best: dict[str, Any] = {}
     for epoch in range(1, plan.num_epochs + 1):
@@ -204,22 +191,3 @@ def _mean_voxelwise_correlation(given: Tensor, wanted: Tensor) -> float:
     norms = centred_given.norm(dim=0) * centred_wanted.norm(dim=0)
     products = (centred_given * centred_wanted).sum(dim=0)
     return float(torch.where(norms > 0, products / norms.clamp(min=1e-12), torch.zeros_like(norms)).mean())
-
-
-def _time_an_epoch(training: Windows, plan: TrainingPlan, steps_per_epoch: int, tried: int = 3) -> float:
-    """Seconds for an epoch on idle cores, from a few steps of a model that is thrown away.
-
-    Processor time, shared among the threads: what else the machine does must not decide how long the model is trained.
-    """
-    model = FilmAutoencoder(training.sizes, plan.dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate)
-    batch = training[torch.arange(plan.batch_size)]
-    plain = torch.ones(plan.batch_size, dtype=torch.bool)
-    durations = []
-    for _ in range(tried):
-        started = time.process_time()
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(_losses(model, _augmented(batch, plain), plain)["loss"])
-        optimizer.step()
-        durations.append((time.process_time() - started) / torch.get_num_threads())
-    return min(durations) * steps_per_epoch
