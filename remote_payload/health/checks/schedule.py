@@ -38,14 +38,21 @@ def replays(header: CheckpointHeader, record: TrainingRecord) -> tuple[ScheduleR
     reading = read_config_schedule(header, per_epoch)
     made = []
     for count in record.step_counts:
-        # Where gradients are accumulated, an epoch has fewer optimizer steps than batches.
-        length = per_epoch * count / record.batches if per_epoch and record.batches else None
+        length = _epoch_length(count, record)
         for schedule in read_config_schedule(header, length).schedules:
             for step, slack in _steps(schedule, count, length, record):
                 if step >= schedule.judged_from:
                     agrees = stored is not None and schedule.is_near(stored, step, slack)
                     made.append(Replay(schedule, step, schedule.rate_at(step), agrees))
     return reading, tuple(made)
+
+
+def _epoch_length(count: int, record: TrainingRecord) -> Optional[float]:
+    """Steps an epoch in this count: where gradients are accumulated, fewer optimizer steps than batches."""
+    if record.history_epochs and count % record.history_epochs == 0:
+        return count / record.history_epochs
+    per_epoch = record.batches_per_epoch
+    return per_epoch * count / record.batches if per_epoch and record.batches else None
 
 
 def _steps(
