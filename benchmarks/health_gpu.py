@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import queue
 import struct
 import subprocess
 import time
@@ -27,6 +28,7 @@ def measure(path: Path, steps: str) -> None:
         "write": lambda: write_reference(path),
         "warm": lambda: child([*run, "--repeats", "4"]),
         "warm 32": lambda: child([*run, "--repeats", "3", "--block-mib", "32"]),
+        "stages": lambda: stages(path),
         "by hand": lambda: by_hand(path),
         "cold": lambda: cold(path),
         "cpu warm": lambda: child([*run, "--device", "cpu"]),
@@ -75,6 +77,8 @@ def write_reference(path: Path) -> dict[str, Any]:
         for (number, _, length), crc in zip(chunks, pool.map(write, chunks), strict=True):
             crcs[number] = crc32_join(crcs.get(number, 0), crc, length)
     _patch_directory(file, path.stat().st_size, {header.records[n].name: c for n, c in crcs.items()})
+    # Pages that are still being written to the disk would slow every reader.
+    os.fsync(file)
     os.close(file)
     return {"gigabytes": path.stat().st_size / 1e9}
 
@@ -107,6 +111,48 @@ def _patch_directory(file: int, size: int, crcs: dict[str, int]) -> None:
         if crc is not None:
             os.pwrite(file, struct.pack("<I", crc), start + at + 16)
         at += 46 + name + extra + comment
+
+
+def stages(path: Path) -> dict[str, Any]:
+    """GB/s of the same blocks and threads, only read; and read and copied to the GPU."""
+    import torch
+
+    from remote_payload.checkpoint import read_header
+    from remote_payload.checkpoint.source import Source
+    from remote_payload.health.blocks import Block, iter_blocks, plan_scan
+    from remote_payload.health.scan import CUDA_BLOCK_BYTES
+    from remote_payload.health.worker import ALIGNMENT
+
+    header = read_header(str(path))
+    blocks = list(iter_blocks(header, plan_scan(header), CUDA_BLOCK_BYTES))
+    rates: dict[str, Any] = {}
+    with Source(str(path)) as source:
+        for threads in (8, 12, 16):
+            slots: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            for _ in range(threads):
+                host = torch.empty(CUDA_BLOCK_BYTES + 3 * ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+                slots.put((host, torch.empty_like(host, device="cuda"), torch.cuda.Stream()))
+
+            def move(block: Block, copies: bool, slots: Any = slots) -> None:
+                host, device, stream = slot = slots.get()
+                at = 0
+                for span in block.spans:
+                    source.read_into(span.offset, host[at : at + span.length].numpy().data)
+                    at += span.length
+                if copies:
+                    with torch.cuda.stream(stream):
+                        device[:at].copy_(host[:at], non_blocking=True)
+                    stream.synchronize()
+                slots.put(slot)
+
+            for copies in (False, True):
+                began = time.perf_counter()
+                with ThreadPoolExecutor(threads) as pool:
+                    for _ in pool.map(move, blocks, [copies] * len(blocks)):
+                        pass
+                name = f"{'read and copy' if copies else 'read'} {threads}"
+                rates[name] = header.size_bytes / 1e9 / (time.perf_counter() - began)
+    return rates
 
 
 def by_hand(path: Path) -> dict[str, Any]:

@@ -162,16 +162,19 @@ __device__ __forceinline__ u64 multiplier(u64 column) {
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return (x ^ (x >> 31)) | 1ull;
 }
-// One thread block for each row of which a part is here.
+// One thread block for each of the `segments` of each row of which a part is here.
 extern "C" __global__ void rows(const void* data, int kind, u64 position, u64 n, u64 columns, u64 first, u64 count,
-                                double* squares, u32* low, u32* high, u64* hashes, u8* alive) {
+                                u64 segments, double* squares, u32* low, u32* high, u64* hashes, u8* alive) {
     __shared__ double scratch[32];
     u64* words = (u64*)scratch;
     u32* bits = (u32*)scratch;
-    for (u64 row = blockIdx.x; row < count; row += gridDim.x) {
-        const u64 start = (first + row) * columns;
-        const u64 begin = start > position ? start : position;
-        const u64 end = start + columns < position + n ? start + columns : position + n;
+    const u64 length = (columns + segments - 1) / segments;
+    for (u64 job = blockIdx.x; job < count * segments; job += gridDim.x) {
+        const u64 start = (first + job / segments) * columns;
+        u64 begin = start + (job % segments) * length, end = begin + length;
+        if (end > start + columns) end = start + columns;
+        if (end > position + n) end = position + n;
+        if (begin < position) begin = position;
         double sum = 0; u64 hash = 0; u32 least = 0xFFFFFFFFu, most = 0;
         for (u64 at = begin + threadIdx.x; at < end; at += blockDim.x) {
             const u64 here = at - position, column = at - start;
@@ -188,7 +191,7 @@ extern "C" __global__ void rows(const void* data, int kind, u64 position, u64 n,
         hash = block_sum(hash, words);
         least = block_extreme(least, bits, false);
         most = block_extreme(most, bits, true);
-        if (threadIdx.x == 0) { squares[row] = sum; low[row] = least; high[row] = most; hashes[row] = hash; }
+        if (threadIdx.x == 0) { squares[job] = sum; low[job] = least; high[job] = most; hashes[job] = hash; }
         __syncthreads();
     }
 }
@@ -202,7 +205,7 @@ extern "C" __global__ void joint(const void* w, const void* m, const void* v, in
         found[6] += weight == 0 && second > 0;
         const float under = __fadd_rn(__fmul_rn(__fsqrt_rn(second), root), eps);
         const float step = __fdiv_rn(__fmul_rn(first, rate), under);
-        if (!(finite(weight) && finite(first) && finite(second) && second >= 0 && step != 0)) continue;
+        if (!(finite(weight) && finite(step) && step != 0)) continue;
         const float at_peak = __fdiv_rn(__fmul_rn(first, rate_at_peak), under);
         const bool stays = rounded(__fsub_rn(weight, step), w_kind) == weight;
         const bool stays_at_peak = rounded(__fsub_rn(weight, at_peak), w_kind) == weight;

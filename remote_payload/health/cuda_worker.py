@@ -38,6 +38,8 @@ from remote_payload.health.worker import (
 
 _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _POWERS = 32
+_ROW_BLOCKS = 1024
+_SEGMENT_ELEMENTS = 4096
 _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80}
 _TILE_VALUES = ("finite", "mean", "squares", "cubes", "fourths", "minimum", "maximum")
 _TILE_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
@@ -104,8 +106,14 @@ class _RowJob:
     shape: RowShape
     first: int
     count: int
+    segments: int
+    """Parts of each row, so that few long rows keep the whole GPU busy."""
     wants_columns: bool
     at: int
+
+    @property
+    def results(self) -> int:
+        return self.count * self.segments
 
 
 @dataclasses.dataclass
@@ -254,7 +262,9 @@ class CudaWorker:
         first = position // shape.columns
         count = (position + elements - 1) // shape.columns - first + 1
         wants = shape.has_columns and self._state.wants_columns(piece.group)
-        return _RowJob(shape, first, count, wants, arena.reserve(24 * count + (shape.columns if wants else 0)))
+        segments = max(1, min(_ROW_BLOCKS // count, shape.columns // _SEGMENT_ELEMENTS))
+        room = 24 * count * segments + (shape.columns if wants else 0)
+        return _RowJob(shape, first, count, segments, wants, arena.reserve(room))
 
     def _plan_crc(self, block: Block, number: int, arena: _Arena) -> Optional[int]:
         span = block.spans[number]
@@ -296,13 +306,13 @@ class CudaWorker:
     ) -> None:
         position = job.piece.position // ITEM_BYTES[job.dtype]
         at, stream = rows.at, buffer.make(self._device)
-        results = [arena.address(at + n * rows.count) for n in (0, 16, 20, 8)]
-        alive = arena.address(at + 24 * rows.count) if rows.wants_columns else ctypes.c_void_p(0)
-        numbers = (position, job.elements, rows.shape.columns, rows.first, rows.count)
+        results = [arena.address(at + n * rows.results) for n in (0, 16, 20, 8)]
+        alive = arena.address(at + 24 * rows.results) if rows.wants_columns else ctypes.c_void_p(0)
+        numbers = (position, job.elements, rows.shape.columns, rows.first, rows.count, rows.segments)
         threads = 256 if rows.shape.columns >= 512 else 32
         self._module.launch(
             "rows",
-            min(rows.count, 1 << 16),
+            min(rows.results, 1 << 16),
             threads,
             (data, _i32(_KINDS[job.dtype]), *(_u64(n) for n in numbers), *results, alive),
             stream,
@@ -363,14 +373,14 @@ class CudaWorker:
 
 
 def _row_part(rows: _RowJob, arena: _Arena) -> RowPart:
-    n, at = rows.count, rows.at
+    n, at, shape = rows.results, rows.at, (rows.count, rows.segments)
     alive = arena.get(at + 24 * n, np.uint8, rows.shape.columns).astype(bool) if rows.wants_columns else None
     return RowPart(
         rows.first,
-        arena.get(at, np.float64, n),
-        arena.get(at + 16 * n, np.uint32, n),
-        arena.get(at + 20 * n, np.uint32, n),
-        arena.get(at + 8 * n, np.uint64, n),
+        arena.get(at, np.float64, n).reshape(shape).sum(axis=1),
+        arena.get(at + 16 * n, np.uint32, n).reshape(shape).min(axis=1),
+        arena.get(at + 20 * n, np.uint32, n).reshape(shape).max(axis=1),
+        arena.get(at + 8 * n, np.uint64, n).reshape(shape).sum(axis=1, dtype=np.uint64),
         alive,
     )
 

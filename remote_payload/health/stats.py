@@ -156,8 +156,8 @@ class JointStats:
     `m_zero_fraction`: m exactly 0.
 
     Jointly: the predicted step is learning_rate * m_hat / (sqrt(v_hat) + eps), in float32. `step_rounded_fraction`:
-    of the elements with finite w, m, v >= 0 and a step other than 0, those for which w - step rounded to w's type is
-    w: the step is under half an ulp. `step_rounded_fraction_at_peak`: the same with the peak learning rate.
+    of the elements with a finite w and a finite step other than 0, those for which w - step rounded to w's type is w:
+    the step is under half an ulp. `step_rounded_fraction_at_peak`: the same with the peak learning rate.
     `steps_measured`: how many elements these two are of; 0 makes them None. `ones_*`: restricted to w == 1 exactly:
     how many there are with a step other than 0, and which part of them stays at 1 at the stored and at the peak rate.
     `zeros_with_gradient`: elements with w == 0 exactly though v > 0 (not explained by rounding).
