@@ -112,7 +112,7 @@ def _is_untouched(facts: HealthFacts, tensor: TensorEntry) -> bool:
     """The layer's own counter says that it never saw a batch."""
     counter = tensor.name[: -len("running_var")] + "num_batches_tracked"
     try:
-        return facts.header.tensor(counter).value == 0
+        return bool(facts.header.tensor(counter).value == 0)
     except KeyError:
         return False
 
