@@ -1,7 +1,7 @@
 """`python -m benchmarks.health COMMAND`: the health pass against what a user would do instead.
 
-`cpu [--gigabytes N]` compares on this machine's processors, `gpu PATH [--steps a,b]` on its GPU with a checkpoint of the
-reference architecture that it writes to PATH. Each measurement is a process of its own and prints one JSON line.
+`cpu [--gigabytes N]` compares on this machine's processors, `gpu PATH [--steps a,b]` on its GPU with a checkpoint of
+the reference architecture that it writes to PATH. Each measurement is a process of its own and prints a JSON line.
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ def health_document(facts: HealthFacts, findings: list[Finding], verdict: Verdic
         "header": header,
         "tensors": [_tensor(facts, index) for index in range(len(facts.header.tensors))],
         "classes": classes(facts),
+        "joint": {name: joint.to_json() for name, joint in facts.scan.joint.items()},
+        "joint_not_measured": dict(facts.scan.joint_not_measured),
+        "misaligned": to_json(facts.scan.misaligned),
         "checksums": to_json(facts.scan.checksums),
         "drift": _without_infinities(to_json(facts.drift)),
         "device": device,
@@ -45,7 +48,17 @@ def unreadable_document(error: CheckpointError) -> dict[str, Any]:
     findings = [finding, *error.findings]
     document = _frame(findings, unreadable_verdict(findings, str(error)[:300]))
     document.update(
-        {"header": None, "tensors": [], "classes": None, "checksums": None, "device": None, "bytes_read": 0}
+        {
+            "header": None,
+            "tensors": [],
+            "classes": None,
+            "joint": {},
+            "joint_not_measured": {},
+            "misaligned": [],
+            "checksums": None,
+            "device": None,
+            "bytes_read": 0,
+        }
     )
     return document
 
