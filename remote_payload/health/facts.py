@@ -94,6 +94,11 @@ class HealthFacts:
                 continue
             yield tensor, stats
 
+    @property
+    def unmeasured(self) -> list[str]:
+        """Tensors that hold values and could not be measured: nothing may pass on their silence."""
+        return [t.name for t in self.header.tensors if t.numel and t.name in self.scan.not_measured]
+
     def joint(self, name: str) -> Optional[JointStats]:
         """What the model's parameter of that name and its moments come to together, None if nothing was read."""
         return self.scan.joint.get(name)

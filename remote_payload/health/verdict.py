@@ -38,7 +38,7 @@ def run_checks(facts: HealthFacts, checks: Iterable[Check]) -> tuple[list[Findin
         elif why := check.why_not(facts):
             gaps.append((check, why))
     findings.sort(key=lambda f: _SEVERITY_ORDER.index(f.severity))
-    outcomes = {d: _outcome(d, ran, findings) for d in Dimension}
+    outcomes = {d: _outcome(d, ran, findings, facts) for d in Dimension}
     reasons = {d.value: _reason(d, outcomes[d], ran, findings, facts) + _gaps(d, gaps) for d in Dimension}
     return findings, make_verdict({d.value: o for d, o in outcomes.items()}, reasons)
 
@@ -50,11 +50,13 @@ def unreadable_verdict(findings: list[Finding], message: str) -> Verdict:
     return make_verdict({Dimension.INTEGRITY.value: outcome_from_findings(findings, Dimension.INTEGRITY)}, reasons)
 
 
-def _outcome(dimension: Dimension, ran: list[Check], findings: list[Finding]) -> Outcome:
+def _outcome(dimension: Dimension, ran: list[Check], findings: list[Finding], facts: HealthFacts) -> Outcome:
     outcome = outcome_from_findings(findings, dimension)
     proven = any(c.dimension is dimension and c.can_pass for c in ran)
     # A checkpoint's own figures can fail the task; they never pass it.
     if outcome is Outcome.PASS and (not proven or dimension is Dimension.TASK_EVIDENCE):
+        return Outcome.NOT_MEASURED
+    if outcome is Outcome.PASS and dimension is Dimension.NUMERICS and facts.unmeasured:
         return Outcome.NOT_MEASURED
     return outcome
 
@@ -63,6 +65,12 @@ def _reason(
     dimension: Dimension, outcome: Outcome, ran: list[Check], findings: list[Finding], facts: HealthFacts
 ) -> str:
     if outcome is Outcome.NOT_MEASURED:
+        unmeasured = facts.unmeasured if dimension is Dimension.NUMERICS else []
+        if unmeasured:
+            why = facts.scan.not_measured[unmeasured[0]]
+            return (
+                f"{len(unmeasured)} of {len(facts.header.tensors)} tensors were not measured, the first because {why}."
+            )
         return _NOBODY_LOOKED[dimension]
     if outcome in (Outcome.FAIL, Outcome.WARN):
         worst = Severity.ERROR if outcome is Outcome.FAIL else Severity.WARNING
@@ -81,6 +89,4 @@ def _limits(dimension: Dimension, facts: HealthFacts) -> str:
     """What a pass does not cover."""
     if dimension is Dimension.INTEGRITY and facts.scan.checksums.without:
         return f" {facts.scan.checksums.without} of {facts.scan.checksums.records} records carry no checksum."
-    if dimension is Dimension.NUMERICS and facts.scan.not_measured:
-        return f" {len(facts.scan.not_measured)} of {len(facts.header.tensors)} tensors were not measured."
     return ""
