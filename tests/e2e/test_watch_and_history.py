@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import yaml
 
@@ -97,6 +101,20 @@ def test_inspect_says_the_same_of_a_file_on_either_side(world: World) -> None:
     there = world.json("inspect", "lab:best.pt")["header"]
     assert here["tensors"] == there["tensors"]
     assert "parameters" in world.cli("inspect", "lab:best.pt").stdout
+
+
+def test_inspect_tells_the_reference_models_entries_of_a_file_of_21_gigabytes(world: World, tmp_path: Path) -> None:
+    # In a process of its own, so that no torch of the test's stands behind what inspect says without one.
+    write = (
+        "import sys, pathlib; from tests.support.checkpoints import write_sparse_reference\n"
+        "write_sparse_reference(pathlib.Path(sys.argv[1]))"
+    )
+    path = tmp_path / "sparse.pt"
+    subprocess.run([sys.executable, "-c", write, str(path)], check=True, timeout=120, env=world.environment)
+    assert path.stat().st_size > 20e9
+    shown = world.cli("inspect", str(path)).stdout
+    assert re.search(r"entries +162\n", shown)
+    assert re.search(r"parameters +3,500,188,290\n", shown)
 
 
 def test_the_doctor_passes_a_sound_cluster_and_names_what_is_wrong_with_another(world: World) -> None:
