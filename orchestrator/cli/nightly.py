@@ -34,11 +34,17 @@ def tick(file: Path | None, *, as_json: bool) -> int:
             action="Write one, such as `targets: [{name: best, cluster: tensor02, checkpoint: 'tensor02:best.pt'}]`.",
         )
     targets = nightly.load_targets(path).targets
+    identities: dict[str, str] = {}
+
+    def identity(target: Target) -> str:
+        identities[target.name] = _identity(target, world)
+        return identities[target.name]
+
     summary = nightly.tick(
         layout,
         targets,
-        run_target=lambda target: _evaluate(target, world),
-        checkpoint_identity=lambda target: _identity(target, world),
+        run_target=lambda target: _evaluate(target, identities[target.name], world),
+        checkpoint_identity=identity,
     )
     if as_json:
         print_json(summary.to_json())
@@ -84,7 +90,7 @@ def _show_and_apply(plan: InstallPlan, *, yes: bool, as_json: bool) -> int:
     return int(ExitCode.DONE)
 
 
-def _evaluate(target: Target, world: Services) -> TargetOutcome:
+def _evaluate(target: Target, identity: str, world: Services) -> TargetOutcome:
     from orchestrator.history import row_from_results
     from orchestrator.nightly import TargetOutcome
     from orchestrator.pipeline.resolve import DEFAULT_NUM_SAMPLES, Request, resolve
@@ -101,7 +107,7 @@ def _evaluate(target: Target, world: Services) -> TargetOutcome:
         start_folder=folder,
         nightly_target=target.name,
     )
-    plan = _unfinished(target, _identity(target, world), world) or resolve(request, world)
+    plan = _unfinished(target, identity, world) or resolve(request, world)
     outcome = advance(plan, world)
     if outcome is None:
         raise UsageError(f"{plan.run_id} was detached")

@@ -59,11 +59,10 @@ def take_to_end(plan: RunPlan, world: Services, *, detach: bool, retry: bool, as
 
     try:
         outcome = advance(plan, world, detach=detach, retry=retry)
-    except RemoteEvalError as error:
-        if as_json:
-            raise
-        _print_report_place(plan, world)
-        raise error
+    except RemoteEvalError:
+        if not as_json:
+            _print_report_place(plan, world)
+        raise
     if outcome is None:
         if as_json:
             print_json({"run_id": plan.run_id, "state": "detached"})
@@ -217,8 +216,8 @@ def cancel(run_id: str | None, *, as_json: bool) -> int:
     from orchestrator.pipeline import run as driver
 
     plan = plan_of(run_id)
-    status_ = driver.cancel(plan, services(quiet=as_json))
-    state = status_.state.value if status_ is not None else "not started"
+    ended = driver.cancel(plan, services(quiet=as_json))
+    state = ended.state.value if ended is not None else "not started"
     if as_json:
         print_json({"run_id": plan.run_id, "state": state})
     else:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import time
-from collections.abc import Callable
 
 from orchestrator.errors import AttemptLostError, UnreachableError
 from orchestrator.journal import AttemptRecord
@@ -13,7 +11,6 @@ from orchestrator.pipeline.assess import Standing, assess
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.launch import read_status
 from orchestrator.schedulers.base import scheduler_for
-from remote_payload.wire.messages import StatusReply
 from remote_payload.wire.states import AttemptStatus
 
 FIRST_POLL_S = 0.3
@@ -22,9 +19,6 @@ REREAD_S = 2.0
 STALE_WARNING_S = 60.0
 STALE_LIMIT_S = 1800.0
 """A supervisor that stood still this long on our clock is not waited for: the run is left to `resume`."""
-
-LogListener = Callable[[str, bytes], None]
-"""Called with (file name, new bytes); the bytes are the node's and untrusted."""
 
 
 @dataclasses.dataclass
@@ -43,24 +37,20 @@ class _Heartbeat:
         return time.monotonic() - self.changed_at
 
 
-def follow(context: RunContext, attempt: AttemptRecord, on_log: LogListener | None = None) -> AttemptStatus:
+def follow(context: RunContext, attempt: AttemptRecord) -> AttemptStatus:
     """Return the terminal record. Raises `AttemptLostError` only after two absences and a re-read, and
     `UnreachableError` when the node or the supervisor stays silent: the job goes on and can be resumed.
     """
     scheduler = scheduler_for(context.profile.scheduler)
     heartbeat = _Heartbeat()
-    offsets = {"stdout.log": 0, "stderr.log": 0} if on_log else {}
     poll_s, absences, last = FIRST_POLL_S, 0, None
     while True:
-        reply = read_status(context, attempt, offsets)
-        _hand_on(reply, offsets, on_log)
+        reply = read_status(context, attempt)
         standing = assess(reply, attempt.nonce, scheduler)
         if standing is Standing.TERMINAL and reply.status is not None:
-            if not _has_more(reply, offsets):
-                context.reporter.attempt(reply.status)
-                context.note_entry("terminal", attempt=attempt.number, state=reply.status.state.value)
-                return reply.status
-            continue
+            context.reporter.attempt(reply.status)
+            context.note_entry("terminal", attempt=attempt.number, state=reply.status.state.value)
+            return reply.status
         if reply.status is not None and reply.status != last:
             context.reporter.attempt(reply.status)
             last, poll_s = reply.status, FIRST_POLL_S
@@ -90,15 +80,3 @@ def _refuse_silence(context: RunContext, heartbeat: _Heartbeat, silent_s: float,
     if silent_s > STALE_WARNING_S and not heartbeat.warned:
         heartbeat.warned = True
         context.reporter.warn(f"the supervisor has not moved for {silent_s:.0f} s ({standing.value}); still watching")
-
-
-def _hand_on(reply: StatusReply, offsets: dict[str, int], on_log: LogListener | None) -> None:
-    for name, text in sorted(reply.tails.items()):
-        data = base64.b64decode(text)
-        if data and on_log is not None and name in offsets:
-            offsets[name] += len(data)
-            on_log(name, data)
-
-
-def _has_more(reply: StatusReply, offsets: dict[str, int]) -> bool:
-    return any(reply.sizes.get(name, 0) > offset for name, offset in offsets.items())

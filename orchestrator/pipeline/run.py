@@ -71,7 +71,6 @@ def advance(
     *,
     detach: bool = False,
     retry: bool = False,
-    on_log: following.LogListener | None = None,
 ) -> RunOutcome | None:
     """Do every stage that is still to be done. None when `detach` was asked for and the job is under way.
 
@@ -83,7 +82,7 @@ def advance(
         context = open_run(plan, services)
         try:
             with context.node:
-                return _advance(context, detach, retry, on_log)
+                return _advance(context, detach, retry)
         except RemoteEvalError as error:
             context.note_entry(
                 "stopped",
@@ -122,7 +121,7 @@ def read_node_status(plan: RunPlan, services: Services, offsets: dict[str, int] 
         return launching.read_status(context, attempt, offsets)
 
 
-def _advance(context: RunContext, detach: bool, retry: bool, on_log: following.LogListener | None) -> RunOutcome | None:
+def _advance(context: RunContext, detach: bool, retry: bool) -> RunOutcome | None:
     record = context.record()
     if retry:
         _refuse_retry_of_success(record)
@@ -134,7 +133,7 @@ def _advance(context: RunContext, detach: bool, retry: bool, on_log: following.L
         if detach and attempt.fate == "launched":
             context.note_entry("detached", attempt=attempt.number)
             return None
-        lost = _follow(context, attempt, on_log)
+        lost = _follow(context, attempt)
     if context.record().collected != attempt.number:
         with context.stage("collect"):
             collecting.collect(context, attempt, is_final=True)
@@ -180,14 +179,12 @@ def _ensure_launched(
     return launched
 
 
-def _follow(
-    context: RunContext, attempt: AttemptRecord, on_log: following.LogListener | None
-) -> AttemptLostError | None:
+def _follow(context: RunContext, attempt: AttemptRecord) -> AttemptLostError | None:
     if attempt.fate == "terminal":
         return None
     try:
         with context.stage("follow"):
-            following.follow(context, attempt, on_log)
+            following.follow(context, attempt)
     except AttemptLostError as error:
         return error
     return None

@@ -63,30 +63,6 @@ class DownloadResult:
     seconds: float
 
 
-def download_artifact(
-    opener: StreamOpener,
-    path: str,
-    target: Path,
-    size: int,
-    sha256: str,
-    on_progress: ProgressListener | None = None,
-) -> DownloadResult:
-    """Fetch one file whose size and SHA-256 the node's manifest tells. Raises as `download_files`."""
-    return download_files(opener, [Download(path, target, size, sha256)], on_progress=on_progress)
-
-
-def download_file(
-    opener: StreamOpener,
-    path: str,
-    target: Path,
-    on_progress: ProgressListener | None = None,
-    *,
-    may_grow: bool = False,
-) -> DownloadResult:
-    """Fetch one file of which nothing is known. Raises as `download_files`."""
-    return download_files(opener, [Download(path, target, may_grow=may_grow)], on_progress=on_progress)
-
-
 def download_files(
     opener: StreamOpener,
     downloads: Sequence[Download],

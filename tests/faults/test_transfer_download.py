@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from orchestrator.errors import IntegrityError, LockedError, RemoteEvalError, UnreachableError, UsageError
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer import download
-from orchestrator.transfer.channel import ReconnectPolicy
-from orchestrator.transfer.download import Download, download_artifact, download_file, download_files
+from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
+from orchestrator.transfer.download import Download, DownloadResult, download_files
 from orchestrator.transfer.progress import TransferProgress
 from remote_payload.agent import send
 from remote_payload.wire.layout import NodeLayout
@@ -41,6 +41,23 @@ MIB = 1024 * 1024
 AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
 STUBBORN = ReconnectPolicy(max_fruitless=1000, first_wait_s=0.0, longest_wait_s=0.0)
 AGENT = [sys.executable, "-m", "remote_payload", "agent", "stream"]
+
+
+def download_artifact(opener: StreamOpener, path: str, target: Path, size: int, digest: str) -> DownloadResult:
+    """One file whose size and SHA-256 the manifest tells."""
+    return download_files(opener, [Download(path, target, size, digest)])
+
+
+def download_file(
+    opener: StreamOpener,
+    path: str,
+    target: Path,
+    on_progress: Callable[[TransferProgress], None] | None = None,
+    *,
+    may_grow: bool = False,
+) -> DownloadResult:
+    """One file of which nothing is known."""
+    return download_files(opener, [Download(path, target, may_grow=may_grow)], on_progress=on_progress)
 
 
 class OnceOnly(ThreadOpener):
@@ -389,11 +406,11 @@ def test_a_full_disk_here_is_told_and_the_fetch_goes_on_after_room_was_made(root
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))"
     fetch = (
         "from pathlib import Path\n"
-        "from orchestrator.transfer.download import download_artifact\n"
+        "from orchestrator.transfer.download import Download, download_files\n"
         "from tests.support.agent_streams import ProcessOpener\n"
         f"opener = ProcessOpener(Path({str(root)!r}), lambda request: [*{AGENT!r}, request])\n"
         f"target, size, digest = Path({str(target)!r}), {len(content)}, {sha256(content)!r}\n"
-        f"done = download_artifact(opener, {path!r}, target, size, digest)\n"
+        f"done = download_files(opener, [Download({path!r}, target, size, digest)])\n"
         "print(done.bytes_received)\n"
     )
     full = subprocess.run([sys.executable, "-c", f"{limit}\n{fetch}"], capture_output=True, timeout=60)
