@@ -45,6 +45,11 @@ def kill(attempt: Attempt) -> None:
     attempt.wait_for("the supervisor is gone", lambda: not machine.is_alive(supervisor))
 
 
+def thread_states(pid: int) -> list[str]:
+    """The state letter of each thread of `pid`, as the kernel has it in /proc."""
+    return [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+
+
 def test_a_supervisor_killed_at_any_moment_leaves_a_readable_state(node: AgentNode) -> None:
     source = (
         "import time\n"
@@ -92,6 +97,8 @@ def test_cancel_kills_what_a_dead_supervisor_left_and_says_so(node: AgentNode) -
     attempt = node.start(WAITS)
     job = from_json(ProcessIdentity, attempt.wait_for_phase("run")["process"])
     os.kill(job.pid, signal.SIGSTOP)
+    # A stop reaches the threads one by one; the one that watches the lifeline must have stopped before it ends.
+    attempt.wait_for("every thread of the job has stopped", lambda: set(thread_states(job.pid)) == {"T"})
     kill(attempt)
     assert machine.is_alive(job)
     assert "killed what was left of work" in attempt.cancel()["note"]
