@@ -27,6 +27,11 @@ class Source:
         self._descriptor = _open(path)
         self.size = os.fstat(self._descriptor).st_size
 
+    @property
+    def descriptor(self) -> int:
+        """For reading by position, as long as the source is open."""
+        return self._descriptor
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes. Raises `TruncatedCheckpointError` if the file ends before."""
         if offset + length > self.size:

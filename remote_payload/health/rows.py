@@ -177,11 +177,12 @@ def _hashes(bits: Array, column: int) -> Array:
     # The spread keeps sums of products from depending on the elements' low bits alone.
     words *= np.uint64(0x9E3779B97F4A7C15)
     words ^= words >> np.uint64(29)
-    words *= _multipliers(bits.shape[1] + column)[column:]
+    words *= multipliers(bits.shape[1] + column)[column:]
     return words.sum(axis=1, dtype=np.uint64)
 
 
-def _multipliers(count: int) -> Array:
+def multipliers(count: int) -> Array:
+    """What the hash multiplies the elements of a row's first `count` columns by: odd numbers of 64 bits."""
     return _multiplier_table(1 << max(10, (count - 1).bit_length()))[:count]
 
 

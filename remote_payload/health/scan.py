@@ -22,6 +22,8 @@ from remote_payload.health.blocks import Block, iter_blocks, plan_scan
 from remote_payload.health.distribution import Array
 from remote_payload.health.facts import ScanResult
 from remote_payload.health.joiner import Joiner
+from remote_payload.health.native import MIN_BYTES, load_native
+from remote_payload.health.native_worker import NATIVE_BLOCK_BYTES, NativeWorker
 from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
@@ -31,7 +33,7 @@ MAX_CPU_THREADS = 32
 MAX_CUDA_THREADS = 16
 _BLOCKS_IN_FLIGHT_PER_THREAD = 2
 
-_SWITCH_INTERVAL_S = 0.0005
+_SWITCH_INTERVAL_S = 0.0001
 
 Progress = Callable[[int, int], None]
 
@@ -45,10 +47,17 @@ class Worker(Protocol):
         """What it counted of a closed group and kept to itself."""
 
 
-def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes: Optional[int] = None) -> ScanResult:
+def scan(
+    header: CheckpointHeader,
+    device: str,
+    progress: Progress,
+    block_bytes: Optional[int] = None,
+    by_native: Optional[bool] = None,
+) -> ScanResult:
     """Read every record of a checkpoint once. `progress(bytes_done, bytes_total)` is called as blocks are joined.
 
-    Bytes that cannot be read are reported in the result, not raised. `device` is `cpu` or a CUDA device.
+    Bytes that cannot be read are reported in the result, not raised. `device` is `cpu` or a CUDA device. `by_native`:
+    on the CPU, whether compiled kernels are used where they can be made; None leaves it to the checkpoint's size.
     """
     plan = plan_scan(header)
     on_cuda = torch.device(device).type == "cuda"
@@ -58,7 +67,7 @@ def scan(header: CheckpointHeader, device: str, progress: Progress, block_bytes:
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
-        worker, size = _make_worker(state, device, threads, block_bytes)
+        worker, size = _make_worker(state, device, threads, block_bytes, by_native)
         joiner.take_counts = worker.take_counts
         done = 0
         for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
@@ -79,15 +88,21 @@ def _nothing_kept(_group: int) -> Optional[Array]:
     return None
 
 
-def _make_worker(state: ScanState, device: str, threads: int, block_bytes: Optional[int]) -> tuple[Worker, int]:
+def _make_worker(
+    state: ScanState, device: str, threads: int, block_bytes: Optional[int], by_native: Optional[bool]
+) -> tuple[Worker, int]:
     """The worker and the size of the blocks that it takes."""
     if torch.device(device).type == "cuda":
         from remote_payload.health.cuda_worker import CudaWorker
 
         size = block_bytes or CUDA_BLOCK_BYTES
         return CudaWorker(state, torch.device(device), threads, size), size
-    size = block_bytes or CPU_BLOCK_BYTES
-    return CpuWorker(state, threads, size), size
+    if by_native is None:
+        by_native = state.plan.total_bytes >= MIN_BYTES
+    kernels = load_native() if by_native else None
+    size = block_bytes or (CPU_BLOCK_BYTES if kernels is None else NATIVE_BLOCK_BYTES)
+    worker = CpuWorker(state, threads, size)
+    return (worker if kernels is None else NativeWorker(state, kernels, threads, worker)), size
 
 
 def _in_order(
@@ -121,7 +136,7 @@ def _one_thread_per_worker() -> Iterator[None]:
     """Every worker computes on its own block; torch's own threads would only fight over the same cores."""
     before, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
-    # A worker that has its data must not wait 5 ms for another to let go of the interpreter.
+    # A worker that has its data must not wait 5 ms, Python's own interval, for another to let go of the interpreter.
     sys.setswitchinterval(min(interval, _SWITCH_INTERVAL_S))
     try:
         yield

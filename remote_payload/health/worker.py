@@ -85,12 +85,16 @@ class CpuWorker:
     def __init__(self, state: ScanState, threads: int, block_bytes: int) -> None:
         self._state = state
         self._swap = state.header.byte_order == "big"
-        self._buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._buffer_bytes = buffer_bytes(state.header, state.plan, block_bytes)
+        self._buffers: queue.SimpleQueue[Optional[torch.Tensor]] = queue.SimpleQueue()
         for _ in range(threads):
-            self._buffers.put(torch.empty(buffer_bytes(state.header, state.plan, block_bytes), dtype=torch.uint8))
+            # Made where it is first used: the compiled kernels leave little to this worker.
+            self._buffers.put(None)
 
     def __call__(self, block: Block) -> BlockOutcome:
         buffer = self._buffers.get()
+        if buffer is None:
+            buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8)
         try:
             return self._reduce(block, buffer)
         except CheckpointError as error:

@@ -1,0 +1,218 @@
+"""The pass on the CPU by compiled C: compiled once for this processor, kept, and loaded. Without a compiler, None."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Optional
+
+from remote_payload.health import native_source as source
+from remote_payload.health.distribution import Array
+
+CACHE_VARIABLE = "REMOTE_EVAL_CACHE"
+"""Names the folder for what can be made again; otherwise the user's own."""
+MIN_BYTES = 64 << 20
+"""Below this a checkpoint is read before a compiler has ended. By size alone, so that numbers never depend on luck."""
+KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
+
+_COMPILERS = ("cc", "gcc", "clang")
+_COMPILE_LIMIT_S = 60.0
+# Contraction would round a step once where Adam's arithmetic rounds twice.
+_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-strict-aliasing",
+)
+_NATIVE = ("-march=native",)
+
+
+class PieceArguments(ctypes.Structure):
+    """`Piece` of the C source."""
+
+    _fields_ = [
+        ("start", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("position", ctypes.c_uint64),
+        ("kind", ctypes.c_int32),
+        ("nan_count", ctypes.c_int32),
+        ("inf_count", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("counts", ctypes.c_void_p),
+        ("moments", ctypes.c_void_p),
+        ("columns", ctypes.c_uint64),
+        ("first", ctypes.c_uint64),
+        ("squares", ctypes.c_void_p),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("hashes", ctypes.c_void_p),
+        ("alive", ctypes.c_void_p),
+        ("multipliers", ctypes.c_void_p),
+        ("nan", ctypes.c_uint64 * source.LOCATIONS),
+        ("inf", ctypes.c_uint64 * source.LOCATIONS),
+    ]
+
+
+class SpanArguments(ctypes.Structure):
+    """`Span` of the C source."""
+
+    _fields_ = [
+        ("offset", ctypes.c_uint64),
+        ("length", ctypes.c_uint64),
+        ("file", ctypes.c_int32),
+        ("wants_crc", ctypes.c_int32),
+        ("crc", ctypes.c_uint32),
+        ("pieces", ctypes.c_int32),
+        ("piece", ctypes.POINTER(PieceArguments)),
+    ]
+
+
+class JobArguments(ctypes.Structure):
+    """`Job` of the C source."""
+
+    _fields_ = [
+        ("spans", ctypes.c_int32),
+        ("has_joint", ctypes.c_int32),
+        ("span", ctypes.POINTER(SpanArguments)),
+        ("rate", ctypes.c_float),
+        ("rate_at_peak", ctypes.c_float),
+        ("root", ctypes.c_float),
+        ("eps", ctypes.c_float),
+        ("joint", ctypes.c_uint64 * 7),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class NativeKernels:
+    """The loaded library. Its calls let other threads run."""
+
+    def __init__(self, path: str) -> None:
+        library = ctypes.CDLL(path)
+        self._run = library.run
+        self._run.argtypes = [ctypes.POINTER(JobArguments)]
+        self._checksum = library.checksum
+        self._checksum.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+        self._checksum.restype = ctypes.c_uint32
+        self.rounds_half = bool(library.has_half())
+        """Whether the joint counts of a float16 parameter are right; not every compiler knows the type."""
+
+    def run(self, job: JobArguments) -> int:
+        """0, an error's number, or -1 for a file that ends early. The scratch must be zero, and is afterwards if 0."""
+        return int(self._run(ctypes.byref(job)))
+
+    def checksum(self, data: Array) -> int:
+        """CRC-32 of an array of bytes."""
+        return int(self._checksum(data.ctypes.data, data.nbytes))
+
+
+@functools.lru_cache(maxsize=1)
+def load_native() -> Optional[NativeKernels]:
+    """Compile if need be, and load; None where there is no compiler or what it makes does not load.
+
+    What was compiled is kept in a folder that only this user can write to, under a name that holds the source, the
+    compiler and the processor: homes are shared between unlike machines.
+    """
+    found = (shutil.which(name) for name in _COMPILERS)
+    compiler = next((c for c in found if c is not None), None)
+    if compiler is None:
+        return None
+    folder = _own_folder()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="remote-eval-native-") as temporary:
+            return _load(compiler, os.path.join(temporary, "native.so"))
+    return _load(compiler, os.path.join(folder, f"native-{_key(compiler)}.so"))
+
+
+def _load(compiler: str, path: str) -> Optional[NativeKernels]:
+    kept = _load_kept(path) if _is_ours(path) else None
+    try:
+        return kept or (NativeKernels(path) if _compile(compiler, path) else None)
+    except (OSError, AttributeError):
+        return None
+
+
+def _load_kept(path: str) -> Optional[NativeKernels]:
+    """None for one that was damaged since it was made: it is made again."""
+    try:
+        return NativeKernels(path)
+    except (OSError, AttributeError):
+        return None
+
+
+def _compile(compiler: str, path: str) -> bool:
+    """Make `path` at once as a whole. Another process that does the same makes the same."""
+    with tempfile.TemporaryDirectory(prefix=".native-", dir=os.path.dirname(path)) as folder:
+        code, made = os.path.join(folder, "native.c"), os.path.join(folder, "native.so")
+        with open(code, "w", encoding="utf-8") as file:
+            file.write(source.SOURCE)
+        for flags in (_NATIVE, ()):
+            if _runs([compiler, *_FLAGS, *flags, "-o", made, code, "-lm"]):
+                os.replace(made, path)
+                return True
+    return False
+
+
+def _runs(command: Sequence[str]) -> bool:
+    try:
+        done = subprocess.run(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_COMPILE_LIMIT_S,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _own_folder() -> Optional[str]:
+    """A folder that belongs to this user, whom nobody else can slip a library into; None if there can be none."""
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    folder = os.environ.get(CACHE_VARIABLE) or os.path.join(cache, "remote-eval")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+    except OSError:
+        return None
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if private and os.access(folder, os.W_OK) else None
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def _key(compiler: str) -> str:
+    real = os.path.realpath(compiler)
+    status = os.stat(real)
+    parts = (source.SOURCE, *_FLAGS, real, str(status.st_mtime_ns), str(status.st_size), platform.machine())
+    return hashlib.sha256("\0".join((*parts, _processor())).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """What the compiler's choice of instructions depends on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            text = file.read(1 << 20).split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "features", "cpu part", "cpu implementer")
+    return "\n".join(line for line in text.splitlines() if line.split(":")[0].strip().lower() in wanted)

@@ -1,0 +1,240 @@
+"""The compiled kernels against the ones in torch and numpy: the same document from either."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from remote_payload.checkpoint import read_header
+from remote_payload.health import native
+from remote_payload.health.native import CACHE_VARIABLE, NativeKernels, load_native
+from remote_payload.health.scan import scan
+
+
+@pytest.fixture(scope="module")
+def kernels() -> NativeKernels:
+    found = load_native()
+    assert found is not None, "this machine has a compiler"
+    return found
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What `load_native` found for other tests is not found again for this one, nor this one's for them."""
+    load_native.cache_clear()
+    yield
+    load_native.cache_clear()
+
+
+def hard_checkpoint() -> dict[str, Any]:
+    """Every type with NaN, infinities, denormals, constants, dead rows and columns, odd sizes, Adam's moments."""
+    generator = torch.Generator().manual_seed(1)
+    state: dict[str, Any] = {}
+    moments: dict[int, Any] = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for rows, columns in ((300, 1031), (3, 70000), (5000, 33), (1, 7), (2048, 1)):
+            weight = torch.randn(rows, columns, generator=generator) * 0.02
+            weight[::7, ::3] *= 1e-6
+            if rows > 100 and columns > 10:
+                weight[5], weight[9], weight[11], weight[rows - 1] = 0, 0.25, weight[3], weight[3]
+                weight[:, 4] = 0
+                weight[20, 3], weight[21, 2], weight[22, 1] = float("nan"), float("inf"), -float("inf")
+                weight[24, 5:11], weight[25, 5:8] = float("nan"), float("inf")
+                weight[26, 1:4], weight[27, 2], weight[28, 6] = -0.0, 1e-41, torch.finfo(torch.float32).max
+                weight[30:40, 5] = 1.0
+            state[f"block.{str(dtype)[6:]}_{rows}.weight"] = weight.to(dtype)
+            first = torch.randn(rows, columns, generator=generator) * 1e-4
+            second = torch.randn(rows, columns, generator=generator).abs() * 1e-7
+            second[:, 0], second[-1, -1] = 0, -1.0
+            kind = torch.float32 if rows == 3 else dtype
+            moments[len(moments)] = {
+                "step": torch.tensor(200.0),
+                "exp_avg": first.to(kind),
+                "exp_avg_sq": second.to(kind),
+            }
+    state["block.norm.weight"] = torch.ones(513, dtype=torch.bfloat16)
+    state["block.norm.num_batches_tracked"] = torch.tensor(7)
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(moments)}
+    return {"model_state_dict": state, "optimizer_state_dict": {"state": moments, "param_groups": [group]}}
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for name, item in value.items() for k, v in flat(item, f"{at}/{name}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for n, item in enumerate(value) for k, v in flat(item, f"{at}/{n}").items()}
+    return {at: value}
+
+
+def differences(path: Path, block_bytes: int | None) -> list[tuple[str, Any, Any]]:
+    header = read_header(str(path))
+    by_torch, compiled = (
+        flat(dataclasses.asdict(scan(header, "cpu", lambda _done, _total: None, block_bytes, by_native)))
+        for by_native in (False, True)
+    )
+    assert len(by_torch) > 100
+    return [
+        (key, by_torch.get(key), compiled.get(key))
+        for key in by_torch.keys() | compiled.keys()
+        if not same(by_torch.get(key), compiled.get(key))
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or math.isclose(a, b, rel_tol=1e-11, abs_tol=1e-300)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("block_bytes", [None, 1 << 20, 96])
+def test_both_kernels_say_the_same_of_every_hard_value(
+    kernels: NativeKernels, tmp_path: Path, block_bytes: int | None
+) -> None:
+    path = tmp_path / "hard.pt"
+    document = hard_checkpoint()
+    if block_bytes == 96:
+        document["model_state_dict"] = {k: v[:40, :40] for k, v in list(document["model_state_dict"].items())[:18]}
+        del document["optimizer_state_dict"]
+    torch.save(document, path)
+    assert differences(path, block_bytes) == []
+
+
+def test_both_kernels_say_the_same_where_many_tensors_share_one_record(kernels: NativeKernels, tmp_path: Path) -> None:
+    path = tmp_path / "many.safetensors"
+    save_file({k: v.clone() for k, v in hard_checkpoint()["model_state_dict"].items()}, path)
+    assert differences(path, None) == []
+    assert differences(path, 1 << 16) == []
+
+
+def test_both_kernels_say_the_same_of_overlapping_views(kernels: NativeKernels, tmp_path: Path) -> None:
+    path = tmp_path / "views.pt"
+    base = torch.randn(700, 300)
+    torch.save({"state_dict": {"a.weight": base, "b.weight": base[100:], "c.weight": base[:200], "d": base[5]}}, path)
+    assert differences(path, None) == []
+
+
+def test_a_flipped_bit_is_a_wrong_checksum_by_the_compiled_kernels_too(kernels: NativeKernels, tmp_path: Path) -> None:
+    path = tmp_path / "flipped.pt"
+    torch.save({"state_dict": {"a.weight": torch.randn(300, 300), "b.weight": torch.randn(300, 300)}}, path)
+    tensor = read_header(str(path)).tensor("b.weight")
+    data = bytearray(path.read_bytes())
+    data[(tensor.file_offset or 0) + 12345] ^= 0x10
+    path.write_bytes(data)
+    header = read_header(str(path))
+    assert len(scan(header, "cpu", lambda _d, _t: None, None, True).checksums.mismatches) == 1
+
+
+def test_a_file_that_became_shorter_is_an_error_of_its_record(kernels: NativeKernels, tmp_path: Path) -> None:
+    path = tmp_path / "short.pt"
+    torch.save({"state_dict": {"a.weight": torch.randn(300, 300), "b.weight": torch.randn(300, 300)}}, path)
+    header = read_header(str(path))
+    os.truncate(path, (header.tensor("b.weight").file_offset or 0) + 1000)
+    result = scan(header, "cpu", lambda _d, _t: None, None, True)
+    assert set(result.stats) == {"a.weight"}
+    assert any("became shorter" in reason for reason in result.read_errors.values())
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 63, 64, 127, 128, 129, 191, 192, 1000, 65536, 100_003])
+def test_the_checksum_is_zlibs(kernels: NativeKernels, length: int) -> None:
+    data = np.random.default_rng(length).integers(0, 256, length + 3, dtype=np.uint8)
+    for start in range(3):
+        assert kernels.checksum(data[start : start + length]) == zlib.crc32(data[start : start + length].tobytes())
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert load_native() is not None
+    (made,) = (tmp_path / "cache").iterdir()
+    before = made.stat().st_mtime_ns
+    load_native.cache_clear()
+    assert load_native() is not None
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [before]
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_library_that_others_could_have_put_there_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv(CACHE_VARIABLE, str(shared))
+    assert load_native() is not None
+    assert list(shared.iterdir()) == []
+
+
+def test_a_damaged_library_in_the_cache_is_made_again(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    code = "from remote_payload.health.native import load_native; print(load_native().checksum)"
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, CACHE_VARIABLE: str(cache)}, timeout=120, check=True
+        )
+        (made,) = cache.iterdir()
+        assert made.read_bytes()[:4] == b"\x7fELF"
+        made.write_bytes(b"no library")
+
+
+@pytest.mark.parametrize("script", ["exit 1", "exit 0"])
+def test_a_compiler_that_makes_nothing_means_torchs_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, script: str
+) -> None:
+    compiler = tmp_path / "bin" / "cc"
+    compiler.parent.mkdir()
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(compiler.parent))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert load_native() is None
+    path = tmp_path / "small.pt"
+    torch.save({"state_dict": {"a.weight": torch.randn(30, 30)}}, path)
+    assert len(scan(read_header(str(path)), "cpu", lambda _d, _t: None, None, True).stats) == 1
+
+
+def test_no_compiler_means_torchs_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load_native() is None
+
+
+def test_a_compiler_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_COMPILE_LIMIT_S", 0.2)
+    assert load_native() is None
+
+
+def test_a_large_checkpoint_gets_compiled_kernels_by_itself(tmp_path: Path) -> None:
+    path, cache = tmp_path / "large.pt", tmp_path / "cache"
+    torch.save({"state_dict": {"a.weight": torch.ones(2**24 + 5)}}, path)
+    code = (
+        "import sys; from remote_payload.checkpoint import read_header; from remote_payload.health.scan import scan;"
+        "result = scan(read_header(sys.argv[1]), 'cpu', lambda d, t: None);"
+        "print(result.stats['a.weight'].one_fraction)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        env={**os.environ, CACHE_VARIABLE: str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "1.0"
+    assert [p.suffix for p in cache.iterdir()] == [".so"]
