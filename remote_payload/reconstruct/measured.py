@@ -45,7 +45,10 @@ class Evaluated:
     """All evaluated samples of one modality: `targets` and `predictions` `(n, d)`, one sample a row.
 
     `train_mean` `(d,)` and `commonest_codes` `(k,)` come from the training reference, None without one. `ordered`: the
-    samples are consecutive in time, at most across a few cuts.
+    samples are consecutive in time, at most across a few cuts. `baselines` holds what simple predictors give for the
+    same samples `(n, d)`, by name. `latents` are the model's latents of targets and of predictions, each `(n, l)`.
+    `groups`, `stimuli` and `subjects` name each row's group, what was presented and to whom, empty where nobody said:
+    rows of one stimulus (and subject) are repeats.
     """
 
     modality: Modality
@@ -56,6 +59,11 @@ class Evaluated:
     ordered: bool
     dependence: int
     seed: int
+    baselines: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    latents: Optional[tuple[NDArray[Any], NDArray[Any]]] = None
+    groups: tuple[str, ...] = ()
+    stimuli: tuple[str, ...] = ()
+    subjects: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
