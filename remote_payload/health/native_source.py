@@ -22,7 +22,7 @@ SOURCE = r"""
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
-#if defined(__PCLMUL__) && defined(__SSE4_1__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_CRC32)
 #include <arm_acle.h>
@@ -33,6 +33,12 @@ typedef double d8 __attribute__((vector_size(64)));
 typedef u64 w8 __attribute__((vector_size(64)));
 typedef u32 i8x __attribute__((vector_size(32)));
 typedef u16 h8 __attribute__((vector_size(16)));
+/* Where a product and a sum may be rounded once; Adam's arithmetic, elsewhere, rounds twice. */
+#if defined(__clang__) || !defined(__GNUC__)
+#define CONTRACTED
+#else
+#define CONTRACTED __attribute__((optimize("fp-contract=fast")))
+#endif
 enum { BF16 = 0, FP16 = 1, FP32 = 2 };
 enum { TILE = 1 << 17, MOMENT_TILE = 4096, LOCATIONS = 5, BINS = 1 << 16 };
 
@@ -62,6 +68,17 @@ typedef struct {
 
 static float as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 static u32 as_bits(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
+
+/* Of eight values in memory. Compilers split what one instruction does. */
+#ifdef __AVX512F__
+static inline d8 doubles_of(const float* x) { return (d8)_mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+static inline w8 words_of_16(const u16* x) { return (w8)_mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)x)); }
+static inline w8 words_of_32(const u32* x) { return (w8)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)x)); }
+#else
+static inline d8 doubles_of(const float* x) { f8 v; memcpy(&v, x, 32); return __builtin_convertvector(v, d8); }
+static inline w8 words_of_16(const u16* x) { h8 v; memcpy(&v, x, 16); return __builtin_convertvector(v, w8); }
+static inline w8 words_of_32(const u32* x) { i8x v; memcpy(&v, x, 32); return __builtin_convertvector(v, w8); }
+#endif
 
 /* CRC-32 of zlib's polynomial, without the inversions before and after. */
 static u32 table[8][256];
@@ -162,54 +179,71 @@ static void add_part(double* total, double n, double mean, double squares, doubl
 }
 static double sum_of(d8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
-/* Finite values only: their counts, the mean, then the powers of distances from it. */
-static void add_finite(const float* x, u64 n, double* total) {
-    if (!n) return;
+/* What lies between which integers that are in the order of the floats, and the smallest size, as bits. */
+typedef struct { int32_t least, most; u32 smallest; } Range;
+static int32_t order_of(u32 bits) { return (int32_t)(bits ^ ((u32)((int32_t)bits >> 31) & 0x7FFFFFFFu)); }
+static float of_order(int32_t order) { return as_float((u32)order ^ ((u32)(order >> 31) & 0x7FFFFFFFu)); }
+static Range range_of(const float* x, u64 n) {
     const u32* bits = (const u32*)x;
-    u32 zeros = 0, ones = 0, over = 0, denormal = 0, saturated = 0;
     int32_t least = INT32_MAX, most = INT32_MIN;
+    u32 smallest = 0xFFFFFFFFu;
     for (u64 i = 0; i < n; i++) {
         const u32 size = bits[i] & 0x7FFFFFFFu;
-        /* As integers in the order of the floats. */
-        const int32_t order = (int32_t)(bits[i] ^ ((u32)((int32_t)bits[i] >> 31) & 0x7FFFFFFFu));
+        const int32_t order = order_of(bits[i]);
         least = order < least ? order : least; most = order > most ? order : most;
-        zeros += size == 0; ones += bits[i] == 0x3F800000u; over += size > 0x477FE000u;
-        denormal += size - 1 < 0x007FFFFFu; saturated += size == 0x7F7FFFFFu;
+        smallest = size < smallest ? size : smallest;
     }
-    const double low = (double)as_float((u32)least ^ ((u32)(least >> 31) & 0x7FFFFFFFu)) + 0.0;
-    const double high = (double)as_float((u32)most ^ ((u32)(most >> 31) & 0x7FFFFFFFu)) + 0.0;
+    const Range found = {least, most, smallest};
+    return found;
+}
+static int has_strange(Range r) { return r.most >= 0x7F800000 || r.least <= ~0x7F800000; }
+
+/* What is rare is looked for only where the range allows it. */
+static void count_special(const float* x, u64 n, Range r, double low, double high, double* total) {
+    const u32* bits = (const u32*)x;
+    u32 zeros = 0, ones = 0, over = 0, denormal = 0, saturated = 0;
+    if (r.smallest < 0x00800000u)
+        for (u64 i = 0; i < n; i++) {
+            const u32 size = bits[i] & 0x7FFFFFFFu;
+            zeros += size == 0; denormal += size - 1 < 0x007FFFFFu;
+        }
+    if (low <= 1 && high >= 1) for (u64 i = 0; i < n; i++) ones += bits[i] == 0x3F800000u;
+    if (low < -65504 || high > 65504)
+        for (u64 i = 0; i < n; i++) {
+            const u32 size = bits[i] & 0x7FFFFFFFu;
+            over += size > 0x477FE000u; saturated += size == 0x7F7FFFFFu;
+        }
     total[4] += zeros; total[5] += ones; total[6] += over; total[7] += denormal; total[8] += saturated;
+}
+/* Finite values only: their counts, the mean, then the powers of distances from it. */
+static void CONTRACTED add_finite(const float* x, u64 n, Range r, double* total) {
+    if (!n) return;
+    const double low = (double)of_order(r.least) + 0.0, high = (double)of_order(r.most) + 0.0;
+    count_special(x, n, r, low, high, total);
     if (total[0] == 0 || low < total[9]) total[9] = low;
     if (total[0] == 0 || high > total[10]) total[10] = high;
     if (low == high) { add_part(total, (double)n, low, 0, 0, 0); return; }
-    d8 a = {0}, b = {0};
+    d8 sums[4] = {{0}};
     u64 i = 0;
-    for (; i + 16 <= n; i += 16) {
-        f8 p, q; memcpy(&p, x + i, 32); memcpy(&q, x + i + 8, 32);
-        a += __builtin_convertvector(p, d8); b += __builtin_convertvector(q, d8);
-    }
-    double sum = sum_of(a + b);
+    for (; i + 32 <= n; i += 32)
+        for (int k = 0; k < 4; k++) sums[k] += doubles_of(x + i + 8 * k);
+    double sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (u64 k = i; k < n; k++) sum += x[k];
     const double mean = sum / (double)n;
-    d8 two[2] = {{0}}, three[2] = {{0}}, four[2] = {{0}};
-    for (i = 0; i + 16 <= n; i += 16)
-        for (int k = 0; k < 2; k++) {
-            f8 p; memcpy(&p, x + i + 8 * k, 32);
-            const d8 d = __builtin_convertvector(p, d8) - mean, s = d * d;
+    d8 two[4] = {{0}}, three[4] = {{0}}, four[4] = {{0}};
+    for (i = 0; i + 32 <= n; i += 32)
+        for (int k = 0; k < 4; k++) {
+            const d8 d = doubles_of(x + i + 8 * k) - mean, s = d * d;
             two[k] += s; three[k] += s * d; four[k] += s * s;
         }
-    double squares = sum_of(two[0] + two[1]), cubes = sum_of(three[0] + three[1]), fourths = sum_of(four[0] + four[1]);
+    double squares = sum_of((two[0] + two[1]) + (two[2] + two[3]));
+    double cubes = sum_of((three[0] + three[1]) + (three[2] + three[3]));
+    double fourths = sum_of((four[0] + four[1]) + (four[2] + four[3]));
     for (; i < n; i++) {
         const double d = x[i] - mean, s = d * d;
         squares += s; cubes += s * d; fourths += s * s;
     }
     add_part(total, (double)n, mean, squares, cubes, fourths);
-}
-static int has_strange(const float* x, u64 n) {
-    const u32* bits = (const u32*)x;
-    u32 found = 0;
-    for (u64 i = 0; i < n; i++) found |= (bits[i] & 0x7F800000u) == 0x7F800000u;
-    return (int)found;
 }
 static void note_strange(Piece* p, const float* x, u64 n, u64 at) {
     for (u64 i = 0; i < n; i++) {
@@ -223,7 +257,8 @@ static void add_moments(Piece* p, const float* x, u64 n, u64 at, float* room) {
     for (u64 begin = 0; begin < n; begin += MOMENT_TILE) {
         const u64 count = n - begin < MOMENT_TILE ? n - begin : MOMENT_TILE;
         const float* part = x + begin;
-        if (!has_strange(part, count)) { add_finite(part, count, p->moments); continue; }
+        const Range range = range_of(part, count);
+        if (!has_strange(range)) { add_finite(part, count, range, p->moments); continue; }
         note_strange(p, part, count, at + begin);
         u64 kept = 0;
         for (u64 i = 0; i < count; i++) {
@@ -232,12 +267,12 @@ static void add_moments(Piece* p, const float* x, u64 n, u64 at, float* room) {
             else if (size > 0x7F800000u) p->moments[1]++;
             else p->moments[2 + (bits >> 31)]++;
         }
-        add_finite(room, kept, p->moments);
+        add_finite(room, kept, range_of(room, kept), p->moments);
     }
 }
 
 /* One stretch of one row. */
-static void add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u64 column) {
+static void CONTRACTED add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u64 column) {
     const u64* multipliers = p->multipliers + column;
     d8 squares[2] = {{0}};
     w8 hashes = {0};
@@ -245,8 +280,7 @@ static void add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u6
     u64 i = 0;
     for (; i + 16 <= n; i += 16)
         for (int k = 0; k < 2; k++) {
-            f8 v; memcpy(&v, x + i + 8 * k, 32);
-            const d8 d = __builtin_convertvector(v, d8);
+            const d8 d = doubles_of(x + i + 8 * k);
             squares[k] += d * d;
         }
     double sum = sum_of(squares[0] + squares[1]);
@@ -256,8 +290,8 @@ static void add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u6
     if (p->kind == FP32) {
         const u32* bits = (const u32*)data;
         for (; i + 8 <= n; i += 8) {
-            i8x v; w8 m; memcpy(&v, bits + i, 32); memcpy(&m, multipliers + i, 64);
-            w8 word = __builtin_convertvector(v, w8) * 0x9E3779B97F4A7C15ull;
+            w8 m; memcpy(&m, multipliers + i, 64);
+            w8 word = words_of_32(bits + i) * 0x9E3779B97F4A7C15ull;
             word ^= word >> 29;
             hashes += word * m;
         }
@@ -269,8 +303,8 @@ static void add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u6
     } else {
         const u16* bits = (const u16*)data;
         for (; i + 8 <= n; i += 8) {
-            h8 v; w8 m; memcpy(&v, bits + i, 16); memcpy(&m, multipliers + i, 64);
-            w8 word = __builtin_convertvector(v, w8) * 0x9E3779B97F4A7C15ull;
+            w8 m; memcpy(&m, multipliers + i, 64);
+            w8 word = words_of_16(bits + i) * 0x9E3779B97F4A7C15ull;
             word ^= word >> 29;
             hashes += word * m;
         }
@@ -314,7 +348,8 @@ static void reduce(Piece* p, const u8* data, u64 n, u64 at, float* room, u32* bi
     }
     count_16((const u16*)data, n, bins, bins + BINS);
     const float* x = widen(data, n, p->kind, room);
-    if (p->nan_count < LOCATIONS || p->inf_count < LOCATIONS) if (has_strange(x, n)) note_strange(p, x, n, at);
+    if (p->nan_count < LOCATIONS || p->inf_count < LOCATIONS)
+        if (has_strange(range_of(x, n))) note_strange(p, x, n, at);
     if (p->columns) add_rows(p, data, x, n, at);
 }
 
@@ -332,20 +367,24 @@ static float round_fp16(float x) {
 static void add_joint(Job* job, const float* w, const float* m, const float* v, u64 n, int kind) {
     const float rate = job->rate, at_peak = job->rate_at_peak, root = job->root, eps = job->eps;
     u32 found[7] = {0};
-    #define JOINT(ROUNDED) \
+    /* At the peak's rate too only where it is another. */
+    #define JOINT(ROUNDED, PEAK) \
         for (u64 i = 0; i < n; i++) { \
-            const float under = sqrtf(v[i]) * root + eps, step = m[i] * rate / under, peak = m[i] * at_peak / under; \
+            const float under = sqrtf(v[i]) * root + eps, step = m[i] * rate / under; \
             const u32 valid = ((as_bits(w[i]) & 0x7F800000u) != 0x7F800000u) \
                 & ((as_bits(step) & 0x7F800000u) != 0x7F800000u) & (step != 0); \
-            const u32 stays = valid & (ROUNDED(w[i] - step) == w[i]), later = valid & (ROUNDED(w[i] - peak) == w[i]); \
+            const u32 stays = valid & (ROUNDED(w[i] - step) == w[i]), later = valid & (PEAK); \
             const u32 one = valid & (w[i] == 1.0f); \
             found[0] += valid; found[1] += stays; found[2] += later; \
             found[3] += one; found[4] += one & stays; found[5] += one & later; \
             found[6] += (w[i] == 0) & (v[i] > 0); \
         }
-    if (kind == BF16) JOINT(round_bf16)
-    else if (kind == FP16) JOINT(round_fp16)
-    else JOINT()
+    #define BOTH(ROUNDED) \
+        if (rate == at_peak) JOINT(ROUNDED, stays) \
+        else JOINT(ROUNDED, ROUNDED(w[i] - m[i] * at_peak / under) == w[i])
+    if (kind == BF16) { BOTH(round_bf16) }
+    else if (kind == FP16) { BOTH(round_fp16) }
+    else { BOTH() }
     for (int k = 0; k < 7; k++) job->joint[k] += found[k];
 }
 
