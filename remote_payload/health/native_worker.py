@@ -20,7 +20,7 @@ from remote_payload.health.rows import RowPart, RowShape, multipliers
 from remote_payload.health.stats import Moments
 from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState, SpanOutcome
 
-NATIVE_BLOCK_BYTES = 32 * 1024 * 1024
+NATIVE_BLOCK_BYTES = 64 * 1024 * 1024
 """Only what is returned takes memory: a block is read tile by tile."""
 
 
