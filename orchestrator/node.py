@@ -154,12 +154,13 @@ class Node:
                 wait_s = min(wait_s * 2, self.profile.retry.longest_wait_s)
 
     def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
-        """Start a stream verb; returns when the agent reads, with everything before its ready line thrown away."""
+        """Start a stream verb, on a connection of its own where one can be had; returns when the agent reads, with
+        everything before its ready line thrown away."""
         self._ensure_payload()
         nonce = secrets.token_hex(16)
         text = self._encode(verb, nonce, to_json(request))
         script = scripts.stream_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, text)
-        stream = self._ensure_transport().open_stream(script, idle_timeout_s=idle_timeout_s)
+        stream = self._ensure_transport().open_bulk_stream(script, idle_timeout_s=idle_timeout_s)
         try:
             self._await_ready(stream, nonce)
         except BaseException:

@@ -65,6 +65,7 @@ class EffectiveConfig:
     host_based: bool = False
     preferred_authentications: tuple[str, ...] = ()
     address_family: Literal["any", "inet", "inet6"] = "any"
+    ciphers: tuple[str, ...] = ()
     only_openssh: tuple[str, ...] = ()
     facts: LocalFacts = LocalFacts()
 
@@ -171,6 +172,7 @@ def effective_from_options(
         host_based=yes("hostbasedauthentication", "no"),
         preferred_authentications=tuple(p.strip() for p in preferred.split(",")) if preferred else (),
         address_family="inet" if family == "inet" else "inet6" if family == "inet6" else "any",
+        ciphers=tuple(c.strip() for c in first("ciphers").split(",") if c.strip()),
         only_openssh=tuple(o for o, off in _ONLY_OPENSSH.items() if first(o).lower() not in off),
     )
 

@@ -63,4 +63,4 @@ def _connect_once(
         return connect_openssh(settings, effective, ask, sockets_folder)
     from orchestrator.ssh.fabric_connect import connect_fabric
 
-    return connect_fabric(settings, effective, ask)
+    return connect_fabric(settings, effective, ask, sockets_folder)

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import fabric
 import paramiko
 
 from orchestrator.errors import ConfigurationError, RemoteEvalError
+from orchestrator.ssh.bulk import BulkLogins
 from orchestrator.ssh.config import EffectiveConfig, read_effective_config
 from orchestrator.ssh.diagnosis import LoginRecord
 from orchestrator.ssh.fabric_transport import FabricTransport
@@ -31,7 +33,9 @@ _MACOS_TCP_RXT_CONNDROPTIME = 0x80
 _FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF_INET6}
 
 
-def connect_fabric(settings: ConnectionSettings, effective: EffectiveConfig, prompt: Prompt) -> FabricTransport:
+def connect_fabric(
+    settings: ConnectionSettings, effective: EffectiveConfig, prompt: Prompt, sockets_folder: Path
+) -> FabricTransport:
     """Log in, through jump hosts where the configuration says so. One try.
 
     Raises `AuthenticationError` and its kin with a diagnosis, or `UnreachableError`.
@@ -46,7 +50,8 @@ def connect_fabric(settings: ConnectionSettings, effective: EffectiveConfig, pro
                 leftover.client.close()
         raise
     gateways = [c for c in opened if c is not connection]
-    return FabricTransport(connection, gateways, effective.description, settings.connect_timeout_s)
+    bulk = BulkLogins(settings, effective, sockets_folder)
+    return FabricTransport(connection, gateways, effective.description, settings.connect_timeout_s, bulk)
 
 
 def _open(

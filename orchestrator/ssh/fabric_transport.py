@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CommandTimeoutError, ConnectionLostError, InternalError, UnreachableError
 from orchestrator.ssh.bounded import BoundedBytes
+from orchestrator.ssh.bulk import BulkLogins, open_or_ride
 from orchestrator.ssh.foreign_errors import mapped
 from orchestrator.ssh.scripts import REMOTE_COMMAND, script_bytes, stream_script_bytes
 from orchestrator.ssh.transport import ByteStream, CommandResult
@@ -34,8 +35,16 @@ class FabricTransport:
     """A `Transport` over an opened Fabric connection. `gateways` are the jump hosts' connections, first hop first; all
     are closed with it."""
 
-    def __init__(self, connection: Any, gateways: Sequence[Any], description: str, channel_timeout_s: float) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        gateways: Sequence[Any],
+        description: str,
+        channel_timeout_s: float,
+        bulk: BulkLogins,
+    ) -> None:
         self._connection = connection
+        self._bulk = bulk
         self._gateways = tuple(gateways)
         self._description = description
         self._channel_timeout_s = channel_timeout_s
@@ -78,6 +87,10 @@ class FabricTransport:
             opening.pop_all()
         return stream
 
+    def open_bulk_stream(self, script: str, *, idle_timeout_s: float) -> ByteStream:
+        """As `Transport.open_bulk_stream`."""
+        return open_or_ride(self._bulk, self, script, idle_timeout_s)
+
     def is_alive(self) -> bool:
         """As `Transport.is_alive`: a channel is opened and closed."""
         import paramiko
@@ -94,6 +107,7 @@ class FabricTransport:
     def close(self) -> None:
         """End the connection and those of its jump hosts. Never raises."""
         self._closed.set()
+        self._bulk.close()
         for connection in (self._connection, *reversed(self._gateways)):
             # Fabric's own close does nothing for a connection that it takes for dead, and leaves its thread behind.
             with contextlib.suppress(OSError, EOFError):

@@ -48,7 +48,7 @@ class Master:
     def command_prefix(self, log: Path) -> list[str]:
         """`ssh` up to the remote command. It reads no configuration, and should the master be gone it fails instead of
         logging in anew."""
-        options = _options(
+        options = option_words(
             ControlPath=_quoted(self.control_path), ControlMaster="no", BatchMode="yes", ProxyCommand="exit 1"
         )
         return [self._binary, "-F", os.devnull, "-E", str(log), "-T", *options, "--", self._host]
@@ -67,7 +67,7 @@ class Master:
             return False
 
     def _control(self, request: str) -> subprocess.CompletedProcess[bytes]:
-        path = _options(ControlPath=_quoted(self.control_path))
+        path = option_words(ControlPath=_quoted(self.control_path))
         return subprocess.run(
             [self._binary, "-F", os.devnull, *path, "-O", request, "--", self._host],
             stdin=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ def start_master(
     binary = find_ssh()
     if binary is None:
         raise ConfigurationError("transport: openssh needs an `ssh` program", action="Install OpenSSH's client.")
-    folder = _private_folder(sockets_folder)
+    folder = private_folder(sockets_folder)
     master = Master(binary, folder, settings.host)
     try:
         askpass = AskpassServer(folder, prompt, settings.host_key_policy)
@@ -103,7 +103,7 @@ def _log_in(
     log = master.folder / "login.log"
     options = _login_options(settings, master.control_path)
     if effective.proxy_jump:
-        settings = dataclasses.replace(settings, ssh_config_file=_hardened_config(settings, master.folder))
+        settings = dataclasses.replace(settings, ssh_config_file=hardened_config(settings, master.folder))
     # The first value wins in ssh, so ours stand before -F and what it holds.
     command = [binary, "-f", "-N", "-T", *options, *ssh_arguments(settings), "--", settings.host]
     with log.open("wb") as file:
@@ -142,10 +142,15 @@ def _log_in(
 
 
 def _login_options(settings: ConnectionSettings, control_path: Path) -> list[str]:
-    options = _options(
-        ControlMaster="yes",
-        ControlPath=_quoted(control_path),
-        ControlPersist=str(CONTROL_PERSIST_S),
+    control = option_words(
+        ControlMaster="yes", ControlPath=_quoted(control_path), ControlPersist=str(CONTROL_PERSIST_S)
+    )
+    return [*control, *hardened_options(settings)]
+
+
+def hardened_options(settings: ConnectionSettings) -> list[str]:
+    """What holds for every login to the node itself, whatever the configuration says."""
+    options = option_words(
         ClearAllForwardings="yes",
         RemoteCommand="none",
         RequestTTY="no",
@@ -154,13 +159,13 @@ def _login_options(settings: ConnectionSettings, control_path: Path) -> list[str
         **_options_for_every_hop(settings),
     )
     if settings.identity_files:
-        options += _options(IdentitiesOnly="yes")
+        options += option_words(IdentitiesOnly="yes")
         for path in settings.identity_files:
-            options += _options(IdentityFile=_quoted(path))
+            options += option_words(IdentityFile=_quoted(path))
     return options
 
 
-def _hardened_config(settings: ConnectionSettings, folder: Path) -> Path:
+def hardened_config(settings: ConnectionSettings, folder: Path) -> Path:
     """A configuration file that includes the usual ones behind what must hold for jump hosts too: the `ssh` that
     reaches a jump host is given the file, and none of our options."""
     lines = ["Host *"]
@@ -214,7 +219,7 @@ def _environment(askpass: AskpassServer) -> dict[str, str]:
     return environment
 
 
-def _private_folder(sockets_folder: Path) -> Path:
+def private_folder(sockets_folder: Path) -> Path:
     """A folder of our own for one master; in /tmp where the usual place has too long a path for a Unix socket."""
     sockets_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = sockets_folder / secrets.token_hex(4)
@@ -224,7 +229,8 @@ def _private_folder(sockets_folder: Path) -> Path:
     return folder
 
 
-def _options(**options: str) -> list[str]:
+def option_words(**options: str) -> list[str]:
+    """Options as words of ssh's command line."""
     return [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
 
 

@@ -15,6 +15,7 @@ from typing import IO
 
 from orchestrator.errors import CommandTimeoutError, ConnectionLostError, InternalError
 from orchestrator.ssh.bounded import BoundedBytes
+from orchestrator.ssh.bulk import BulkLogins, open_or_ride
 from orchestrator.ssh.config import EffectiveConfig
 from orchestrator.ssh.foreign_errors import mapped
 from orchestrator.ssh.openssh_master import Master, start_master
@@ -34,14 +35,16 @@ def connect_openssh(
     settings: ConnectionSettings, effective: EffectiveConfig, prompt: Prompt, sockets_folder: Path
 ) -> OpenSSHTransport:
     """Log in with the system's `ssh`. One try; raises the diagnosed error."""
-    return OpenSSHTransport(start_master(settings, effective, prompt, sockets_folder), effective.description)
+    master = start_master(settings, effective, prompt, sockets_folder)
+    return OpenSSHTransport(master, effective.description, BulkLogins(settings, effective, sockets_folder))
 
 
 class OpenSSHTransport:
     """A `Transport` on a `Master`, which is ended with it."""
 
-    def __init__(self, master: Master, description: str) -> None:
+    def __init__(self, master: Master, description: str, bulk: BulkLogins) -> None:
         self._master = master
+        self._bulk = bulk
         self._description = description
         self._sessions = threading.BoundedSemaphore(MAX_SESSIONS)
         self._closed = threading.Event()
@@ -72,6 +75,10 @@ class OpenSSHTransport:
             opening.pop_all()
         return stream
 
+    def open_bulk_stream(self, script: str, *, idle_timeout_s: float) -> ByteStream:
+        """As `Transport.open_bulk_stream`."""
+        return open_or_ride(self._bulk, self, script, idle_timeout_s)
+
     def is_alive(self) -> bool:
         """As `Transport.is_alive`: a session is opened on the master's connection and ends at once."""
         if self._closed.is_set():
@@ -89,6 +96,7 @@ class OpenSSHTransport:
         """End the master and with it every session. Never raises."""
         if not self._closed.is_set():
             self._closed.set()
+            self._bulk.close()
             self._master.close()
 
     @contextlib.contextmanager

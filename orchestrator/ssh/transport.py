@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,29 @@ class ByteStream(Protocol):
     def __exit__(self, *exc_info: object) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamFacts:
+    """How a bulk stream travels. `congestion_control` None: not known, since ssh or another opened the socket."""
+
+    carried_by: str
+    congestion_control: str | None = None
+
+
+@runtime_checkable
+class BulkStream(ByteStream, Protocol):
+    """A `ByteStream` that moves data without copies of our own."""
+
+    @property
+    def facts(self) -> StreamFacts: ...
+
+    def send_file(self, fd: int, offset: int, count: int) -> int:
+        """Send some bytes of a file, at most `count`, and return how many; 0 at its end. Errors as `write`, and
+        `OSError` where the file cannot be read."""
+
+    def read_into(self, view: memoryview) -> int:
+        """As `read`, into the start of `view`: how many bytes, 0 at end of file."""
+
+
 class Transport(Protocol):
     """One authenticated connection to a node.
 
@@ -60,6 +83,13 @@ class Transport(Protocol):
 
         A shell may read ahead of its script, so data may be written only after the script has said on stdout that it is
         ready to read.
+        """
+
+    def open_bulk_stream(self, script: str, *, idle_timeout_s: float) -> ByteStream:
+        """As `open_stream`, over a connection of its own where one can be had without a person, else over this one.
+
+        Returns when the script has said its first byte. Raises `UnreachableError` where the node takes no further
+        connection now.
         """
 
     def is_alive(self) -> bool:

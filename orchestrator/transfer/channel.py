@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from orchestrator.errors import (
     UnreachableError,
 )
 from orchestrator.node import remote_error
-from orchestrator.ssh.transport import ByteStream
+from orchestrator.ssh.transport import BulkStream, ByteStream
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import printable
 from remote_payload.wire.stream import (
+    RAW_ENCODING,
     DamagedStreamError,
     FrameHeader,
     FrameKind,
@@ -36,6 +38,7 @@ from remote_payload.wire.stream import (
 T = TypeVar("T")
 IDLE_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 10.0
+_PIECE_BYTES = 1024 * 1024
 _SHOWN_BYTES = 4000
 _OWN_MISTAKE_STATUS = 1
 _SSH_FAILED_STATUS = 255
@@ -106,11 +109,20 @@ class FrameChannel:
     def send_json(self, kind: FrameKind, value: Any) -> None:
         self._stream.write(encode_json_frame(kind, value))
 
-    def send_data_header(self, argument: int, length: int) -> None:
-        self._stream.write(encode_data_header(argument, length))
+    def send_data_header(self, argument: int, length: int, encoding: int = RAW_ENCODING) -> None:
+        self._stream.write(encode_data_header(argument, length, encoding))
 
-    def send_data(self, data: bytes) -> None:
+    def send_data(self, data: bytes | memoryview) -> None:
         self._stream.write(data)
+
+    def send_file(self, fd: int, offset: int, count: int) -> int:
+        """Send up to `count` bytes of a file, and return how many: 0 at its end. Raises what the stream raises, and
+        `OSError` for the file."""
+        if isinstance(self._stream, BulkStream):
+            return self._stream.send_file(fd, offset, count)
+        data = os.pread(fd, min(count, _PIECE_BYTES), offset)
+        self._stream.write(data)
+        return len(data)
 
     def receive(self, *expected: FrameKind) -> tuple[FrameHeader, bytes]:
         """The next frame, of one of the expected kinds. A DATA frame's body is left to `read_data`."""
@@ -136,8 +148,15 @@ class FrameChannel:
         self._fill(view)
 
     def _fill(self, view: memoryview) -> None:
+        stream = self._stream
         while view:
-            data = self._stream.read(len(view))
+            if isinstance(stream, BulkStream):
+                count = stream.read_into(view)
+                if not count:
+                    raise self._end()
+                view = view[count:]
+                continue
+            data = stream.read(len(view))
             if not data:
                 raise self._end()
             view[: len(data)] = data

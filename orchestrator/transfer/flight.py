@@ -1,135 +1,205 @@
-"""What is missing, on its way and acknowledged on one upload stream."""
+"""What is missing, on its way and acknowledged: one queue of chunks that all streams of an upload share."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Sequence
 
-from orchestrator.errors import CommandTimeoutError, IntegrityError
-from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError, damaged
-from remote_payload.wire.stream import ChunkTable, DamagedStreamError, FinishedFacts, FrameKind, decode_bitmap
+from orchestrator.errors import IntegrityError
+from orchestrator.transfer.channel import StreamDamagedError, damaged
+from remote_payload.wire.stream import ChunkTable, DamagedStreamError, decode_bitmap
 
-WINDOW_BYTES = 64 * 1024 * 1024
-"""Sent and not yet acknowledged, at most: more than a long fat link holds, and bounded for the node's sake."""
+WINDOW_BYTES = 32 * 1024 * 1024
+"""Sent on one stream and not yet acknowledged, at most: more than an SSH channel holds; bounds what a cut costs."""
 MAX_SENDS_OF_A_CHUNK = 4
-_TICK_S = 0.5
+
+
+@dataclasses.dataclass(eq=False)
+class Lane:
+    """One stream's share of the flight. Only `Flight` touches its fields."""
+
+    in_flight: set[int] = dataclasses.field(default_factory=set)
+    in_flight_bytes: int = 0
+    acknowledged_bytes: int = 0
+    taken_bytes: int = 0
+    retires: bool = False
+    error: BaseException | None = None
 
 
 class Flight:
-    """The sender asks it what to send; a thread in `take_answers` tells it what arrived."""
+    """Chunks to lanes and back. All methods may be called from several threads; `changed` tells of every change."""
 
-    def __init__(self, channel: FrameChannel, table: ChunkTable, have: bytearray) -> None:
-        self._channel = channel
+    def __init__(self, table: ChunkTable, order: Sequence[int] | None = None) -> None:
+        """`order`: the indices of all chunks in the order in which they shall go; None: as they stand in the file."""
+        self.changed = threading.Condition()
         self._table = table
-        self._changed = threading.Condition()
-        self._to_send = collections.deque(_missing(have))
-        self._in_flight: set[int] = set()
-        self._in_flight_bytes = 0
-        self._acknowledged_bytes = 0
-        self._taken_bytes = 0
+        self._order = order if order is not None else range(len(table))
+        self._to_send: collections.deque[int] = collections.deque()
+        self._here = bytearray(len(table))
+        self._is_begun = False
+        self._lanes: list[Lane] = []
+        self._ending = 0
+        self._settled_bytes = 0
         self._refusals: collections.Counter[int] = collections.Counter()
-        self._answer: FinishedFacts | bytearray | None = None
+        self._version = 0
 
-    def take_answers(self) -> None:
-        """Take in everything that the agent says until the file is finished. Runs in a thread of its own."""
-        kinds = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, FrameKind.FINISHED)
-        while True:
-            header, body = self._channel.receive(*kinds)
-            with self._changed:
-                if header.kind is FrameKind.ALIVE:
-                    self._taken_bytes = header.argument
-                elif header.kind is FrameKind.HAVE:
-                    self._answer = bitmap(body, len(self._table))
-                elif header.kind is FrameKind.FINISHED:
-                    self._answer = self._channel.decode(FinishedFacts, body)
-                else:
-                    self._settle(header.argument, is_good=header.kind is FrameKind.ACK)
-                self._changed.notify_all()
-            if header.kind is FrameKind.FINISHED:
-                return
+    def join(self, have: bytearray) -> Lane:
+        """A new stream, whose agent has `have`. Of the first one it decides what is missing; the agents of later ones
+        may not know yet what went over the others."""
+        lane = Lane()
+        with self.changed:
+            if not self._is_begun:
+                self._is_begun = True
+                self._here[:] = have
+                self._to_send.extend(index for index in self._order if not have[index])
+            self._lanes.append(lane)
+            self._tell()
+        return lane
 
-    def wake(self) -> None:
-        """Let the sender look again; for when the thread of answers has ended."""
-        with self._changed:
-            self._changed.notify_all()
+    def next_chunk(self, lane: Lane, timeout_s: float) -> tuple[int, bool] | None:
+        """(chunk, whether it was refused before) once the lane's window has room; None when the lane has no more to do:
+        everything is acknowledged, or it retires and its own chunks are. Raises what `fail` was told of the lane,
+        `TimeoutError`."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: self._has_news(lane), timeout_s):
+                raise TimeoutError
+            if lane.error is not None:
+                raise lane.error
+            if self._is_done(lane):
+                return None
+            index = self._to_send.popleft()
+            lane.in_flight.add(index)
+            lane.in_flight_bytes += self._table.length(index)
+            return index, self._refusals[index] > 0
 
-    def next_chunk(self, answers: Future[None], on_arrived: Callable[[int], None]) -> int | None:
-        """The next chunk to send, once the window has room for it; None when all are acknowledged.
+    def acknowledge(self, lane: Lane, index: int) -> None:
+        with self.changed:
+            length = self._settle(lane, index)
+            lane.acknowledged_bytes += length
+            self._here[index] = 1
+            self._tell()
 
-        `on_arrived` is told how many bytes have arrived on this stream. Raises what ended the thread of answers.
-        """
-        while True:
-            with self._changed:
-                arrived = max(self._acknowledged_bytes, self._taken_bytes)
-                if self._to_send and self._has_room():
-                    index = self._to_send.popleft()
-                    self._in_flight.add(index)
-                    self._in_flight_bytes += self._table.length(index)
-                    break
-                if not self._to_send and not self._in_flight:
-                    return None
-                if not answers.done():
-                    self._changed.wait(_TICK_S)
-            if answers.done():
-                answers.result()
-                raise StreamDamagedError("the node calls a file finished that is not")
-            on_arrived(arrived)
-        on_arrived(arrived)
-        return index
+    def refuse(self, lane: Lane, index: int) -> None:
+        """Raises `IntegrityError` for a chunk that is refused again and again."""
+        with self.changed:
+            self._settle(lane, index)
+            self._refusals[index] += 1
+            if self._refusals[index] >= MAX_SENDS_OF_A_CHUNK:
+                raise IntegrityError(
+                    f"chunk {index} arrived damaged {MAX_SENDS_OF_A_CHUNK} times",
+                    action="Check the network and the node's memory; what has arrived is kept.",
+                )
+            self._to_send.appendleft(index)
+            self._tell()
 
-    def was_refused(self, index: int) -> bool:
-        with self._changed:
-            return self._refusals[index] > 0
+    def take_note(self, lane: Lane, taken_bytes: int) -> None:
+        """The lane's agent has taken so many bytes of data, acknowledged or not."""
+        with self.changed:
+            lane.taken_bytes = taken_bytes
+            self._tell()
 
-    def await_answer(self, answers: Future[None], timeout_s: float = 10 * IDLE_TIMEOUT_S) -> FinishedFacts | bytearray:
-        """What the agent says to FINISH: the finished file, or a bitmap of what it has.
+    def fail(self, lane: Lane, error: BaseException) -> None:
+        """The lane's stream has ended: its `next_chunk` raises `error`."""
+        with self.changed:
+            lane.error = lane.error or error
+            self._tell()
 
-        The stream's idle timeout comes first where the agent is silent; `timeout_s` bounds even one that chatters.
-        """
-        deadline = time.monotonic() + timeout_s
-        while True:
-            with self._changed:
-                if self._answer is None and not answers.done():
-                    self._changed.wait(_TICK_S)
-                answer, self._answer = self._answer, None
-            if answer is not None:
-                return answer
-            if answers.done():
-                answers.result()
-            if time.monotonic() > deadline:
-                raise CommandTimeoutError(f"the node did not finish the file within {timeout_s:g} s")
+    def leave(self, lane: Lane) -> None:
+        """Take the lane out; what it had under way goes back to the front of the queue."""
+        with self.changed:
+            if lane in self._lanes:
+                self._lanes.remove(lane)
+                self._settled_bytes += lane.acknowledged_bytes
+                self._to_send.extendleft(sorted(lane.in_flight, reverse=True))
+                lane.in_flight.clear()
+                lane.in_flight_bytes = 0
+            self._tell()
+
+    def is_last(self, lane: Lane) -> bool:
+        """Whether the lane, which has no more to do, is to finish the file. Any other retires with this call."""
+        with self.changed:
+            if self._to_send or any(other.in_flight for other in self._lanes):
+                lane.retires = True
+                return False
+            if not lane.retires and all(other is lane or other.retires for other in self._lanes):
+                return True
+            lane.retires = True
+            return False
+
+    def await_alone(self, lane: Lane, timeout_s: float) -> bool:
+        """Wait until every other lane has left, which makes what went over them durable."""
+        with self.changed:
+            return self.changed.wait_for(lambda: lane.error is not None or self._lanes == [lane], timeout_s)
+
+    def keep(self, count: int) -> None:
+        """Let the youngest lanes beyond `count` end what they have under way and take nothing more."""
+        with self.changed:
+            staying = [lane for lane in self._lanes if not lane.retires]
+            for lane in staying[count:]:
+                lane.retires = True
+            if len(staying) > count:
+                self._tell()
 
     def send_missing(self, have: bytearray) -> None:
-        """Send again what the agent turned out not to have."""
-        missing = _missing(have)
+        """Send again what the agent turned out not to have; for the only lane."""
+        missing = [index for index in self._order if not have[index]]
         if not missing:
             raise StreamDamagedError("the node has every chunk and does not finish the file")
-        with self._changed:
+        with self.changed:
+            for index in missing:
+                self._here[index] = 0
             self._to_send.extend(missing)
+            self._tell()
 
-    def _has_room(self) -> bool:
+    def wake(self) -> None:
+        with self.changed:
+            self._tell()
+
+    def await_change(self, since: int, timeout_s: float) -> int:
+        """Wait, for so long at most, until something has changed since `since`, an earlier answer; 0 at first."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._version != since, timeout_s)
+            return self._version
+
+    @property
+    def arrived_bytes(self) -> int:
+        """How many bytes have arrived over all streams so far."""
+        with self.changed:
+            return self._settled_bytes + sum(max(lane.acknowledged_bytes, lane.taken_bytes) for lane in self._lanes)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether chunks wait for a stream."""
+        with self.changed:
+            return bool(self._to_send)
+
+    def _tell(self) -> None:
+        self._version += 1
+        self.changed.notify_all()
+
+    def _has_news(self, lane: Lane) -> bool:
+        return lane.error is not None or self._is_done(lane) or self._can_take(lane)
+
+    def _can_take(self, lane: Lane) -> bool:
         """A single chunk always fits, whatever its size."""
-        return not self._in_flight or self._in_flight_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
+        if lane.retires or not self._to_send:
+            return False
+        return not lane.in_flight or lane.in_flight_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
 
-    def _settle(self, index: int, *, is_good: bool) -> None:
-        if index not in self._in_flight:
+    def _is_done(self, lane: Lane) -> bool:
+        if lane.retires:
+            return not lane.in_flight
+        return not self._to_send and not any(other.in_flight for other in self._lanes)
+
+    def _settle(self, lane: Lane, index: int) -> int:
+        if index not in lane.in_flight:
             raise StreamDamagedError(f"the node speaks of chunk {index}, which is not on its way")
-        self._in_flight.remove(index)
+        lane.in_flight.remove(index)
         length = self._table.length(index)
-        self._in_flight_bytes -= length
-        if is_good:
-            self._acknowledged_bytes += length
-            return
-        self._refusals[index] += 1
-        if self._refusals[index] >= MAX_SENDS_OF_A_CHUNK:
-            raise IntegrityError(
-                f"chunk {index} arrived damaged {MAX_SENDS_OF_A_CHUNK} times",
-                action="Check the network and the node's memory; what has arrived is kept.",
-            )
-        self._to_send.appendleft(index)
+        lane.in_flight_bytes -= length
+        return length
 
 
 def bitmap(body: bytes, count: int) -> bytearray:
@@ -138,7 +208,3 @@ def bitmap(body: bytes, count: int) -> bytearray:
         return decode_bitmap(body, count)
     except DamagedStreamError as error:
         raise damaged(error) from error
-
-
-def _missing(have: bytearray) -> list[int]:
-    return [index for index, is_there in enumerate(have) if not is_there]

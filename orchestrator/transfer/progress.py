@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ _RATE_WINDOW_S = 12.0
 class TransferProgress:
     """`bytes_done` counts what is at its target, `bytes_saved` the part of it that needed no sending.
 
-    `bytes_per_s` is of the last seconds; `eta_s` None where nothing moved in them.
+    `bytes_per_s` is of the last seconds; `eta_s` None where nothing moved in them. `streams`: how many carry it now.
     """
 
     bytes_done: int
@@ -23,6 +24,7 @@ class TransferProgress:
     bytes_per_s: float
     eta_s: float | None
     bytes_saved: int = 0
+    streams: int = 1
 
 
 ProgressListener = Callable[[TransferProgress], None]
@@ -37,7 +39,7 @@ class ProgressMeter:
         self._clock = clock
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
 
-    def measure(self, bytes_moved: int, bytes_saved: int) -> TransferProgress:
+    def measure(self, bytes_moved: int, bytes_saved: int, streams: int = 1) -> TransferProgress:
         """`bytes_moved` counts from the start of the transfer, without what was saved."""
         now = self._clock()
         done = min(bytes_moved + bytes_saved, self._total)
@@ -48,11 +50,11 @@ class ProgressMeter:
         then, moved_then = self._seen[0]
         rate = max(bytes_moved - moved_then, 0) / (now - then) if now > then else 0.0
         eta_s = (self._total - done) / rate if rate > 0 else None
-        return TransferProgress(done, self._total, rate, eta_s, bytes_saved)
+        return TransferProgress(done, self._total, rate, eta_s, bytes_saved, streams)
 
 
 class TokenBucket:
-    """Holds a sender to `bytes_per_s` on average, with bursts of a quarter of a second. None: no limit."""
+    """Holds senders to `bytes_per_s` on average and together, with bursts of a quarter of a second. None: no limit."""
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class TokenBucket:
         self._clock = clock
         self._sleep = sleep
         self._free_at = clock()
+        self._lock = threading.Lock()
 
     def piece_bytes(self, largest: int) -> int:
         """How much to send at once, so that the longest pause stays near a quarter of a second."""
@@ -75,7 +78,9 @@ class TokenBucket:
         """Wait until `count` more bytes may go."""
         if self._rate is None:
             return
-        now = self._clock()
-        self._free_at = max(self._free_at, now - 0.25) + count / self._rate
-        if self._free_at > now:
-            self._sleep(self._free_at - now)
+        with self._lock:
+            now = self._clock()
+            self._free_at = max(self._free_at, now - 0.25) + count / self._rate
+            wait_s = self._free_at - now
+        if wait_s > 0:
+            self._sleep(wait_s)

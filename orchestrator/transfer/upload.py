@@ -1,59 +1,50 @@
-"""Sending a file into a node's store: the chunks that are missing there, over one stream, through any number of cuts.
+"""Sending a file into a node's store: the chunks that are missing there, over several streams, through any cuts.
 
-The node's journal says what is there; nothing is read again on either side. The sender runs ahead of the
-acknowledgements by a bounded window, and a thread takes them in.
+The node's journal says what is there; nothing is read again on either side. All streams take chunks from one queue;
+what a lost one had under way goes back to it. How many there are is `stream_count`'s to say.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import os
 import secrets
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.errors import IntegrityError, UnreachableError, UsageError
+from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
-    FrameChannel,
     ReconnectListener,
     ReconnectPolicy,
-    StreamDamagedError,
     StreamOpener,
     with_reconnects,
 )
-from orchestrator.transfer.flight import Flight, bitmap
+from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
+from orchestrator.transfer.sender import Encode, LocalFile, LocalFileChangedError, Sender
+from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
+from orchestrator.transfer.streams import StreamEnd, StreamPool
 from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.stream import (
-    MAX_CHUNKS,
-    ChunkTable,
-    FinishedFacts,
-    FrameKind,
-    ReceiveRequest,
-    manifest_pages,
-    pack_chunks,
-)
+from remote_payload.wire.stream import MAX_CHUNKS, ChunkTable, FinishedFacts, ReceiveRequest, pack_chunks
 
-PIECE_BYTES = 1024 * 1024
-_MAX_FINISH_ROUNDS = 8
-_LAST_WORDS_S = 5.0
+__all__ = ["Encode", "LocalFileChangedError", "UploadResult", "upload_file"]
 
-
-class LocalFileChangedError(IntegrityError):
-    """The local file is no longer what its manifest says."""
+_TICK_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class UploadResult:
-    """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what the node had at the start."""
+    """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what the node had at the start.
+    `streams`: of each stream that was ever open, how it travelled, as far as that is known."""
 
     path_on_node: str
     bytes_sent: int
     bytes_saved: int
     seconds: float
+    streams: tuple[StreamFacts, ...] = ()
 
 
 def upload_file(
@@ -63,6 +54,9 @@ def upload_file(
     *,
     on_progress: ProgressListener | None = None,
     bandwidth_limit_bytes_per_s: float | None = None,
+    streams: StreamPolicy | None = None,
+    encode: Encode | None = None,
+    order: Sequence[int] | None = None,
     retry: ReconnectPolicy | None = None,
     on_reconnect: ReconnectListener | None = None,
     wait_s: float = 90.0,
@@ -70,17 +64,17 @@ def upload_file(
 ) -> UploadResult:
     """Put `local` into the node's store, verified, and return where it stands.
 
-    Raises `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space,
-    quota, permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and
-    the `UnreachableError` family once `retry` is exhausted. Whatever arrived before any of them is kept on the node.
+    `encode` may write a chunk in fewer bytes; `order` holds every chunk's index in the order in which they go. Raises
+    `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space, quota,
+    permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
+    `UnreachableError` family once `retry` is exhausted. Whatever arrived before any of them is kept on the node.
     """
     if len(manifest.chunks) > MAX_CHUNKS:
         raise UsageError(f"{local} has {len(manifest.chunks)} chunks, {MAX_CHUNKS} are the limit")
+    if order is not None and sorted(order) != list(range(len(manifest.chunks))):
+        raise UsageError("the order of chunks does not name each of them once")
     begun = time.monotonic()
-    try:
-        fd = os.open(local, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise UsageError(f"cannot open {local}: {error.strerror}") from error
+    file = LocalFile(local)
     try:
         request = ReceiveRequest(
             opener.layout.root,
@@ -91,151 +85,127 @@ def upload_file(
             wait_s,
             idle_timeout_s,
         )
+        policy = retry or ReconnectPolicy()
+        count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
         bucket = TokenBucket(bandwidth_limit_bytes_per_s)
-        upload = _Upload(opener, fd, local, manifest, request, bucket, on_progress)
-        finished = with_reconnects(
-            opener, upload.attempt, lambda: upload.durable_bytes, retry or ReconnectPolicy(), on_reconnect
-        )
+        upload = _Upload(opener, file, manifest, request, bucket, count, policy, encode, order, on_progress)
+        finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
     finally:
-        os.close(fd)
+        file.close()
     expected = FinishedFacts(opener.layout.checkpoint(manifest.digest), manifest.digest, manifest.size)
     if finished != expected:
         raise IntegrityError(f"the node put the file at {finished.path!r}, not at {expected.path!r}")
     upload.report_done()
-    return UploadResult(finished.path, upload.bytes_sent, upload.bytes_saved or 0, time.monotonic() - begun)
+    seconds = time.monotonic() - begun
+    return UploadResult(finished.path, upload.bytes_sent, upload.bytes_saved or 0, seconds, tuple(upload.facts))
 
 
 class _Upload:
-    """One file's way to the node over as many streams, one after the other, as it takes."""
+    """One file's way to the node, through as many connections as it takes."""
 
     def __init__(
         self,
         opener: StreamOpener,
-        fd: int,
-        local: Path,
+        file: LocalFile,
         manifest: ChunkManifest,
         request: ReceiveRequest,
         bucket: TokenBucket,
+        count: StreamCount,
+        retry: ReconnectPolicy,
+        encode: Encode | None,
+        order: Sequence[int] | None,
         on_progress: ProgressListener | None,
     ) -> None:
         self.bytes_sent = 0
         self.bytes_saved: int | None = None
         self.durable_bytes = 0
+        self.facts: list[StreamFacts] = []
         self._opener = opener
-        self._fd = fd
-        self._local = local
+        self._file = file
         self._packed = pack_chunks(manifest.chunks)
         self._table = ChunkTable(self._packed, manifest.size)
         self._request = request
         self._bucket = bucket
+        self._count = count
+        self._retry = retry
+        self._encode = encode
+        self._order = order
         self._meter = ProgressMeter(manifest.size)
         self._on_progress = on_progress
+        self._most_moved = 0
+        self._lock = threading.Lock()
+        self._has_begun = False
 
     def attempt(self) -> FinishedFacts:
-        """Send what is missing over one new stream, and finish the file."""
-        idle_s = self._request.idle_s
-        stream = self._opener.open_agent_stream("receive", self._request, idle_timeout_s=idle_s)
-        threads = concurrent.futures.ThreadPoolExecutor(1, "upload-acks")
-        try:
-            channel = FrameChannel(stream)
-            have = self._begin(channel)
-            if isinstance(have, FinishedFacts):
-                return have
-            flight = Flight(channel, self._table, have)
-            answers = threads.submit(flight.take_answers)
-            answers.add_done_callback(lambda _: flight.wake())
-            try:
-                return self._fly(channel, flight, answers)
-            except UnreachableError:
-                # Why the agent left may be among its last words, which came before the end that we ran into.
-                concurrent.futures.wait([answers], timeout=_LAST_WORDS_S)
-                if answers.done():
-                    answers.result()
-                raise
-        finally:
-            stream.close()
-            threads.shutdown(wait=True)
+        """Send what is missing and finish the file. Raises when no stream is left, or one met what no other would
+        survive either."""
+        flight = Flight(self._table, self._order)
+        sender = Sender(
+            self._file, self._packed, self._table, flight, self._bucket, self._encode, self._see_have, self._add_sent
+        )
+        self._has_begun = False
+
+        def serve(stream: ByteStream) -> None:
+            if isinstance(stream, BulkStream):
+                with self._lock:
+                    self.facts.append(stream.facts)
+            sender.serve(stream)
+
+        pool = StreamPool(
+            self._opener, "receive", self._request, serve, flight.wake, idle_timeout_s=self._request.idle_s
+        )
+        with pool:
+            seen, losses, open_again_at = 0, 0, float("-inf")
+            while True:
+                now = time.monotonic()
+                wanted = self._count.observe(now, flight.arrived_bytes, pool.open_count)
+                flight.keep(wanted)
+                if now >= open_again_at and (pool.count == 0 or (self._has_begun and flight.has_work)):
+                    pool.open_up_to(wanted)
+                seen = flight.await_change(seen, _TICK_S)
+                self._report_flight(flight, pool.open_count)
+                for end in pool.ended():
+                    if sender.finished is None and self._judge(end, pool):
+                        losses += 1
+                        open_again_at = time.monotonic() + self._retry.wait_s(losses)
+                if sender.finished is not None:
+                    break
+        if self.bytes_saved is None:
+            self.bytes_saved = self._table.size
+        return sender.finished
 
     def report_done(self) -> None:
-        self._report(self._table.size - (self.bytes_saved or 0))
+        self._report(self._table.size - (self.bytes_saved or 0), 0)
 
-    def _fly(self, channel: FrameChannel, flight: Flight, answers: concurrent.futures.Future[None]) -> FinishedFacts:
-        for _ in range(_MAX_FINISH_ROUNDS):
-            while (index := flight.next_chunk(answers, self._report_flight)) is not None:
-                self._send_chunk(channel, index, is_again=flight.was_refused(index))
-            channel.send(FrameKind.FINISH)
-            answer = flight.await_answer(answers)
-            if isinstance(answer, FinishedFacts):
-                return answer
-            flight.send_missing(answer)
-        raise StreamDamagedError("the node acknowledged chunks and then did not have them")
+    def _judge(self, end: StreamEnd, pool: StreamPool) -> bool:
+        """Whether a stream was lost that others make up for. Raises its error where none does."""
+        if end.error is None:
+            return False
+        if not end.is_local or pool.count == 0:
+            raise end.error
+        if not end.was_open and isinstance(end.error, UnreachableError):
+            self._count.refused(time.monotonic(), pool.open_count)
+        return True
 
-    def _begin(self, channel: FrameChannel) -> bytearray | FinishedFacts:
-        try:
-            for first, page in manifest_pages(self._packed):
-                channel.send(FrameKind.MANIFEST, first, page)
-        except UnreachableError:
-            self._await_have(channel)  # raises the agent's reason for leaving, if it gave one
-            raise
-        return self._await_have(channel)
-
-    def _await_have(self, channel: FrameChannel) -> bytearray | FinishedFacts:
-        while True:
-            header, body = channel.receive(FrameKind.WAITING, FrameKind.HAVE, FrameKind.FINISHED)
-            if header.kind is FrameKind.WAITING:
-                self._report(0)
-                continue
-            if header.kind is FrameKind.FINISHED:
-                if self.bytes_saved is None:
-                    self.bytes_saved = self._table.size
-                return channel.decode(FinishedFacts, body)
-            have = bitmap(body, len(self._table))
+    def _see_have(self, have: bytearray) -> None:
+        """Take in what the node has, as its first stream of this attempt tells."""
+        with self._lock:
+            if self._has_begun:
+                return
+            self._has_begun = True
             self.durable_bytes = sum(self._table.length(i) for i, is_there in enumerate(have) if is_there)
             if self.bytes_saved is None:
                 self.bytes_saved = self.durable_bytes
-            return have
 
-    def _send_chunk(self, channel: FrameChannel, index: int, *, is_again: bool) -> None:
-        offset, left = self._table.offset(index), self._table.length(index)
-        if is_again:
-            self._check_unchanged(index)
-        channel.send_data_header(index, left)
-        while left:
-            data = self._read(offset, min(left, self._bucket.piece_bytes(PIECE_BYTES)))
-            self._bucket.take(len(data))
-            channel.send_data(data)
-            self.bytes_sent += len(data)
-            offset, left = offset + len(data), left - len(data)
+    def _add_sent(self, count: int) -> None:
+        with self._lock:
+            self.bytes_sent += count
 
-    def _check_unchanged(self, index: int) -> None:
-        """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""
-        digest = hashlib.sha256()
-        offset, left = self._table.offset(index), self._table.length(index)
-        while left:
-            data = self._read(offset, min(left, PIECE_BYTES))
-            digest.update(data)
-            offset, left = offset + len(data), left - len(data)
-        if digest.digest() != self._table.sha256(index):
-            raise self._changed()
+    def _report_flight(self, flight: Flight, streams: int) -> None:
+        self._report(self.durable_bytes + flight.arrived_bytes - (self.bytes_saved or 0), streams)
 
-    def _read(self, offset: int, count: int) -> bytes:
-        try:
-            data = os.pread(self._fd, count, offset)
-        except OSError as error:
-            raise UsageError(f"cannot read {self._local}: {error.strerror}") from error
-        if not data:
-            raise self._changed()
-        return data
-
-    def _changed(self) -> LocalFileChangedError:
-        return LocalFileChangedError(
-            f"{self._local} changed while it was being sent",
-            action="Wait until it is written completely, or evaluate a copy of it; then run this again.",
-        )
-
-    def _report_flight(self, bytes_arrived: int) -> None:
-        self._report(self.durable_bytes + bytes_arrived - (self.bytes_saved or 0))
-
-    def _report(self, bytes_moved: int) -> None:
+    def _report(self, bytes_moved: int, streams: int) -> None:
+        """What a cut took back is not told as a step back: it comes again before anything new does."""
+        self._most_moved = max(self._most_moved, min(bytes_moved, self._table.size - (self.bytes_saved or 0)))
         if self._on_progress is not None:
-            self._on_progress(self._meter.measure(max(bytes_moved, 0), self.bytes_saved or 0))
+            self._on_progress(self._meter.measure(self._most_moved, self.bytes_saved or 0, streams))

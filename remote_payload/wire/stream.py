@@ -5,8 +5,8 @@ except for DATA, whose body has a SHA-256 elsewhere.
 
     magic "RE" · version u8 · kind u8 · encoding u8 · zero u8 · length u32 · argument u64 · check u32
 
-`check` is the CRC-32 of the 18 bytes before it. `encoding` is 0: the bytes as they are. A frame that breaks these rules
-ends the stream; nothing it held was used.
+`check` is the CRC-32 of the 18 bytes before it. `encoding` is one of `DATA_ENCODINGS` in a DATA frame and 0 in any
+other; 0: the bytes as they are. A frame that breaks these rules ends the stream; nothing it held was used.
 
 `receive` puts a file into the store. The request's params are a `ReceiveRequest`. Then:
 
@@ -64,6 +64,9 @@ MAX_CHUNKS = 1_000_000
 """Bounds the agent's memory: the table of so many chunks takes 50 MB."""
 MANIFEST_PAGE_CHUNKS = 16_384
 MAX_SPAN_BYTES = 64 * 1024 * 1024
+RAW_ENCODING = 0
+DATA_ENCODINGS = frozenset({RAW_ENCODING})
+"""How the body of a DATA frame may be written; a receiver refuses any other."""
 
 _MAGIC = b"RE"
 _HEADER = struct.Struct(">2sBBBBIQ")
@@ -174,6 +177,7 @@ class FrameHeader(NamedTuple):
     kind: FrameKind
     length: int
     argument: int
+    encoding: int = RAW_ENCODING
 
 
 def encode_frame(kind: FrameKind, argument: int = 0, body: Buffer = b"") -> bytes:
@@ -186,13 +190,13 @@ def encode_json_frame(kind: FrameKind, value: Any, argument: int = 0) -> bytes:
     return encode_frame(kind, argument, json.dumps(to_json(value)).encode())
 
 
-def encode_data_header(argument: int, length: int) -> bytes:
-    """The header of a DATA frame; its `length` bytes follow it."""
-    return _encode_header(FrameKind.DATA, argument, length)
+def encode_data_header(argument: int, length: int, encoding: int = RAW_ENCODING) -> bytes:
+    """The header of a DATA frame; its `length` bytes, written as `encoding` says, follow it."""
+    return _encode_header(FrameKind.DATA, argument, length, encoding)
 
 
-def _encode_header(kind: FrameKind, argument: int, length: int) -> bytes:
-    bare = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, 0, 0, length, argument)
+def _encode_header(kind: FrameKind, argument: int, length: int, encoding: int = RAW_ENCODING) -> bytes:
+    bare = _HEADER.pack(_MAGIC, STREAM_VERSION, kind, encoding, 0, length, argument)
     return bare + _CHECK.pack(zlib.crc32(bare))
 
 
@@ -211,9 +215,9 @@ def decode_header(raw: bytes) -> FrameHeader:
         raise DamagedStreamError(f"a frame of unknown kind {kind_number} arrived") from None
     if length > (MAX_DATA_BYTES if kind is FrameKind.DATA else MAX_CONTROL_BYTES):
         raise DamagedStreamError(f"a {kind.name} frame of {length} bytes is too long")
-    if encoding or zero:
+    if zero or encoding not in (DATA_ENCODINGS if kind is FrameKind.DATA else (RAW_ENCODING,)):
         raise DamagedStreamError(f"a frame of unknown encoding {encoding} arrived")
-    return FrameHeader(kind, length, argument)
+    return FrameHeader(kind, length, argument, encoding)
 
 
 class FrameReader:

@@ -1,0 +1,263 @@
+"""One stream of an upload: the manifest, chunks from the shared flight, the agent's answers, and the finish."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalError, UnreachableError, UsageError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
+from orchestrator.transfer.flight import Flight, Lane, bitmap
+from orchestrator.transfer.progress import TokenBucket
+from remote_payload.wire.stream import RAW_ENCODING, ChunkTable, FinishedFacts, FrameKind, manifest_pages
+
+PIECE_BYTES = 1024 * 1024
+_MAX_FINISH_ROUNDS = 8
+_LAST_WORDS_S = 5.0
+_ANSWERS_END_S = 120.0
+"""How long an agent may take to make durable what it acknowledged, before it ends."""
+
+Encode = Callable[[bytes], "tuple[int, bytes]"]
+"""A chunk's bytes → (encoding of its DATA frame, body). Called from several threads."""
+
+
+class LocalFileChangedError(IntegrityError):
+    """The local file is no longer what its manifest says."""
+
+
+class LocalFile:
+    """The file that is sent, read by position from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `UsageError`."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise UsageError(f"cannot open {path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        """Send some of `count` bytes from `offset`, without a copy where the stream can; how many."""
+        try:
+            sent = channel.send_file(self._fd, offset, count)
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if not sent:
+            raise self.changed()
+        return sent
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes. Raises `LocalFileChangedError` where they are not there, `UsageError`."""
+        parts = []
+        while count:
+            try:
+                part = os.pread(self._fd, count, offset)
+            except OSError as error:
+                raise self._unreadable(error) from error
+            if not part:
+                raise self.changed()
+            parts.append(part)
+            offset, count = offset + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def changed(self) -> LocalFileChangedError:
+        return LocalFileChangedError(
+            f"{self.path} changed while it was being sent",
+            action="Wait until it is written completely, or evaluate a copy of it; then run this again.",
+        )
+
+    def _unreadable(self, error: OSError) -> UsageError:
+        return UsageError(f"cannot read {self.path}: {error.strerror}")
+
+
+class Sender:
+    """What every stream of one upload does. `serve` runs in a thread for each; the rest is shared by them.
+
+    `encode` None: chunks go as they are. `on_sent` is told of bytes of the file that were sent.
+    """
+
+    def __init__(
+        self,
+        file: LocalFile,
+        packed: bytes,
+        table: ChunkTable,
+        flight: Flight,
+        bucket: TokenBucket,
+        encode: Encode | None,
+        on_have: Callable[[bytearray], None],
+        on_sent: Callable[[int], None],
+    ) -> None:
+        self.finished: FinishedFacts | None = None
+        self._file = file
+        self._packed = packed
+        self._table = table
+        self._flight = flight
+        self._bucket = bucket
+        self._encode = encode
+        self._on_have = on_have
+        self._on_sent = on_sent
+
+    def serve(self, stream: ByteStream) -> None:
+        """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
+
+        Raises `LocalFileChangedError`, what the agent's FAILURE says, and what the stream raises.
+        """
+        channel = FrameChannel(stream)
+        have = self._begin(channel)
+        if isinstance(have, FinishedFacts):
+            self.finished = have
+            return
+        self._on_have(have)
+        lane = self._flight.join(have)
+        answers = _Answers(channel, self._flight, lane, self._table)
+        try:
+            self._fly(channel, stream, lane, answers)
+        except UnreachableError as error:
+            # Why the agent left may be among its last words, which came before the end that we ran into.
+            answers.join(_LAST_WORDS_S)
+            if answers.error is not None and not isinstance(answers.error, UnreachableError):
+                raise answers.error from error
+            raise
+        finally:
+            self._flight.leave(lane)
+            stream.close()
+            answers.join(_ANSWERS_END_S)
+
+    def _fly(self, channel: FrameChannel, stream: ByteStream, lane: Lane, answers: _Answers) -> None:
+        for _ in range(_MAX_FINISH_ROUNDS):
+            while (following := self._flight.next_chunk(lane, _ANSWERS_END_S * 10)) is not None:
+                self._send_chunk(channel, *following)
+            if not self._flight.is_last(lane):
+                # The agent makes durable and journals what it acknowledged when its input ends.
+                stream.close_write()
+                answers.join(_ANSWERS_END_S)
+                return
+            self._flight.await_alone(lane, _ANSWERS_END_S)
+            channel.send(FrameKind.FINISH)
+            answer = answers.await_answer()
+            if isinstance(answer, FinishedFacts):
+                self.finished = answer
+                return
+            self._flight.send_missing(answer)
+        raise StreamDamagedError("the node acknowledged chunks and then did not have them")
+
+    def _begin(self, channel: FrameChannel) -> bytearray | FinishedFacts:
+        try:
+            for first, page in manifest_pages(self._packed):
+                channel.send(FrameKind.MANIFEST, first, page)
+        except UnreachableError:
+            self._await_have(channel)  # raises the agent's reason for leaving, if it gave one
+            raise
+        return self._await_have(channel)
+
+    def _await_have(self, channel: FrameChannel) -> bytearray | FinishedFacts:
+        while True:
+            header, body = channel.receive(FrameKind.WAITING, FrameKind.HAVE, FrameKind.FINISHED)
+            if header.kind is FrameKind.FINISHED:
+                return channel.decode(FinishedFacts, body)
+            if header.kind is FrameKind.HAVE:
+                return bitmap(body, len(self._table))
+
+    def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool) -> None:
+        offset, left = self._table.offset(index), self._table.length(index)
+        if is_again:
+            self._check_unchanged(index)
+        if self._encode is not None:
+            encoding, body = self._encode(self._file.read(offset, left))
+            channel.send_data_header(index, len(body), encoding)
+            view = memoryview(body)
+            while view:
+                piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
+                self._bucket.take(len(piece))
+                channel.send_data(piece)
+                view = view[len(piece) :]
+            self._on_sent(left if encoding == RAW_ENCODING else len(body))
+            return
+        channel.send_data_header(index, left)
+        while left:
+            count = min(left, self._bucket.piece_bytes(PIECE_BYTES))
+            self._bucket.take(count)
+            # What was asked of the bucket and not sent is sent now: the limit counts it once.
+            while count:
+                sent = self._file.send(channel, offset, count)
+                self._on_sent(sent)
+                offset, left, count = offset + sent, left - sent, count - sent
+
+    def _check_unchanged(self, index: int) -> None:
+        """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""
+        data = self._file.read(self._table.offset(index), self._table.length(index))
+        if hashlib.sha256(data).digest() != self._table.sha256(index):
+            raise self._file.changed()
+
+
+class _Answers:
+    """A thread that takes in everything that a stream's agent says, until it ends."""
+
+    def __init__(self, channel: FrameChannel, flight: Flight, lane: Lane, table: ChunkTable) -> None:
+        self.error: RemoteEvalError | None = None
+        self._channel = channel
+        self._flight = flight
+        self._lane = lane
+        self._table = table
+        self._answer: FinishedFacts | bytearray | None = None
+        self._said = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="upload-answers", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> FinishedFacts | bytearray:
+        """What the agent says to FINISH: the finished file, or a bitmap of what it has.
+
+        The stream's idle timeout comes first where the agent is silent; `timeout_s` bounds even one that chatters.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._said:
+            is_there = self._said.wait_for(
+                lambda: self._answer is not None or self.error is not None, deadline - time.monotonic()
+            )
+            answer, self._answer = self._answer, None
+        if answer is not None:
+            return answer
+        if self.error is not None:
+            raise self.error
+        raise CommandTimeoutError(f"the node did not finish the file within {timeout_s:g} s (answered: {is_there})")
+
+    def _run(self) -> None:
+        try:
+            while not self._take():
+                pass
+        except RemoteEvalError as error:
+            with self._said:
+                self.error = error
+                self._said.notify_all()
+            self._flight.fail(self._lane, error)
+
+    def _take(self) -> bool:
+        """Take in one frame; True for the last one."""
+        header, body = self._channel.receive(
+            FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, FrameKind.FINISHED
+        )
+        if header.kind is FrameKind.ACK:
+            self._flight.acknowledge(self._lane, header.argument)
+        elif header.kind is FrameKind.REFUSED:
+            self._flight.refuse(self._lane, header.argument)
+        elif header.kind is FrameKind.ALIVE:
+            self._flight.take_note(self._lane, header.argument)
+        else:
+            is_finished = header.kind is FrameKind.FINISHED
+            answer = self._channel.decode(FinishedFacts, body) if is_finished else bitmap(body, len(self._table))
+            with self._said:
+                self._answer = answer
+                self._said.notify_all()
+            return is_finished
+        return False

@@ -1,0 +1,136 @@
+"""How many streams a transfer should use: a pure controller that climbs while the rate rises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+MAX_STREAMS = 16
+SETTLE_S = 0.7
+MEASURE_S = 1.3
+HOLD_S = 20.0
+LONGEST_HOLD_S = 160.0
+_WORTH_IT = 0.25
+"""A step up is kept if it brings this share of what it would bring were the rate in proportion to the streams."""
+_NO_WORSE = 0.97
+_FELL = 0.7
+_BYTES_PER_S_OF_A_STREAM = 4 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPolicy:
+    """`fixed`: so many streams, no more and no fewer, as far as the node lets us; None: as many as pay."""
+
+    fixed: int | None = None
+    at_most: int = MAX_STREAMS
+
+    def __post_init__(self) -> None:
+        if not 1 <= (self.fixed or 1) <= MAX_STREAMS or not 1 <= self.at_most <= MAX_STREAMS:
+            raise ValueError(f"a transfer uses 1 to {MAX_STREAMS} streams")
+
+
+class StreamCount:
+    """Tells the number of streams from how many bytes have arrived when.
+
+    It doubles while the rate rises, goes back when a step did not pay, and then holds, longer each time; a rate that
+    falls by itself ends the hold. After a hold one step up or one step down is tried in turn.
+    """
+
+    def __init__(self, policy: StreamPolicy, bandwidth_limit_bytes_per_s: float | None = None) -> None:
+        most = policy.at_most
+        if bandwidth_limit_bytes_per_s is not None:
+            # A limited transfer gains nothing by more streams than fill it, and each must be fed within its idle time.
+            most = max(1, min(most, int(bandwidth_limit_bytes_per_s / _BYTES_PER_S_OF_A_STREAM)))
+        self._fixed = policy.fixed
+        self._most = policy.fixed or most
+        self._wanted = policy.fixed or 1
+        self._doubling = True
+        self._tried_from: tuple[int, float] | None = None
+        self._rate_held = 0.0
+        self._hold_s = HOLD_S
+        self._hold_until = float("-inf")
+        self._next_step_up = True
+        self._since: tuple[float, int] | None = None
+        self._settled_at: float | None = None
+
+    @property
+    def wanted(self) -> int:
+        return self._wanted
+
+    def observe(self, now_s: float, bytes_arrived: int, open_streams: int) -> int:
+        """`bytes_arrived` grows from the start of the transfer. Returns how many streams there should be."""
+        if self._fixed is not None or bytes_arrived <= 0:
+            return self._wanted
+        if open_streams != self._wanted:
+            self._settled_at = self._since = None
+            return self._wanted
+        if self._settled_at is None:
+            self._settled_at = now_s
+        if now_s - self._settled_at < SETTLE_S:
+            return self._wanted
+        if self._since is None:
+            self._since = (now_s, bytes_arrived)
+            return self._wanted
+        then_s, bytes_then = self._since
+        if now_s - then_s < MEASURE_S:
+            return self._wanted
+        self._since = (now_s, bytes_arrived)
+        self._judge(now_s, max(0, bytes_arrived - bytes_then) / (now_s - then_s))
+        return self._wanted
+
+    def refused(self, now_s: float, open_streams: int) -> int:
+        """The node turned a stream away: no more than what is open, at least for as long as the longest hold."""
+        if open_streams < self._wanted:
+            self._most = max(1, min(self._most, open_streams))
+            self._wanted = self._most
+            self._tried_from = None
+            self._hold(now_s)
+        return self._wanted
+
+    def _judge(self, now_s: float, rate: float) -> None:
+        if self._tried_from is not None:
+            self._judge_step(now_s, rate)
+        elif now_s >= self._hold_until or rate < _FELL * self._rate_held:
+            if rate < _FELL * self._rate_held:
+                self._hold_s, self._next_step_up = HOLD_S, True
+            self._step(now_s, rate)
+        else:
+            # Slowly follows a rate that drifts, so that only a sudden fall counts as one.
+            self._rate_held += 0.25 * (rate - self._rate_held)
+
+    def _judge_step(self, now_s: float, rate: float) -> None:
+        before, rate_before = self._tried_from or (self._wanted, rate)
+        if self._wanted > before:
+            is_good = rate >= rate_before * (1 + _WORTH_IT * (self._wanted / before - 1))
+        else:
+            is_good = rate >= rate_before * _NO_WORSE
+        was_up = self._wanted > before
+        self._tried_from = None
+        if is_good:
+            self._rate_held = rate
+            self._next_step_up = was_up
+            self._step(now_s, rate)
+            return
+        self._doubling = False
+        self._rate_held = rate_before
+        self._next_step_up = not was_up
+        self._go(before)
+        self._hold(now_s)
+
+    def _step(self, now_s: float, rate: float) -> None:
+        step = self._wanted if self._doubling else 1
+        target = min(self._most, self._wanted + step) if self._next_step_up else max(1, self._wanted - 1)
+        if target == self._wanted:
+            self._rate_held = rate
+            self._next_step_up = not self._next_step_up
+            self._hold(now_s)
+            return
+        self._tried_from = (self._wanted, rate)
+        self._go(target)
+
+    def _go(self, target: int) -> None:
+        self._wanted = target
+        self._settled_at = self._since = None
+
+    def _hold(self, now_s: float) -> None:
+        self._hold_until = now_s + self._hold_s
+        self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S)

@@ -1,0 +1,144 @@
+"""Several bulk streams at once: opened one after the other, each served in a thread, missed when they end."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+
+from orchestrator.errors import RemoteEvalError, UnreachableError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.channel import StreamDamagedError, StreamOpener
+
+LOGIN_SPACING_S = 0.15
+"""Between two logins; servers count those that are not through yet (MaxStartups) and turn away the next."""
+MAX_LOGINS_AT_ONCE = 2
+_JOIN_S = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamEnd:
+    """How one stream of a pool ended. `error` None: as it should. `was_open`: the agent had said that it is ready."""
+
+    error: BaseException | None
+    was_open: bool
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this stream is to blame, so that others, or a new one, may do better."""
+        return isinstance(self.error, (UnreachableError, StreamDamagedError))
+
+
+class StreamPool:
+    """Bulk streams of one verb. `serve(stream)` is called in a thread for each, and the stream is closed behind it.
+
+    The owner asks for a number of streams with `open_up_to` as often as it likes, and takes what has ended with
+    `ended`; `on_change` is called, from any thread, when there is something to see. Leaving the context ends all
+    streams and waits for their threads.
+    """
+
+    def __init__(
+        self,
+        opener: StreamOpener,
+        verb: str,
+        request: object,
+        serve: Callable[[ByteStream], None],
+        on_change: Callable[[], None],
+        *,
+        idle_timeout_s: float,
+    ) -> None:
+        self._opener = opener
+        self._verb = verb
+        self._request = request
+        self._serve = serve
+        self._on_change = on_change
+        self._idle_timeout_s = idle_timeout_s
+        self._lock = threading.Lock()
+        self._streams: list[ByteStream] = []
+        self._threads: list[threading.Thread] = []
+        self._ends: list[StreamEnd] = []
+        self._opening = 0
+        self._last_login = float("-inf")
+        self._is_closed = False
+
+    @property
+    def open_count(self) -> int:
+        with self._lock:
+            return len(self._streams)
+
+    @property
+    def count(self) -> int:
+        """Streams that are open or being opened."""
+        with self._lock:
+            return len(self._streams) + self._opening
+
+    def open_up_to(self, wanted: int) -> None:
+        """Begin to open one more stream if there are fewer than `wanted`, and the last login was long enough ago."""
+        with self._lock:
+            now = time.monotonic()
+            if self._is_closed or len(self._streams) + self._opening >= wanted:
+                return
+            if self._opening >= MAX_LOGINS_AT_ONCE or now - self._last_login < LOGIN_SPACING_S:
+                return
+            self._opening += 1
+            self._last_login = now
+            thread = threading.Thread(target=self._run, name=f"{self._verb}-{len(self._threads)}", daemon=True)
+            self._threads = [other for other in self._threads if other.is_alive()] + [thread]
+            thread.start()
+
+    def ended(self) -> list[StreamEnd]:
+        """The ends since the last call."""
+        with self._lock:
+            ends, self._ends = self._ends, []
+            return ends
+
+    def __enter__(self) -> StreamPool:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._lock:
+            self._is_closed = True
+            streams = list(self._streams)
+        for stream in streams:
+            stream.close()
+        for thread in self._threads:
+            thread.join(_JOIN_S + self._idle_timeout_s)
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        was_open = False
+        try:
+            stream = self._open()
+            if stream is None:
+                return
+            was_open = True
+            self._on_change()
+            try:
+                self._serve(stream)
+            finally:
+                with self._lock:
+                    self._streams.remove(stream)
+                stream.close()
+        except (RemoteEvalError, OSError, ValueError, EOFError) as caught:
+            error = caught
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            with self._lock:
+                self._ends.append(StreamEnd(error, was_open))
+            self._on_change()
+
+    def _open(self) -> ByteStream | None:
+        try:
+            stream = self._opener.open_agent_stream(self._verb, self._request, idle_timeout_s=self._idle_timeout_s)
+        finally:
+            with self._lock:
+                self._opening -= 1
+        with self._lock:
+            if not self._is_closed:
+                self._streams.append(stream)
+                return stream
+        stream.close()
+        return None
