@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
 from remote_payload.reconstruct.protocol import Kind, Modality
-from remote_payload.reconstruct.statistics import Floats, Null
+from remote_payload.reconstruct.statistics import Floats, Null, Rows, RowsLike, Score
 
 HIGHER, LOWER = "higher", "lower"
 _PAIRINGS = 60
+_FEWEST_PAIRINGS = 20
+_VERSION = 2
+"""Of every metric here: raised when the same id comes to mean another number."""
 _ELEMENTS_FOR_NULL = 2_000_000_000
 
 
@@ -23,7 +26,8 @@ class Metric:
     """One number as results files hold it. `value` is None exactly if `reason` says why.
 
     `chance` is what predictions paired with the wrong targets come to; `baselines` what simple predictors reach on the
-    same samples.
+    same samples. `parameters` decide what the number means: only runs with equal ones are compared. `details` came out
+    beside the value (p, how many were undefined) and differ between runs.
     """
 
     id: str
@@ -38,6 +42,7 @@ class Metric:
     interval: Optional[tuple[float, float]] = None
     baselines: dict[str, float] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,106 +90,160 @@ class Evidence:
     spread: Optional[float]
 
 
-def error_metric(evaluated: Evaluated, name: str, errors: Floats) -> tuple[Metric, Optional[tuple[float, float]]]:
-    unit = f"{evaluated.modality.unit}²"
-    baselines: dict[str, float] = {}
-    gain = None
-    if evaluated.train_mean is not None:
-        of_mean = statistics.row_errors(evaluated.targets, evaluated.train_mean)
-        baselines["train_mean"] = float(of_mean.mean())
-        gain = statistics.mean_interval(of_mean - errors, evaluated.dependence, evaluated.seed)
-    _, indices = wrong_pairings(evaluated)
-    shuffled = [float(statistics.row_errors(evaluated.predictions, evaluated.targets[i]).mean()) for i in indices[:3]]
-    metric = mean_metric(
-        evaluated,
-        name,
-        errors,
-        unit,
-        LOWER,
-        "",
-        chance=float(np.mean(shuffled)) if shuffled else None,
-        baselines=baselines,
-    )
-    return metric, gain
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows to score: predictions, targets, and what each baseline gives; not the declared ones where a metric derives
+    its own."""
+
+    given: RowsLike
+    wanted: RowsLike
+    baselines: Mapping[str, RowsLike]
 
 
-def similarity_metric(
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """A metric that is a mean over samples, with its null and each sample's own score `(n,)` (NaN: undefined)."""
+
+    metric: Metric
+    null: Optional[Null]
+    values: Floats
+
+
+def source_of(evaluated: Evaluated) -> Source:
+    return Source(evaluated.predictions, evaluated.targets, baseline_rows(evaluated))
+
+
+def baseline_rows(evaluated: Evaluated) -> dict[str, RowsLike]:
+    """Each baseline's predictions; the train mean among them wherever there is one."""
+    rows: dict[str, RowsLike] = dict(evaluated.baselines)
+    if evaluated.train_mean is not None and "train_mean" not in rows:
+        rows["train_mean"] = np.broadcast_to(evaluated.train_mean, evaluated.targets.shape)
+    return rows
+
+
+def sample_metric(
     evaluated: Evaluated,
     name: str,
-    given: NDArray[Any],
-    wanted: NDArray[Any],
-    parameters: Optional[Mapping[str, Any]] = None,
-) -> tuple[Metric, Optional[Null]]:
-    kind = evaluated.modality.kind
-    alike = rows_alike(kind, given, wanted)
-    how, indices = wrong_pairings(evaluated)
-    observed = float(np.nanmean(alike)) if np.isfinite(alike).any() else float("nan")
-
-    def paired(index: NDArray[np.int64]) -> float:
-        wrong = rows_alike(kind, given, wanted[index])
-        return float(np.nanmean(wrong)) if np.isfinite(wrong).any() else float("nan")
-
-    null = statistics.null_of(paired, observed, how, indices) if np.isfinite(observed) else None
-    metric = mean_metric(
-        evaluated,
-        name,
-        alike,
-        "1",
-        HIGHER,
-        "prediction or target has zero variance in every sample",
-        chance=null.mean if null else None,
-        parameters={**(parameters or {}), **null_parameters(null)},
-    )
-    return metric, null
-
-
-def rows_alike(kind: Kind, given: NDArray[Any], wanted: NDArray[Any]) -> Floats:
-    if kind is not Kind.TEXT_EMBEDDING:
-        return statistics.row_correlations(given, wanted)
-    a, b = given.astype(np.float64), wanted.astype(np.float64)
-    norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(norms > 0, (a * b).sum(axis=1) / norms, np.nan))
-
-
-def wrong_pairings(evaluated: Evaluated) -> tuple[str, list[NDArray[np.int64]]]:
-    wanted = int(np.clip(_ELEMENTS_FOR_NULL // max(1, evaluated.targets.size), 20, _PAIRINGS))
-    return statistics.pairings(len(evaluated.targets), evaluated.dependence, evaluated.ordered, wanted, evaluated.seed)
-
-
-def null_parameters(null: Optional[Null]) -> dict[str, Any]:
-    if null is None:
-        return {"null": "none: too few samples to pair them wrongly"}
-    return {"null": null.how, "pairings": null.pairings, "null_mean": null.mean, "p": null.p}
-
-
-def mean_metric(
-    evaluated: Evaluated,
-    name: str,
-    values: Floats,
+    score: Score,
     unit: str,
     direction: str,
-    reason: str,
-    chance: Optional[float] = None,
-    baselines: Optional[dict[str, float]] = None,
+    reason: str = "",
     parameters: Optional[Mapping[str, Any]] = None,
-) -> Metric:
-    """The mean over samples of what is defined, with its interval; how many were not is in the parameters."""
+    source: Optional[Source] = None,
+    null_elements: int = _ELEMENTS_FOR_NULL,
+) -> Scored:
+    """The mean over samples of `score`, with every baseline's, the null of wrong pairings and a bootstrap interval.
+
+    The null looks at no more than `null_elements` elements: of a large split it takes spaced samples and says so.
+    """
+    source = source or source_of(evaluated)
+    count = len(source.wanted)
+    values = statistics.scores(score, source.given, source.wanted)
     kept = defined(values)
-    more = {"undefined_samples": len(values) - len(kept)} if len(kept) < len(values) else {}
-    return metric(
+    null, more = _null_of_score(evaluated, score, source, values, direction, null_elements) if len(kept) else (None, {})
+    baselines = {}
+    for baseline, rows in source.baselines.items():
+        theirs = defined(statistics.scores(score, rows, source.wanted))
+        if len(theirs):
+            baselines[baseline] = float(theirs.mean())
+    found = metric(
         evaluated,
         name,
         float(kept.mean()) if len(kept) else None,
         unit,
         direction,
         len(kept),
-        reason=reason,
-        chance=chance,
+        reason=reason or "it is undefined for every sample",
+        chance=null.mean if null else None,
         interval=statistics.mean_interval(values, evaluated.dependence, evaluated.seed),
         baselines=baselines,
-        parameters={**(parameters or {}), **more},
+        parameters={**(parameters or {}), **null_parameters(null), **more},
+        details={**null_details(null), **({"undefined_samples": count - len(kept)} if len(kept) < count else {})},
     )
+    return Scored(found, null, values)
+
+
+def error_metric(evaluated: Evaluated, name: str) -> tuple[Scored, Optional[tuple[float, float]]]:
+    """Mean squared error, and the interval of what it gains on the train mean sample by sample."""
+    scored = sample_metric(evaluated, name, statistics.squared_errors, f"{evaluated.modality.unit}²", LOWER)
+    gain = None
+    if evaluated.train_mean is not None:
+        of_mean = statistics.row_errors(evaluated.targets, evaluated.train_mean)
+        gain = statistics.mean_interval(of_mean - scored.values, evaluated.dependence, evaluated.seed)
+    return scored, gain
+
+
+def similarity_metric(
+    evaluated: Evaluated,
+    name: str,
+    centre: Optional[Floats] = None,
+    parameters: Optional[Mapping[str, Any]] = None,
+    source: Optional[Source] = None,
+) -> Scored:
+    """How alike each prediction and its target are, after `centre` `(d,)` is taken from both."""
+    return sample_metric(
+        evaluated,
+        name,
+        alike(evaluated.modality.kind, centre),
+        "1",
+        HIGHER,
+        "prediction or target has zero variance in every sample",
+        parameters,
+        source,
+    )
+
+
+def alike(kind: Kind, centre: Optional[Floats] = None) -> Score:
+    """Cosine for embeddings, Pearson over a sample's elements for all others; of both less `centre`."""
+    compare = _cosines if kind is Kind.TEXT_EMBEDDING else statistics.row_correlations
+
+    def score(given: Rows, wanted: Rows) -> Floats:
+        return compare(given, wanted) if centre is None else compare(given - centre, wanted - centre)
+
+    return score
+
+
+def _cosines(given: Rows, wanted: Rows) -> Floats:
+    a, b = given.astype(np.float64), wanted.astype(np.float64)
+    norms = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(norms > 0, (a * b).sum(axis=1) / norms, np.nan))
+
+
+def _null_of_score(
+    evaluated: Evaluated, score: Score, source: Source, values: Floats, direction: str, elements: int
+) -> tuple[Optional[Null], dict[str, Any]]:
+    count, width = source.wanted.shape
+    wanted = int(np.clip(elements // max(1, count * width), _FEWEST_PAIRINGS, _PAIRINGS))
+    how, indices = statistics.pairings(count, evaluated.dependence, evaluated.ordered, wanted, evaluated.seed)
+    fits = max(1, elements // (wanted * width))
+    rows = None if fits >= count else np.unique(np.linspace(0, count - 1, fits).round().astype(np.int64))
+    kept = defined(values if rows is None else values[rows])
+    sign = 1.0 if direction == HIGHER else -1.0
+    wrong = []
+    for index in indices:
+        paired = defined(statistics.scores(score, source.given, source.wanted, index, rows))
+        wrong.append(sign * float(paired.mean()) if len(paired) else float("nan"))
+    null = statistics.null_from(wrong, sign * float(kept.mean()), how) if len(kept) else None
+    if null is not None:
+        null = dataclasses.replace(null, mean=sign * null.mean)
+    return null, {} if rows is None else {"samples_in_null": len(rows)}
+
+
+def wrong_pairings(evaluated: Evaluated) -> tuple[str, list[NDArray[np.int64]]]:
+    """How pairings are broken for statistics of all samples at once, and the index arrays."""
+    wanted = int(np.clip(_ELEMENTS_FOR_NULL // max(1, evaluated.targets.size), _FEWEST_PAIRINGS, _PAIRINGS))
+    return statistics.pairings(len(evaluated.targets), evaluated.dependence, evaluated.ordered, wanted, evaluated.seed)
+
+
+def null_parameters(null: Optional[Null]) -> dict[str, Any]:
+    if null is None:
+        return {"null": "none: too few samples to pair them wrongly"}
+    return {"null": null.how, "pairings": null.pairings}
+
+
+def null_details(null: Optional[Null]) -> dict[str, Any]:
+    return {} if null is None else {"p": null.p, "null_mean": null.mean}
 
 
 def metric(
@@ -197,12 +256,13 @@ def metric(
     reason: str,
     chance: Optional[float] = None,
     interval: Optional[tuple[float, float]] = None,
-    baselines: Optional[dict[str, float]] = None,
+    baselines: Optional[Mapping[str, float]] = None,
     parameters: Optional[Mapping[str, Any]] = None,
+    details: Optional[Mapping[str, Any]] = None,
 ) -> Metric:
     return Metric(
         id=name,
-        version=1,
+        version=_VERSION,
         modality=evaluated.modality.name,
         value=value,
         reason=reason if value is None else None,
@@ -213,14 +273,13 @@ def metric(
         interval=interval,
         baselines=dict(baselines or {}),
         parameters=dict(parameters or {}),
+        details=dict(details or {}),
     )
 
 
-def with_baseline(metric: Metric, name: str, values: Floats) -> Metric:
-    kept = defined(values)
-    if not len(kept):
-        return metric
-    return dataclasses.replace(metric, baselines={**metric.baselines, name: float(kept.mean())})
+def unmeasured(evaluated: Evaluated, name: str, unit: str, direction: str, reason: str) -> Metric:
+    """The metric without a value, so that its absence is seen with its reason."""
+    return metric(evaluated, name, None, unit, direction, 0, reason)
 
 
 def similarity_name(kind: Kind) -> str:

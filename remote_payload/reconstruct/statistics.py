@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,78 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Rows = NDArray[Any]
 
+
+class RowsLike(Protocol):
+    """`(n, d)` rows to be read a block at a time: an array, a memory map, or rows that are made when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+Score = Callable[[Rows, Rows], Floats]
+"""Predictions and targets `(b, d)` of a block to one number a row; NaN where it is undefined."""
+
 _CHUNK_ELEMENTS = 4_000_000
 _SHIFT_MARGIN = 15
 """Circular shifts of a time series stay at least this far from 0: nearer ones are still alike by autocorrelation."""
-_FEWEST_SHUFFLES = 19
+FEWEST_SHUFFLES = 19
 """With fewer, p cannot fall below 0.05."""
+
+
+def pearson(first: Rows, second: Rows) -> tuple[Optional[float], Optional[str]]:
+    """Pearson's r of two series over centred float64 data, or None and why there is none."""
+    a, b = np.asarray(first).reshape(1, -1), np.asarray(second).reshape(1, -1)
+    if a.shape[1] < 2:
+        return None, "fewer than two values"
+    constant = [name for name, row in (("first", a), ("second", b)) if np.isnan(_centred(row)[1][0])]
+    if constant:
+        return None, f"zero variance in the {' and the '.join(constant)} series"
+    return float(row_correlations(a, b)[0]), None
+
+
+def scores(
+    score: Score,
+    given: RowsLike,
+    wanted: RowsLike,
+    index: Optional[NDArray[np.int64]] = None,
+    rows: Optional[NDArray[np.int64]] = None,
+) -> Floats:
+    """`score` of row i of `given` against row i of `wanted`, or row `index[i]`; only of `rows` where they are given.
+
+    A block of rows at a time, so that memory maps larger than the memory do not matter.
+    """
+    count = len(wanted) if rows is None else len(rows)
+    result = np.empty(count)
+    for block in _chunks(count, wanted.shape[1]):
+        own: Any = block if rows is None else rows[block]
+        other = own if index is None else index[own]
+        result[block] = score(np.asarray(given[own]), np.asarray(wanted[other]))
+    return result
+
+
+def squared_errors(given: Rows, wanted: Rows) -> Floats:
+    """Mean squared difference of each row."""
+    difference = given.astype(np.float64)
+    difference -= wanted
+    return np.asarray(np.einsum("ij,ij->i", difference, difference) / difference.shape[1])
+
+
+def variance_over_rows(rows: RowsLike) -> float:
+    """Variance over rows of each column, mean over columns; two passes in blocks."""
+    count, width = rows.shape
+    mean = np.zeros(width)
+    for block in _chunks(count, width):
+        mean += np.asarray(rows[block]).sum(axis=0, dtype=np.float64)
+    mean /= count
+    total = 0.0
+    for block in _chunks(count, width):
+        centred = rows[block] - mean
+        total += float(np.einsum("ij,ij->", centred, centred))
+    return total / (count * width)
 
 
 def row_correlations(first: Rows, second: Rows) -> Floats:
@@ -70,13 +137,9 @@ def resampled_column_correlations(first: Rows, second: Rows, indices: NDArray[np
     return np.asarray(np.clip(result, -1.0, 1.0))
 
 
-def row_errors(first: Rows, second: Rows) -> Floats:
+def row_errors(first: RowsLike, second: Rows) -> Floats:
     """Mean squared difference between corresponding rows; `second` may be one row for all."""
-    errors = np.empty(len(first))
-    for rows in _chunks(len(first), first.shape[1]):
-        other = second if second.ndim == 1 else second[rows]
-        errors[rows] = ((first[rows].astype(np.float64) - other.astype(np.float64)) ** 2).mean(axis=1)
-    return errors
+    return scores(squared_errors, first, np.broadcast_to(second, first.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +184,19 @@ def null_from(wrong: Sequence[float], observed: float, how: str) -> Optional[Nul
     values = values[np.isfinite(values)]
     if not len(values) or not np.isfinite(observed):
         return None
-    p = float((1 + (values >= observed).sum()) / (1 + len(values))) if len(values) >= _FEWEST_SHUFFLES else None
+    p = float((1 + (values >= observed).sum()) / (1 + len(values))) if len(values) >= FEWEST_SHUFFLES else None
     return Null(float(values.mean()), p, len(values), how)
+
+
+def benjamini_hochberg(p_values: Floats) -> Floats:
+    """Adjusted p values (q) of one family (Benjamini & Hochberg 1995); NaN stays NaN and takes no part."""
+    adjusted = np.full(len(p_values), np.nan)
+    known = np.flatnonzero(np.isfinite(p_values))
+    order = known[np.argsort(p_values[known], kind="stable")]
+    if len(order):
+        scaled = p_values[order] * len(order) / np.arange(1, len(order) + 1)
+        adjusted[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
+    return adjusted
 
 
 def mean_interval(values: Floats, block: int, seed: int, resamples: int = 1000) -> Optional[tuple[float, float]]:
@@ -139,6 +213,21 @@ def mean_interval(values: Floats, block: int, seed: int, resamples: int = 1000) 
     return float(low), float(high)
 
 
+def ratio_interval(
+    above: Floats, below: Floats, block: int, seed: int, resamples: int = 1000
+) -> Optional[tuple[float, float]]:
+    """The same for the mean of `above` over the mean of `below`, resampled together."""
+    indices = block_indices(len(above), block, seed, min(resamples, max(100, 20_000_000 // max(1, len(above)))))
+    if indices is None:
+        return None
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = above[indices].mean(axis=1) / below[indices].mean(axis=1)
+    if not np.isfinite(ratios).all():
+        return None
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def block_indices(count: int, block: int, seed: int, resamples: int) -> Optional[NDArray[np.int64]]:
     """`(resamples, count)` row indices of a moving-block bootstrap; None for fewer than three blocks."""
     length = max(1, block)
@@ -151,13 +240,17 @@ def block_indices(count: int, block: int, seed: int, resamples: int) -> Optional
     return np.asarray(indices, dtype=np.int64)
 
 
-def _centred(rows: Rows) -> tuple[Floats, Floats]:
-    wide = rows.astype(np.float64)
-    largest = np.abs(wide).max(axis=1, initial=0.0)
+def norms_about_mean(wide: Floats) -> Floats:
+    """Each row's norm about its mean; NaN for a row that is constant but for rounding."""
     centred = wide - wide.mean(axis=1, keepdims=True)
     norms = np.sqrt(np.einsum("ij,ij->i", centred, centred))
-    rounding = largest * np.sqrt(wide.shape[1]) * 1e-12
-    return centred, np.where(norms > rounding, norms, np.nan)
+    rounding = np.abs(wide).max(axis=1, initial=0.0) * np.sqrt(wide.shape[1]) * 1e-12
+    return np.asarray(np.where(norms > rounding, norms, np.nan))
+
+
+def _centred(rows: Rows) -> tuple[Floats, Floats]:
+    wide = rows.astype(np.float64)
+    return wide - wide.mean(axis=1, keepdims=True), norms_about_mean(wide)
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:
