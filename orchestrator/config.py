@@ -24,6 +24,25 @@ MAX_USER_CONFIG_BYTES = 1024 * 1024
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
+class FeatureSection(pydantic.BaseModel):
+    """A pretrained network on the node, as TorchScript, in whose features images are compared."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(description="TorchScript file on the node; ${NAME}: the profile's variables.")
+    layers: tuple[str, ...] = Field(default=(), description="Keys of the dict that it gives; default: all.")
+    size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, description="Height and width in pixels that images are resized to; default: as they are."
+    )
+    mean: tuple[float, ...] = Field(default=(0.0,), min_length=1, description="Taken from each channel of 0…1.")
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(1.0,), min_length=1, description="Then divided by.")
+    compares: Literal["features", "pairs"] = Field(
+        default="features", description="forward(images) gives features; or forward(given, wanted) gives distances."
+    )
+    frechet: bool = Field(default=False, description="The Fréchet distance too (FID for Inception's features).")
+    covers: tuple[str, ...] = Field(default=(), description="Usual metrics that it stands for, such as alexnet_2.")
+
+
 class EvaluationSection(pydantic.BaseModel):
     """The `remote_eval:` section."""
 
@@ -36,6 +55,9 @@ class EvaluationSection(pydantic.BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(default=8, description="Samples at a time.")
     metric_samples: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Default: the whole split.")
     user_config: dict[str, Any] = Field(default={}, description="Reaches the adapter untouched.")
+    features: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")], FeatureSection] = Field(
+        default={}, description="Name → pretrained network on the node; none is ever fetched."
+    )
 
     @pydantic.field_validator("adapter")
     @classmethod
@@ -98,8 +120,18 @@ def load_config(
         user_config=section.user_config,
         user_config_name=path.name,
         user_config_text=text,
+        features=_features(section.features, variables, data_base, document.where(SECTION, "features")),
     )
     return LoadedConfig(settings, digest)
+
+
+def _features(
+    named: Mapping[str, FeatureSection], variables: Mapping[str, str], base: Path | None, where: str
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {**feature.model_dump(mode="json"), "path": _data_path(feature.path, variables, base, f"{where}: {name}")}
+        for name, feature in named.items()
+    }
 
 
 def _read(path: Path) -> bytes:

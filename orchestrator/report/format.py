@@ -10,10 +10,13 @@ from typing import Any
 MAX_CELL = 400
 _ABBREVIATIONS = {
     "bold": "BOLD",
+    "clip": "CLIP",
     "cpu": "CPU",
     "cuda": "CUDA",
+    "fid": "FID",
     "fmri": "fMRI",
     "gpu": "GPU",
+    "lpips": "LPIPS",
     "mae": "MAE",
     "mse": "MSE",
     "n": "n",

@@ -72,7 +72,7 @@ def metric_row(metric: Mapping[str, Any]) -> MetricRow:
         n=number_text(metric["n"]),
         chance=number_text(metric["chance"]),
         baselines=tuple((words(name), number_text(value)) for name, value in shown.items() if value is not None),
-        parameters=cut("; ".join(f"{k} {cell(v)}" for k, v in metric["parameters"].items())),
+        parameters=cut("; ".join(f"{k} {cell(v)}" for k, v in _stated(metric).items())),
         direction=f"{direction} is better" if direction else "",
         tone=tone,
         judgement=judgement,
@@ -96,6 +96,12 @@ def judge(metric: Mapping[str, Any]) -> tuple[str, str]:
         return "bad", _capital("; ".join(filter(None, ["no better than chance", loses])))
     sure = "" if interval else " (no interval given)"
     return ("bad" if loses else "good"), _capital("; ".join(filter(None, [f"better than chance{sure}", loses])))
+
+
+def _stated(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """What came out beside the value before what the value depends on: p is what readers look for."""
+    details = {k: v for k, v in metric.get("details", {}).items() if v is not None}
+    return {**details, **metric["parameters"]}
 
 
 def _beats(metric: Mapping[str, Any], other: float) -> bool:

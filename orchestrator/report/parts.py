@@ -85,6 +85,7 @@ def read_metrics(document: dict[str, Any], job: str, notes: list[str]) -> list[d
                 "interval": _interval(item.get("interval")),
                 "baselines": {name: number(baselines[name]) for name in baselines},
                 "parameters": mapping(item.get("parameters")),
+                "details": mapping(item.get("details")),
             }
         )
     return metrics

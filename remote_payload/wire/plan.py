@@ -22,7 +22,8 @@ class EvaluationSettings:
 
     `adapter` is `module:Class`; `data` maps names to paths on the node; `user_config` reaches the adapter untouched,
     and so does `user_config_text` (the whole text of a config that is the user's own, with its file name).
-    `dtype` is one of auto, float32, bfloat16, float16. `metric_samples` None means the whole split.
+    `dtype` is one of auto, float32, bfloat16, float16. `metric_samples` None means the whole split. `features` names
+    pretrained networks on the node by which images are compared, each with its `path` and how images are prepared.
     """
 
     adapter: Optional[str] = None
@@ -35,6 +36,7 @@ class EvaluationSettings:
     user_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     user_config_name: Optional[str] = None
     user_config_text: Optional[str] = None
+    features: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
