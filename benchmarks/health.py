@@ -71,7 +71,7 @@ def measure_pass(
     # Room for alignment, since torch rounds pinned memory up to a power of two.
     block_bytes = block_mib * 2**20 - 2**14 if block_mib else None
     idle = _resident_bytes()
-    with _DeviceMemory(on_cuda) as device_memory, _HostMemory() as host_memory:
+    with _DeviceMemory(on_cuda) as device_memory, HostMemory() as host_memory:
         seconds, header_seconds = [], []
         for _ in range(repeats):
             began = time.perf_counter()
@@ -105,7 +105,7 @@ def measure_naive(path: str) -> dict[str, Any]:
     import torch
 
     began = time.perf_counter()
-    with _HostMemory() as memory:
+    with HostMemory() as memory:
         document = torch.load(path, map_location="cpu", weights_only=True)
         for tensor in _tensors(document):
             if tensor.is_floating_point() and tensor.numel() > 1:
@@ -215,8 +215,14 @@ class _Sampler:
         raise NotImplementedError
 
 
-class _HostMemory(_Sampler):
+class HostMemory(_Sampler):
+    """The most that this process held at any time: anonymous and pinned pages, not those of mapped files."""
+
     peak_bytes = 0
+
+    @staticmethod
+    def resident_bytes() -> int:
+        return _resident_bytes()
 
     def sample(self) -> None:
         self.peak_bytes = max(self.peak_bytes, _resident_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -63,6 +64,12 @@ class Source:
                     f"{self.path} became shorter while it was read: it ends at {offset + got}"
                 )
             got += count
+
+    def ask_ahead(self, offset: int, length: int) -> None:
+        """Tell the system that these bytes are wanted soon. A hint: where it cannot be given, nothing happens."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
 
     def map(self, offset: int, length: int) -> mmap.mmap:
         """`length` bytes from `offset` on, read-only. Raises `OSError`, `ValueError` beyond the file's end.

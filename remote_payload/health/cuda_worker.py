@@ -40,6 +40,7 @@ _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _POWERS = 32
 _ROW_BLOCKS = 1024
 _SEGMENT_ELEMENTS = 4096
+_RESULT_BYTES = 1 << 20
 _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80}
 _TILE_VALUES = ("finite", "mean", "squares", "cubes", "fourths", "minimum", "maximum")
 _TILE_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
@@ -63,30 +64,36 @@ def load_kernels(device: torch.device) -> tuple[CudaModule, int]:
     return module, parts
 
 
+class _Pair:
+    """As much pinned memory as device memory, and both addresses."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(size, dtype=torch.uint8, device=device)
+        self.size, self.host_address, self.device_address = size, self.host.data_ptr(), self.device.data_ptr()
+
+
 class _Buffer:
-    """Pinned memory, as much on the device, and a stream; made where they are first used, while others read."""
+    """Room for a block, room for its results, and a stream; made where they are first used, while others read."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.host: torch.Tensor
-        self.device: torch.Tensor
-        self.stream: Optional[torch.cuda.Stream] = None
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._device = device
+        self.data = _Pair(size, device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.results = _Pair(_RESULT_BYTES, device)
 
-    def make(self, device: torch.device) -> torch.cuda.Stream:
-        if self.stream is None:
-            self.host = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
-            self.device = torch.empty(self._size, dtype=torch.uint8, device=device)
-            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self.stream
+    def make_room(self, count: int) -> None:
+        """Room for `count` bytes of results. None of an earlier block's may still be under way."""
+        if count > self.results.size:
+            self.results = _Pair(1 << (count - 1).bit_length(), self._device)
 
 
-@dataclasses.dataclass
 class _Arena:
-    """Room on the device for a block's results, zeroed at once and fetched at once."""
+    """Where in a buffer's results each of a block's is: zeroed at once and fetched at once."""
 
-    size: int = 0
-    memory: Optional[torch.Tensor] = None
-    fetched: Optional[Array] = None
+    def __init__(self, buffer: _Buffer) -> None:
+        self.size = 0
+        self._buffer = buffer
 
     def reserve(self, count: int) -> int:
         at = self.size
@@ -94,11 +101,12 @@ class _Arena:
         return at
 
     def address(self, at: int) -> ctypes.c_void_p:
-        return ctypes.c_void_p((self.memory.data_ptr() if self.memory is not None else 0) + at)
+        return ctypes.c_void_p(self._buffer.results.device_address + at)
 
     def get(self, at: int, dtype: Any, count: int) -> Array:
+        """A view, good until the buffer's next block."""
         width = np.dtype(dtype).itemsize
-        return self.fetched[at : at + count * width].view(dtype) if self.fetched is not None else None
+        return self._buffer.results.host[at : at + count * width].numpy().view(dtype)
 
 
 @dataclasses.dataclass
@@ -141,10 +149,10 @@ class CudaWorker:
         self._swap = state.header.byte_order == "big"
         self._lock = threading.Lock()
         self._counts: dict[int, torch.Tensor] = {}
-        self._buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
-        size = buffer_bytes(state.header, state.plan, block_bytes)
+        self._buffers: queue.SimpleQueue[Optional[_Buffer]] = queue.SimpleQueue()
+        self._buffer_bytes = buffer_bytes(state.header, state.plan, block_bytes)
         for _ in range(threads):
-            self._buffers.put(_Buffer(size))
+            self._buffers.put(None)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         powers = [power_of_x8(source.CRC_CHUNK_BYTES << k) for k in range(_POWERS)]
         self._powers = torch.from_numpy(np.asarray(powers, dtype=np.uint32).view(np.int32)).to(device)
@@ -167,20 +175,22 @@ class CudaWorker:
             counts = self._counts.pop(group, None)
         return None if counts is None else counts.cpu().numpy()
 
-    def _counts_of(self, group: int, stream: torch.cuda.Stream) -> torch.Tensor:
+    def _counts_of(self, group: int) -> torch.Tensor:
         """A group's counters stay on the device until its last block is in: half a megabyte each, few at a time."""
         with self._lock:
             counts = self._counts.get(group)
             if counts is None:
                 counts = self._counts[group] = torch.zeros(1 << 16, dtype=torch.int64, device=self._device)
-                # Other streams add to them from now on.
-                stream.synchronize()
+                # Other streams than the current one, which zeroes them, add to them from now on.
+                torch.cuda.current_stream(self._device).synchronize()
             return counts
 
     def __call__(self, block: Block) -> BlockOutcome:
         buffer = self._buffers.get()
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(buffer.make(self._device)):
+            with torch.cuda.device(self._device):
+                if buffer is None:
+                    buffer = _Buffer(self._buffer_bytes, self._device)
                 return self._reduce(block, buffer)
         except CheckpointError as error:
             return BlockOutcome(error=str(error))
@@ -190,13 +200,13 @@ class CudaWorker:
     def _reduce(self, block: Block, buffer: _Buffer) -> BlockOutcome:
         offsets, at = [], 0
         for span in block.spans:
-            host = buffer.host[at : at + span.length]
-            self._state.read(span, host)
-            buffer.device[at : at + span.length].copy_(host, non_blocking=True)
+            self._state.read(span, buffer.data.host[at : at + span.length])
             offsets.append(at)
             at += -(-span.length // ALIGNMENT) * ALIGNMENT
-        arena = _Arena()
         ready = self._has_kernels()
+        if ready:
+            self._module.copy_in(buffer.data.device_address, buffer.data.host_address, at, buffer.stream)
+        arena = _Arena(buffer)
         jobs = [
             [self._plan_piece(p, at + p.start, arena) if ready else None for p in span.pieces]
             for span, at in zip(block.spans, offsets)
@@ -204,7 +214,9 @@ class CudaWorker:
         crcs = [self._plan_crc(block, n, arena) if ready else None for n in range(len(block.spans))]
         on_device = block.trio is not None and all(j is not None for js in jobs for j in js)
         joint_at = arena.reserve(7 * 8) if on_device else None
-        arena.memory = torch.zeros(max(arena.size, 1), dtype=torch.uint8, device=self._device)
+        buffer.make_room(arena.size)
+        if ready:
+            self._module.clear(buffer.results.device_address, arena.size, buffer.stream)
         for found in (j for js in jobs for j in js):
             if found is not None:
                 self._launch_piece(found, buffer, arena)
@@ -213,8 +225,9 @@ class CudaWorker:
                 self._launch_crc(block.spans[number].length, offsets[number], crc_at, buffer, arena)
         if joint_at is not None:
             self._launch_joint(block, offsets, joint_at, buffer, arena)
-        # Waits for the copy in and for the kernels, hence the buffers are free when this returns.
-        arena.fetched = arena.memory.cpu().numpy()
+        if ready:
+            self._module.copy_out(buffer.results.host_address, buffer.results.device_address, arena.size, buffer.stream)
+            buffer.stream.synchronize()
         return self._collect(block, offsets, jobs, crcs, joint_at, buffer, arena)
 
     def _collect(
@@ -229,7 +242,7 @@ class CudaWorker:
     ) -> BlockOutcome:
         outcome = BlockOutcome()
         for number, span in enumerate(block.spans):
-            host = buffer.host[offsets[number] : offsets[number] + span.length]
+            host = buffer.data.host[offsets[number] : offsets[number] + span.length]
             parts = [
                 reduce_piece(self._state, p, host, self._swap) if j is None else self._part(j, buffer, arena)
                 for p, j in zip(span.pieces, jobs[number])
@@ -239,7 +252,7 @@ class CudaWorker:
             outcome.joint = JointPart(*arena.get(joint_at, np.uint64, 7).astype(np.int64).tolist())
         elif block.trio is not None:
             constants = self._state.constants(block)
-            data = [buffer.host[at : at + s.length] for s, at in zip(block.spans, offsets)]
+            data = [buffer.data.host[at : at + s.length] for s, at in zip(block.spans, offsets)]
             if constants is not None:
                 outcome.joint = reduce_trio(self._state, block, data, constants, self._swap)
         return outcome
@@ -273,12 +286,12 @@ class CudaWorker:
         return arena.reserve(4)
 
     def _launch_piece(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> None:
-        stream = buffer.make(self._device)
-        data = ctypes.c_void_p(buffer.device.data_ptr() + job.offset)
+        stream = buffer.stream
+        data = ctypes.c_void_p(buffer.data.device_address + job.offset)
         wide = job.dtype == "float32"
         share = self._histogram_share(job.elements)
         bins = (1 << 16) // self._histogram_parts
-        counts = ctypes.c_void_p(self._counts_of(job.piece.group, stream).data_ptr())
+        counts = ctypes.c_void_p(self._counts_of(job.piece.group).data_ptr())
         for part in range(self._histogram_parts):
             cut = (_u32(part * bins), _u32(bins), _u32(_EXPONENTS[job.dtype]))
             arguments = (data, _u64(job.elements), _u64(share), _i32(wide), *cut)
@@ -305,7 +318,7 @@ class CudaWorker:
         self, job: _PieceJob, rows: _RowJob, data: ctypes.c_void_p, buffer: _Buffer, arena: _Arena
     ) -> None:
         position = job.piece.position // ITEM_BYTES[job.dtype]
-        at, stream = rows.at, buffer.make(self._device)
+        at, stream = rows.at, buffer.stream
         results = [arena.address(at + n * rows.results) for n in (0, 16, 20, 8)]
         alive = arena.address(at + 24 * rows.results) if rows.wants_columns else ctypes.c_void_p(0)
         numbers = (position, job.elements, rows.shape.columns, rows.first, rows.count, rows.segments)
@@ -322,12 +335,12 @@ class CudaWorker:
         constants = self._state.constants(block)
         if constants is None:
             return
-        stream = buffer.make(self._device)
+        stream = buffer.stream
         types = [self._state.group(s.pieces[0]).dtype for s in block.spans]
         elements = block.spans[0].length // ITEM_BYTES[types[0]]
         numbers = (constants.rate, constants.rate_at_peak, constants.root, constants.eps)
         arguments = (
-            *(ctypes.c_void_p(buffer.device.data_ptr() + o) for o in offsets),
+            *(ctypes.c_void_p(buffer.data.device_address + o) for o in offsets),
             *(_i32(_KINDS[t]) for t in types),
             _u64(elements),
             *(ctypes.c_float(n) for n in numbers),
@@ -337,9 +350,9 @@ class CudaWorker:
         self._module.launch("joint", blocks, 256, arguments, stream)
 
     def _launch_crc(self, length: int, offset: int, at: int, buffer: _Buffer, arena: _Arena) -> None:
-        chunks, stream = length // source.CRC_CHUNK_BYTES, buffer.make(self._device)
+        chunks, stream = length // source.CRC_CHUNK_BYTES, buffer.stream
         arguments = (
-            ctypes.c_void_p(buffer.device.data_ptr() + offset),
+            ctypes.c_void_p(buffer.data.device_address + offset),
             _u64(chunks),
             ctypes.c_void_p(self._powers.data_ptr()),
             arena.address(at),
@@ -365,7 +378,7 @@ class CudaWorker:
             table = arena.get(job.tiles_at, np.float64, tiles * source.TILE_VALUES).reshape(tiles, -1)
             part.moments = _join_tiles(table)
         if bad:
-            host = buffer.host[job.offset : job.offset + job.piece.length]
+            host = buffer.data.host[job.offset : job.offset + job.piece.length]
             part.nan, part.inf = kernels.locations(host, job.dtype)
         if job.rows is not None:
             part.rows = _row_part(job.rows, arena)

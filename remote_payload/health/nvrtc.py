@@ -27,7 +27,9 @@ class CudaModule:
             torch.cuda.synchronize()
             image = compile_source(source, torch.cuda.get_device_capability(device))
             try:
-                self._driver = ctypes.CDLL("libcuda.so.1")
+                # Calls that only queue work keep the interpreter: sixteen threads that let go of it a dozen times a
+                # block would wait for one another longer than for the disk.
+                self._driver = ctypes.PyDLL("libcuda.so.1")
             except OSError as error:
                 raise CompilerUnavailableError(str(error)) from error
             self._module = ctypes.c_void_p()
@@ -47,17 +49,35 @@ class CudaModule:
         stream: torch.cuda.Stream,
         shared_bytes: int = 0,
     ) -> None:
-        """Start a kernel on a stream; arguments are ctypes values. Raises `RuntimeError` if it cannot start."""
+        """Queue a kernel on a stream; arguments are ctypes values. Raises `RuntimeError` if it cannot start."""
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
         code = self._driver.cuLaunchKernel(
             self._functions[name],
             *(ctypes.c_uint(n) for n in (blocks, 1, 1, threads, 1, 1, shared_bytes)),
-            ctypes.c_void_p(stream.cuda_stream),
+            _handle(stream),
             pointers,
             None,
         )
-        if code:
-            raise RuntimeError(f"kernel {name} could not be started: CUDA error {code}")
+        _check_queued(f"kernel {name}", code)
+
+    def copy_in(self, device: int, host: int, count: int, stream: torch.cuda.Stream) -> None:
+        """Queue a copy of `count` bytes from pinned memory to the device; both are addresses."""
+        if count:
+            code = self._driver.cuMemcpyHtoDAsync_v2(*_span(device, host, count), _handle(stream))
+            _check_queued("a copy to the device", code)
+
+    def copy_out(self, host: int, device: int, count: int, stream: torch.cuda.Stream) -> None:
+        """Queue a copy of `count` bytes from the device to pinned memory; both are addresses."""
+        if count:
+            code = self._driver.cuMemcpyDtoHAsync_v2(*_span(host, device, count), _handle(stream))
+            _check_queued("a copy from the device", code)
+
+    def clear(self, device: int, count: int, stream: torch.cuda.Stream) -> None:
+        """Queue the zeroing of `count` bytes on the device."""
+        if count:
+            zero = ctypes.c_ubyte(0)
+            code = self._driver.cuMemsetD8Async(ctypes.c_void_p(device), zero, ctypes.c_size_t(count), _handle(stream))
+            _check_queued("a memset", code)
 
     def _function(self, name: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
@@ -68,6 +88,19 @@ class CudaModule:
     def _check(code: int) -> None:
         if code:
             raise CompilerUnavailableError(f"CUDA error {code} while kernels were loaded")
+
+
+def _handle(stream: torch.cuda.Stream) -> ctypes.c_void_p:
+    return ctypes.c_void_p(stream.cuda_stream)
+
+
+def _span(to: int, source: int, count: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]:
+    return ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(count)
+
+
+def _check_queued(what: str, code: int) -> None:
+    if code:
+        raise RuntimeError(f"{what} could not be started: CUDA error {code}")
 
 
 def compile_source(source: str, capability: tuple[int, int]) -> bytes:

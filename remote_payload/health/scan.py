@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Optional, Protocol
@@ -18,7 +19,7 @@ import torch
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.checkpoint.source import Source
-from remote_payload.health.blocks import Block, iter_blocks, plan_scan
+from remote_payload.health.blocks import Block, ScanPlan, iter_blocks, plan_scan
 from remote_payload.health.distribution import Array
 from remote_payload.health.facts import ScanResult
 from remote_payload.health.joiner import Joiner
@@ -30,8 +31,12 @@ CPU_BLOCK_BYTES = 6 * 1024 * 1024
 CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
 """With room for alignment a power of two, to which torch rounds pinned memory up."""
 MAX_CPU_THREADS = 32
-MAX_CUDA_THREADS = 16
+MAX_CUDA_THREADS = 12
+"""With 16 on as many processors the thread that joins the results gets none."""
 _BLOCKS_IN_FLIGHT_PER_THREAD = 2
+_ASKED_AHEAD_BYTES = 2 << 30
+"""What the disk is asked for while kernels are compiled and buffers made."""
+_ASKED_AT_ONCE_BYTES = 16 << 20
 
 _SWITCH_INTERVAL_S = 0.0001
 
@@ -67,6 +72,7 @@ def scan(
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
+        stack.enter_context(_asking_ahead(header, plan, sources))
         worker, size = _make_worker(state, device, threads, block_bytes, by_native)
         joiner.take_counts = worker.take_counts
         done = 0
@@ -82,6 +88,29 @@ def scan(
     for tensor in plan.strided:
         joiner.add_strided(tensor)
     return joiner.result()
+
+
+@contextmanager
+def _asking_ahead(header: CheckpointHeader, plan: ScanPlan, sources: Sequence[Source]) -> Iterator[None]:
+    """Have the disk read what will be wanted first, in a thread: it would stand idle until the workers are made."""
+    enough = threading.Event()
+
+    def ask() -> None:
+        left = _ASKED_AHEAD_BYTES
+        for block in iter_blocks(header, plan, _ASKED_AT_ONCE_BYTES):
+            for span in block.spans:
+                sources[span.file].ask_ahead(span.offset, span.length)
+            left -= block.length
+            if left <= 0 or enough.is_set():
+                return
+
+    thread = threading.Thread(target=ask, name="health-ahead")
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
 
 
 def _nothing_kept(_group: int) -> Optional[Array]:

@@ -1,0 +1,234 @@
+"""`python -m benchmarks.reconstruct_gpu PATH [--scale 1] [--steps a,b]`: the reconstruct job on a GPU.
+
+PATH is a checkpoint of the reference architecture as `python -m benchmarks.health gpu PATH --steps write` leaves it
+(with `--scale`, one of that scale). Needs the demonstration's data packages. Each step prints a JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.health import HostMemory, child
+
+_BATCH = 8
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.reconstruct_gpu", description=__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--steps", default="data,load warm,rate,evaluate,load cold")
+    parser.add_argument("--one", choices=("ours", "theirs", "rate"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        one = {"ours": load_ours, "theirs": load_theirs, "rate": rates}[options.one]
+        print(json.dumps(one(options.path, options.scale, options.device)))
+        return 0
+    data = data_folder(options.path)
+    again = ["-m", "benchmarks.reconstruct_gpu", str(options.path), "--scale", str(options.scale)]
+    again += ["--device", options.device, "--one"]
+    known: dict[str, Callable[[], dict[str, Any]]] = {
+        "data": lambda: prepare(data, options.scale),
+        "load warm": lambda: {"ours": child([*again, "ours"]), "theirs": child([*again, "theirs"])},
+        "load cold": lambda: {name: cold(lambda n=name: child([*again, n])) for name in ("ours", "theirs")},
+        "rate": lambda: child([*again, "rate"]),
+        "evaluate": lambda: evaluate(options.path, options.scale, options.device),
+    }
+    for name in options.steps.split(","):
+        began = time.perf_counter()
+        try:
+            found = known[name]()
+        except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
+            found = {"error": f"{type(error).__name__}: {error}"[-3000:]}
+        print(json.dumps({"step": name, "took_s": round(time.perf_counter() - began, 2), **found}), flush=True)
+    return 0
+
+
+def data_folder(path: Path) -> Path:
+    return path.parent / "film"
+
+
+def prepare(folder: Path, scale: int) -> dict[str, Any]:
+    return child(["-m", "remote_payload.reference", "prepare", "--out", str(folder), "--scale", str(scale)])
+
+
+def cold(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """With the page cache dropped first; needs root."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    return run()
+
+
+def load_ours(path: Path, scale: int, device: str) -> dict[str, Any]:
+    """From the header to the model on the device."""
+    import torch
+
+    from remote_payload.checkpoint import read_header
+    from remote_payload.reconstruct.loading import choose_dtype, load_model
+    from remote_payload.reconstruct.protocol import AdapterConfig
+    from remote_payload.reference.adapter import ReferenceAdapter
+
+    target = start(device)
+    with HostMemory() as memory:
+        idle, before = memory.resident_bytes(), bytes_from_disk()
+        began = time.perf_counter()
+        header = read_header(str(path))
+        config = AdapterConfig({"scale": scale}, checkpoint=header.config)
+        dtype = choose_dtype("auto", header, target)
+        loaded = load_model(ReferenceAdapter(), config, header, target, dtype)
+        finish(target)
+        seconds = time.perf_counter() - began
+    weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    return {
+        "seconds": seconds,
+        "parameters": loaded.parameters,
+        "weights_gb": weights / 1e9,
+        "host_over_idle_mib": (memory.peak_bytes - idle) / 2**20,
+        "read_from_disk_gb": (bytes_from_disk() - before) / 1e9,
+        "device_peak_gb": torch.cuda.max_memory_allocated() / 1e9 if target.type == "cuda" else None,
+    }
+
+
+def load_theirs(path: Path, scale: int, device: str) -> dict[str, Any]:
+    """`torch.load`, `load_state_dict` and `.to(device)`. The model's construction, which takes longer, is not timed."""
+    import torch
+
+    from remote_payload.reference.model import FilmAutoencoder
+    from remote_payload.reference.sizes import ReferenceSizes
+
+    target = start(device)
+    with HostMemory() as memory:
+        idle, before = memory.resident_bytes(), bytes_from_disk()
+        with torch.device("meta"):
+            model = FilmAutoencoder(ReferenceSizes.at_scale(scale)).to(torch.bfloat16)
+        model = model.to_empty(device="cpu")
+        began = time.perf_counter()
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(document["model_state_dict"])
+        model = model.to(target)
+        finish(target)
+        seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "host_over_idle_mib": (memory.peak_bytes - idle) / 2**20,
+        "read_from_disk_gb": (bytes_from_disk() - before) / 1e9,
+    }
+
+
+def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
+    """Samples per second of the runner, and of a plain loop over a DataLoader of the same samples and batches."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    from remote_payload.checkpoint import read_header
+    from remote_payload.reconstruct.loading import choose_dtype, load_model
+    from remote_payload.reconstruct.protocol import AdapterConfig
+    from remote_payload.reconstruct.runner import make_deterministic, predict, run_over, to_device
+    from remote_payload.reference.adapter import ReferenceAdapter
+
+    make_deterministic(0)
+    target = start(device)
+    header = read_header(str(path))
+    config = AdapterConfig({"scale": scale}, checkpoint=header.config)
+    adapter = ReferenceAdapter()
+    loaded = load_model(adapter, config, header, target, choose_dtype("auto", header, target))
+    data = {"film": str(data_folder(path))}
+    samples = adapter.samples(adapter.split, data, config)
+    modalities = adapter.modalities(data, config)
+    predict(adapter, loaded.model, [samples[0]], target, loaded.dtype)
+
+    def ours() -> None:
+        taken: list[Any] = []
+        run_over(
+            adapter,
+            loaded.model,
+            samples,
+            range(len(samples)),
+            modalities,
+            target,
+            loaded.dtype,
+            _BATCH,
+            lambda _positions, _items, predicted: taken.append({n: t.float().cpu() for n, t in predicted.items()}),
+        )
+
+    def theirs() -> None:
+        taken = []
+        with torch.inference_mode():
+            for batch in DataLoader(samples, batch_size=_BATCH, collate_fn=adapter.collate):  # type: ignore[arg-type]
+                out = adapter.predict(loaded.model, to_device(batch, target, loaded.dtype))
+                taken.append({n: t.float().cpu() for n, t in out.items()})
+
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(3):
+        for name, loop in (("ours", ours), ("theirs", theirs)):
+            began = time.perf_counter()
+            loop()
+            finish(target)
+            seconds[name].append(time.perf_counter() - began)
+    count = len(samples)
+    return {"samples": count, **{f"{n}_samples_per_s": [round(count / s, 2) for s in v] for n, v in seconds.items()}}
+
+
+def evaluate(path: Path, scale: int, device: str) -> dict[str, Any]:
+    """The whole job by hand over the demonstration's test split."""
+    config, out = path.parent / "eval.json", path.parent / "reconstruct"
+    adapter = "remote_payload.reference.adapter:ReferenceAdapter"
+    settings = {"adapter": adapter, "data": {"film": str(data_folder(path))}, "batch_size": _BATCH}
+    config.write_text(json.dumps({"remote_eval": {**settings, "user_config": {"scale": scale}}}))
+    command = ["-m", "remote_payload.reconstruct", "--checkpoint", str(path), "--config", str(config)]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *command, "--out", str(out), "--device", device],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        stdin=subprocess.DEVNULL,
+    )
+    found: dict[str, Any] = {"seconds": time.perf_counter() - began, "status": done.returncode}
+    if done.returncode:
+        return {**found, "error": done.stderr[-2000:]}
+    document = json.loads((out / "reconstruct.json").read_text())
+    bits = {m["id"]: m["value"] for m in document["metrics"] if m["value"] is not None}
+    return {
+        **found,
+        "headline": document["headline"],
+        "model": document["model"],
+        "samples": document["samples"],
+        "metrics": dict(list(bits.items())[:12]),
+        "pictures": len(document["pictures"]),
+    }
+
+
+def start(device: str) -> Any:
+    """The device with its context made, which is no part of any load."""
+    import torch
+
+    target = torch.device(device)
+    torch.zeros(1, device=target)
+    return target
+
+
+def finish(device: Any) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bytes_from_disk() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONDONTWRITEBYTECODE", "1")
+    sys.exit(main(sys.argv[1:]))
