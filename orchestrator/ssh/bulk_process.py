@@ -21,6 +21,7 @@ PIPE_BYTES = 1024 * 1024
 LEFT_OVER_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 256 * 1024
 _END_GRACE_S = 2.0
+_DRAIN_S = 0.0005
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", 1031)
 _CAN_SENDFILE = hasattr(os, "sendfile") and os.uname().sysname == "Linux"
 """Elsewhere `sendfile` serves sockets only."""
@@ -77,6 +78,8 @@ class BulkProcess:
                     return os.sendfile(self._stdin.fileno(), fd, offset, count)
                 except BlockingIOError:
                     self._await(self._stdin.fileno(), select.POLLOUT, idle_timeout_s)
+                    # The client takes 16 KiB at a time: wait for more room than that, or every read of its wakes us.
+                    time.sleep(_DRAIN_S)
 
     def close_write(self) -> None:
         with self._users:

@@ -24,7 +24,7 @@ class StreamPolicy:
     at_most: int = MAX_STREAMS
 
     def __post_init__(self) -> None:
-        if not 1 <= (self.fixed or 1) <= MAX_STREAMS or not 1 <= self.at_most <= MAX_STREAMS:
+        if not 1 <= (1 if self.fixed is None else self.fixed) <= MAX_STREAMS or not 1 <= self.at_most <= MAX_STREAMS:
             raise ValueError(f"a transfer uses 1 to {MAX_STREAMS} streams")
 
 

@@ -1,0 +1,107 @@
+"""The number of streams, against simulated links, whose rate is a function of how many streams there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from orchestrator.transfer.stream_count import MAX_STREAMS, StreamCount, StreamPolicy
+
+MB = 1_000_000
+TICK_S = 0.2
+
+
+class Link:
+    """Runs a controller over `rate(streams, now_s)`, in bytes/s; streams open at once."""
+
+    def __init__(self, count: StreamCount, rate: Callable[[int, float], float]) -> None:
+        self.count = count
+        self.rate = rate
+        self.now_s = 0.0
+        self.arrived = 0.0
+        self.seen: list[int] = []
+
+    def run(self, seconds: float) -> int:
+        """Returns how many streams there are in the end."""
+        end = self.now_s + seconds
+        while self.now_s < end:
+            self.arrived += self.rate(self.count.wanted, self.now_s) * TICK_S
+            self.now_s += TICK_S
+            self.seen.append(self.count.observe(self.now_s, int(self.arrived), self.count.wanted))
+        return self.seen[-1]
+
+
+def lan(streams: int, _: float) -> float:
+    return 118 * MB
+
+
+def lossy(streams: int, _: float) -> float:
+    return min(4 * MB * streams, 125 * MB)
+
+
+def crowded(streams: int, _: float) -> float:
+    """Rises to four streams and falls beyond."""
+    return 30 * MB * min(streams, 4) * (1.0 if streams <= 4 else 0.8)
+
+
+def test_a_link_that_one_stream_fills_gets_one_but_for_short_trials() -> None:
+    link = Link(StreamCount(StreamPolicy()), lan)
+    link.run(120)
+    assert max(link.seen) <= 2
+    assert link.seen.count(1) > 0.8 * len(link.seen)
+
+
+def test_streams_grow_while_the_rate_grows_with_them() -> None:
+    link = Link(StreamCount(StreamPolicy()), lossy)
+    assert link.run(30) >= MAX_STREAMS - 1
+
+
+def test_a_rate_that_falls_with_more_streams_takes_them_back() -> None:
+    link = Link(StreamCount(StreamPolicy()), crowded)
+    link.run(120)
+    assert link.seen.count(4) > 0.7 * len(link.seen)
+
+
+def test_a_link_that_becomes_lossy_gets_more_streams_before_a_hold_is_over() -> None:
+    link = Link(StreamCount(StreamPolicy()), lambda n, now_s: lan(n, now_s) if now_s < 60 else lossy(n, now_s))
+    link.run(60)
+    assert link.run(25) >= 8
+
+
+def test_a_refused_login_means_no_more_than_there_are_and_is_no_failure() -> None:
+    link = Link(StreamCount(StreamPolicy()), lossy)
+    link.run(6)
+    assert link.count.wanted > 2
+    assert link.count.refused(link.now_s, 2) == 2
+    assert link.run(60) <= 2
+
+
+@pytest.mark.parametrize("open_streams", [0, 1])
+def test_a_refusal_leaves_at_least_one_stream_wanted(open_streams: int) -> None:
+    count = StreamCount(StreamPolicy(fixed=4))
+    assert count.refused(0.0, open_streams) == 1
+
+
+def test_a_fixed_number_is_kept_whatever_the_rate() -> None:
+    link = Link(StreamCount(StreamPolicy(fixed=3)), crowded)
+    link.run(60)
+    assert set(link.seen) == {3}
+
+
+def test_nothing_is_judged_while_streams_are_still_being_opened() -> None:
+    count = StreamCount(StreamPolicy())
+    assert [count.observe(second, second * MB, 0) for second in range(60)] == [1] * 60
+
+
+def test_a_narrow_limit_allows_one_stream_and_a_wide_one_more() -> None:
+    narrow = Link(StreamCount(StreamPolicy(), 1 * MB), lossy)
+    wide = Link(StreamCount(StreamPolicy(), 20 * MB), lossy)
+    assert narrow.run(60) == 1
+    assert 1 < wide.run(60) <= 4
+
+
+@pytest.mark.parametrize("number", [0, -1, MAX_STREAMS + 1])
+def test_a_number_of_streams_that_makes_no_sense_is_refused(number: int) -> None:
+    with pytest.raises(ValueError, match="streams"):
+        StreamPolicy(fixed=number)
