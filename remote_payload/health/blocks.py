@@ -10,6 +10,8 @@ from typing import Optional
 
 from remote_payload.checkpoint.dtypes import ITEM_BYTES
 from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry
+from remote_payload.checkpoint.placement import contiguous_stride
+from remote_payload.checkpoint.tiling import is_in_row_order
 from remote_payload.health.joint import Trio, find_trios
 from remote_payload.health.stats import Misalignment
 
@@ -20,7 +22,10 @@ made to be slow could lay 100,000 over each other."""
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tensors that are the same dense span of bytes read as the same type: measured once."""
+    """Tensors that are the same dense span of bytes read as the same type, or the same part of one: measured once.
+
+    A tensor in pieces is `parts` groups of the same names; each begins `base` bytes into the tensor.
+    """
 
     index: int
     file: int
@@ -28,11 +33,13 @@ class Group:
     length: int
     dtype: str
     names: tuple[str, ...]
+    base: int = 0
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The part of a group that lies in a span: `start` in the span, `position` in the group, all in bytes."""
+    """The part of a group that lies in a span: `start` in the span, `position` in the tensor, all in bytes."""
 
     group: int
     start: int
@@ -96,22 +103,28 @@ def plan_scan(header: CheckpointHeader) -> ScanPlan:
     records = _disjoint_records(header)
     kept_spans = [(header.records[i].file, header.records[i].offset, header.records[i].size) for i in records]
     spans: dict[tuple[int, int, int, str], list[str]] = {}
+    shards: dict[tuple[object, ...], list[TensorEntry]] = {}
     strided, not_measured = [], {}
     for tensor in header.tensors:
-        if tensor.file_offset is None:
+        if tensor.pieces:
+            reason = _unfit_pieces(kept_spans, tensor)
+            if reason is None:
+                shards.setdefault((tensor.pieces, tensor.dtype), []).append(tensor)
+            else:
+                not_measured[tensor.name] = reason
+        elif tensor.file_offset is None:
             not_measured[tensor.name] = tensor.unreadable or "its bytes are not in the file"
         elif tensor.numel == 0:
             not_measured[tensor.name] = "it has no elements"
-        elif not _inside_one(kept_spans, tensor):
+        elif not _inside_one(kept_spans, tensor.file, tensor.file_offset, tensor.span_bytes):
             not_measured[tensor.name] = "its record overlaps another"
         elif not tensor.is_dense:
             strided.append(tensor)
         else:
             spans.setdefault((tensor.file, tensor.file_offset, tensor.span_bytes, tensor.dtype), []).append(tensor.name)
-    groups: list[Group] = []
-    for (file, offset, length, dtype), names in sorted(spans.items()):
-        groups.append(Group(len(groups), file, offset, length, dtype, tuple(names)))
-    kept = _limit_overlap(groups, not_measured)
+    groups = [Group(0, *place, tuple(names)) for place, names in spans.items()]
+    groups += [g for tensors in shards.values() for g in _groups_of_pieces(tensors)]
+    kept = _limit_overlap(sorted(groups, key=lambda g: (g.file, g.offset, g.length, g.dtype)), not_measured)
     total = sum(size for _, _, size in kept_spans)
     trios, reasons, misaligned = find_trios(header)
     together = _place_trios(header, records, kept, trios, reasons)
@@ -121,35 +134,59 @@ def plan_scan(header: CheckpointHeader) -> ScanPlan:
 def iter_blocks(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> Iterator[Block]:
     """Every record of the plan in blocks of at most `block_bytes` (a multiple of 16, so that no element is cut).
 
-    A parameter's moments come with it, wherever they lie; the rest is in file order.
+    A parameter's moments come with it and a tensor's other pieces behind the first, wherever they lie; the rest is in
+    file order.
     """
-    groups = plan.groups
-    starts = [(g.file, g.offset) for g in groups]
-    together = {record: n for n, trio in enumerate(plan.trios) for record in trio.records}
+    starts = [(g.file, g.offset) for g in plan.groups]
+    trios: dict[str, list[int]] = {}
+    for number, place in enumerate(plan.trios):
+        trios.setdefault(place.trio.parameter, []).append(number)
+    parameter_of = {record: t.trio.parameter for t in plan.trios for record in t.records}
+    together = _records_together(header, plan)
     done: set[int] = set()
     for index in plan.records:
-        if index in together:
-            number = together[index]
-            if number not in done:
-                done.add(number)
+        if index in done:
+            continue
+        if index in parameter_of:
+            for number in trios[parameter_of[index]]:
+                done.update(plan.trios[number].records)
                 yield from _trio_blocks(plan, number, block_bytes)
             continue
-        record = header.records[index]
-        first = bisect.bisect_left(starts, (record.file, record.offset))
-        active: list[Group] = []
-        at, end = record.offset, record.offset + record.size
-        while at < end or record.size == 0:
-            length = min(block_bytes, end - at)
-            while first < len(groups) and starts[first] < (record.file, at + length):
-                if groups[first].offset >= record.offset:
-                    active.append(groups[first])
-                first += 1
-            active = [g for g in active if g.offset + g.length > at]
-            pieces = tuple(p for p in (_piece(g, at, length) for g in active) if p is not None)
-            yield Block((Span(index, record.file, at, length, pieces, at + length >= end),))
-            at += length
-            if record.size == 0:
-                break
+        for record in together.get(index, (index,)):
+            done.add(record)
+            yield from _record_blocks(header, plan, record, starts, block_bytes)
+
+
+def _records_together(header: CheckpointHeader, plan: ScanPlan) -> dict[int, tuple[int, ...]]:
+    """The records that hold nothing but a tensor's pieces, all of them for each."""
+    record_at = {(header.records[i].file, header.records[i].offset, header.records[i].size): i for i in plan.records}
+    found: dict[tuple[str, ...], list[int]] = {}
+    for group in plan.groups:
+        record = record_at.get((group.file, group.offset, group.length))
+        if group.parts > 1 and record is not None:
+            found.setdefault(group.names, []).append(record)
+    return {record: tuple(dict.fromkeys(records)) for records in found.values() for record in records}
+
+
+def _record_blocks(
+    header: CheckpointHeader, plan: ScanPlan, index: int, starts: list[tuple[int, int]], block_bytes: int
+) -> Iterator[Block]:
+    groups, record = plan.groups, header.records[index]
+    first = bisect.bisect_left(starts, (record.file, record.offset))
+    active: list[Group] = []
+    at, end = record.offset, record.offset + record.size
+    while at < end or record.size == 0:
+        length = min(block_bytes, end - at)
+        while first < len(groups) and starts[first] < (record.file, at + length):
+            if groups[first].offset >= record.offset:
+                active.append(groups[first])
+            first += 1
+        active = [g for g in active if g.offset + g.length > at]
+        pieces = tuple(p for p in (_piece(g, at, length) for g in active) if p is not None)
+        yield Block((Span(index, record.file, at, length, pieces, at + length >= end),))
+        at += length
+        if record.size == 0:
+            break
 
 
 def _trio_blocks(plan: ScanPlan, number: int, block_bytes: int) -> Iterator[Block]:
@@ -164,7 +201,7 @@ def _trio_blocks(plan: ScanPlan, number: int, block_bytes: int) -> Iterator[Bloc
         spans = []
         for group, record, width in zip(groups, trio.records, widths):
             at, size = start * width, length * width
-            piece = Piece(group.index, 0, size, at)
+            piece = Piece(group.index, 0, size, group.base + at)
             ends = start + length == count
             spans.append(Span(record, group.file, group.offset + at, size, (piece,), ends))
         yield Block(tuple(spans), number)
@@ -173,24 +210,42 @@ def _trio_blocks(plan: ScanPlan, number: int, block_bytes: int) -> Iterator[Bloc
 def _place_trios(
     header: CheckpointHeader, records: tuple[int, ...], groups: list[Group], trios: list[Trio], reasons: dict[str, str]
 ) -> tuple[GroupTrio, ...]:
-    """The trios whose three tensors are each alone in a record of their own."""
-    group_of = {name: g for g in groups for name in g.names}
+    """The trios whose three tensors, or their pieces one by one, are each alone in a record of their own."""
+    groups_of: dict[str, list[Group]] = {}
+    for group in groups:
+        for name in group.names:
+            groups_of.setdefault(name, []).append(group)
     record_at = {(header.records[i].file, header.records[i].offset): i for i in records if header.records[i].size}
     begins = [(header.records[i].file, header.records[i].offset) for i in records]
     inside = Counter(records[bisect.bisect_right(begins, (g.file, g.offset)) - 1] for g in groups)
     placed: list[GroupTrio] = []
     taken: set[int] = set()
     for trio in trios:
-        found = [group_of.get(n) for n in (trio.parameter, trio.first_moment, trio.second_moment)]
-        members = [g for g in found if g is not None]
-        indices = [record_at.get((g.file, g.offset)) for g in members]
-        alone = [i for g, i in zip(members, indices) if i is not None and header.records[i].size == g.length]
-        if len(alone) < 3 or any(inside[i] != 1 for i in alone) or len(set(alone)) < 3 or taken & set(alone):
+        names = (trio.parameter, trio.first_moment, trio.second_moment)
+        columns = [sorted(groups_of.get(n, ()), key=lambda g: g.base) for n in names]
+        if len({tuple(g.base // ITEM_BYTES[g.dtype] for g in c) for c in columns}) != 1:
+            reasons[trio.parameter] = "its pieces are not cut as those of its moments are"
+            continue
+        found: list[GroupTrio] = []
+        mine: set[int] = set()
+        for members in zip(*columns):
+            indices = [record_at.get((g.file, g.offset)) for g in members]
+            alone = [i for g, i in zip(members, indices) if i is not None and header.records[i].size == g.length]
+            if (
+                len(alone) < 3
+                or any(inside[i] != 1 for i in alone)
+                or len(set(alone)) < 3
+                or (taken | mine) & set(alone)
+            ):
+                break
+            mine.update(alone)
+            first, second, third = members
+            found.append(GroupTrio(trio, (first.index, second.index, third.index), (alone[0], alone[1], alone[2])))
+        if not found or len(found) < len(columns[0]):
             reasons[trio.parameter] = "it or a moment shares its bytes with other tensors"
             continue
-        taken.update(alone)
-        first, second, third = members
-        placed.append(GroupTrio(trio, (first.index, second.index, third.index), (alone[0], alone[1], alone[2])))
+        taken |= mine
+        placed += found
     return tuple(placed)
 
 
@@ -208,20 +263,39 @@ def _disjoint_records(header: CheckpointHeader) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _inside_one(spans: list[tuple[int, int, int]], tensor: TensorEntry) -> bool:
-    offset = tensor.file_offset or 0
-    at = bisect.bisect_right(spans, (tensor.file, offset, 1 << 62)) - 1
+def _inside_one(spans: list[tuple[int, int, int]], file: int, offset: int, length: int) -> bool:
+    at = bisect.bisect_right(spans, (file, offset, 1 << 62)) - 1
     if at < 0:
         return False
-    file, start, size = spans[at]
-    return file == tensor.file and offset + tensor.span_bytes <= start + size
+    found, start, size = spans[at]
+    return found == file and offset + length <= start + size
+
+
+def _unfit_pieces(spans: list[tuple[int, int, int]], tensor: TensorEntry) -> Optional[str]:
+    if not tensor.numel:
+        return "it has no elements"
+    pieces = tensor.pieces
+    in_order = is_in_row_order(tensor.shape, [(p.offsets, p.shape) for p in pieces])
+    if not in_order or any(p.stride != contiguous_stride(p.shape) for p in pieces):
+        return "its pieces are no ranges of its rows"
+    if any(not _inside_one(spans, p.file, p.file_offset, p.span_bytes) for p in pieces):
+        return "a record of its pieces overlaps another"
+    return None
+
+
+def _groups_of_pieces(tensors: list[TensorEntry]) -> Iterator[Group]:
+    names, pieces = tuple(t.name for t in tensors), [p for p in tensors[0].pieces if p.span_bytes]
+    base = 0
+    for piece in pieces:
+        yield Group(0, piece.file, piece.file_offset, piece.span_bytes, tensors[0].dtype, names, base, len(pieces))
+        base += piece.span_bytes
 
 
 def _piece(group: Group, at: int, length: int) -> Optional[Piece]:
     start, end = max(group.offset, at), min(group.offset + group.length, at + length)
     if start >= end:
         return None
-    return Piece(group.index, start - at, end - start, start - group.offset)
+    return Piece(group.index, start - at, end - start, group.base + start - group.offset)
 
 
 def _limit_overlap(groups: list[Group], not_measured: dict[str, str]) -> list[Group]:

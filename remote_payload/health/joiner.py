@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Callable, Optional
 
 import numpy as np
@@ -35,7 +36,7 @@ _EMPTY = Distribution(np.zeros(0), np.zeros(0, dtype=np.int64))
 
 
 class Joiner:
-    """At any time only the groups that the last block touched are open."""
+    """At any time only the tensors that the last block touched are open."""
 
     def __init__(self, header: CheckpointHeader, plan: ScanPlan) -> None:
         self.take_counts: Callable[[int], Optional[Array]] = lambda _: None
@@ -45,10 +46,11 @@ class Joiner:
         self.shapes = _row_shapes(header, plan)
         self._header = header
         self._plan = plan
-        self._open: dict[int, _OpenGroup] = {}
-        self._joint_parts: dict[int, JointPart] = {}
-        self._spreads: dict[int, Distribution] = {}
-        self._in_trios = {g for t in plan.trios for g in t.groups}
+        self._open: dict[tuple[str, ...], _OpenGroup] = {}
+        self._joint_parts: dict[str, JointPart] = {}
+        self._joint_left = Counter(t.trio.parameter for t in plan.trios)
+        self._spreads: dict[str, Distribution] = {}
+        self._in_trios = {n for t in plan.trios for n in _names(t.trio)}
         self._crcs: dict[int, Optional[int]] = {}
         self._stats: dict[str, TensorStats] = {}
         self._joint: dict[str, JointStats] = {}
@@ -69,7 +71,7 @@ class Joiner:
                     self._group(piece.group).add(piece.position, part)
             for piece in span.pieces:
                 group = self._plan.groups[piece.group]
-                if piece.position + piece.length == group.length:
+                if piece.position + piece.length == group.base + group.length:
                     self._close(group)
             if span.ends_record:
                 self._end_record(span)
@@ -89,7 +91,7 @@ class Joiner:
         if parts is None:
             self._not_measured[tensor.name] = "a view whose elements overlap"
             return
-        total = _OpenGroup(tensor.dtype, None)
+        total = _OpenGroup(tensor.dtype, None, 1)
         for part in parts:
             found = kernels.reduce_values(part.contiguous().reshape(-1).view(kernels.BYTES), tensor.dtype)
             found.nan = found.inf = ()
@@ -116,12 +118,12 @@ class Joiner:
         )
 
     def _group(self, index: int) -> _OpenGroup:
-        state = self._open.get(index)
+        group = self._plan.groups[index]
+        state = self._open.get(group.names)
         if state is None:
-            shape = self.shapes.get(index)
-            state = self._open[index] = _OpenGroup(self._plan.groups[index].dtype, shape)
-            if state.rows is not None:
-                self.rows[index] = state.rows
+            state = self._open[group.names] = _OpenGroup(group.dtype, self.shapes.get(index), group.parts)
+        if state.rows is not None:
+            self.rows[index] = state.rows
         return state
 
     def _fail(self, span: Span, error: str) -> None:
@@ -146,20 +148,24 @@ class Joiner:
                 self._mismatches.append((span.record, mismatch))
 
     def _add_joint(self, block: Block, outcome: BlockOutcome) -> None:
-        number = block.trio or 0
-        place = self._plan.trios[number]
-        part = self._joint_parts.setdefault(number, JointPart())
+        trio = self._plan.trios[block.trio or 0].trio
+        part = self._joint_parts.setdefault(trio.parameter, JointPart())
         if outcome.joint is not None:
             part.add(outcome.joint)
         if not block.spans[0].ends_record:
             return
-        del self._joint_parts[number]
-        spreads = [self._spreads.pop(g, _EMPTY) for g in place.groups]
-        names = (place.trio.parameter, place.trio.first_moment, place.trio.second_moment)
-        if any(n not in self._stats for n in names):
-            self._joint_not_measured[place.trio.parameter] = "it or a moment could not be read"
+        self._joint_left[trio.parameter] -= 1
+        if self._joint_left[trio.parameter]:
             return
-        self._joint[place.trio.parameter] = self._finish_joint(place.trio, part, spreads)
+        del self._joint_parts[trio.parameter]
+        names = _names(trio)
+        spreads = [self._spreads.get(n, _EMPTY) for n in names]
+        if any(n not in self._stats for n in names):
+            self._joint_not_measured[trio.parameter] = "it or a moment could not be read"
+            return
+        self._joint[trio.parameter] = self._finish_joint(trio, part, spreads)
+        for name in names:
+            self._spreads.pop(name, None)
 
     def _finish_joint(self, trio: Trio, part: JointPart, spreads: list[Distribution]) -> JointStats:
         second = self._header.tensor(trio.second_moment)
@@ -167,17 +173,21 @@ class Joiner:
         return finish_joint(trio, stats.count, part, spreads, stats.nan, second.dtype)
 
     def _close(self, group: Group) -> None:
-        state = self._open.pop(group.index)
+        state = self._open[group.names]
         kept = self.take_counts(group.index)
         if kept is not None:
             state.add(0, Part(counts=kept))
         self.rows.pop(group.index, None)
+        state.left -= 1
+        if state.left:
+            return
+        del self._open[group.names]
         reason = state.failed or (None if kernels.is_supported(group.dtype) else f"{group.dtype} is not supported")
         if reason is not None:
             self._not_measured.update(dict.fromkeys(group.names, reason))
             return
-        if group.index in self._in_trios:
-            self._spreads[group.index] = state.spread()
+        for name in self._in_trios.intersection(group.names):
+            self._spreads[name] = state.spread()
         stats: dict[tuple[object, ...], TensorStats] = {}
         for name in group.names:
             tensor = self._header.tensor(name)
@@ -188,9 +198,10 @@ class Joiner:
 
 
 class _OpenGroup:
-    """A group of which not every block has been joined."""
+    """A group, or all `left` groups of a tensor in pieces, of which not every block has been joined."""
 
-    def __init__(self, dtype: str, shape: Optional[RowShape]) -> None:
+    def __init__(self, dtype: str, shape: Optional[RowShape], left: int) -> None:
+        self.left = left
         self.nan: list[int] = []
         self.inf: list[int] = []
         self.failed: Optional[str] = None
@@ -202,8 +213,9 @@ class _OpenGroup:
 
     def add(self, position: int, part: Part) -> None:
         first = position // ITEM_BYTES[self._dtype]
-        self.nan = [*self.nan, *(first + p for p in part.nan)][:MAX_LOCATIONS]
-        self.inf = [*self.inf, *(first + p for p in part.inf)][:MAX_LOCATIONS]
+        # Sorted, since the pieces of a tensor need not lie in its order.
+        self.nan = sorted([*self.nan, *(first + p for p in part.nan)])[:MAX_LOCATIONS]
+        self.inf = sorted([*self.inf, *(first + p for p in part.inf)])[:MAX_LOCATIONS]
         if part.counts is not None:
             if self._counts is None:
                 self._counts = part.counts
@@ -249,6 +261,10 @@ class _OpenGroup:
             rows=self.rows.finish() if self.rows is not None else None,
             init=init_distances(spread, stats.mean, stats.std, tensor.shape) if is_matrix else (),
         )
+
+
+def _names(trio: Trio) -> tuple[str, str, str]:
+    return trio.parameter, trio.first_moment, trio.second_moment
 
 
 def _row_shapes(header: CheckpointHeader, plan: ScanPlan) -> dict[int, RowShape]:
