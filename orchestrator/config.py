@@ -59,6 +59,10 @@ class EvaluationSection(pydantic.BaseModel):
         default={}, description="Name → pretrained network on the node; none is ever fetched."
     )
 
+    health_passes: tuple[Literal["spectral", "spectrum"], ...] = Field(
+        default=(), description="Further passes of `health` over weight matrices, each of which is read again."
+    )
+
     @pydantic.field_validator("adapter")
     @classmethod
     def _adapter_is_an_entry_point(cls, value: str | None) -> str | None:
@@ -121,6 +125,7 @@ def load_config(
         user_config_name=path.name,
         user_config_text=text,
         features=_features(section.features, variables, data_base, document.where(SECTION, "features")),
+        health_passes=section.health_passes,
     )
     return LoadedConfig(settings, digest)
 

@@ -11,7 +11,7 @@ from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.health.job import examine
 from remote_payload.jobs.context import JobContext
 from remote_payload.wire.names import printable
-from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
+from remote_payload.wire.plan import HEALTH_PASSES, EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for health.json, made if it is missing")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--against", metavar="EARLIER", help="an earlier checkpoint of the run, to see what moved")
+    parser.add_argument(
+        "--passes",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        metavar="A,B",
+        help="further passes over weight matrices: spectral (norm, stable rank), spectrum (all singular values, alpha)",
+    )
     options = parser.parse_args(arguments)
+    unknown = sorted(set(options.passes) - set(HEALTH_PASSES))
+    if unknown:
+        parser.error(f"unknown passes: {', '.join(unknown)}; there are {', '.join(HEALTH_PASSES)}")
     plan = NodePlan(
         run_id="by-hand",
         payload_sha256="",
@@ -33,7 +43,7 @@ def main(arguments: list[str]) -> int:
     )
     context = JobContext(plan, "health", Path(options.out))
     try:
-        document = examine(options.checkpoint, options.device, context, options.against)
+        document = examine(options.checkpoint, options.device, context, options.against, options.passes)
     except CheckpointError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2

@@ -28,6 +28,7 @@ def health_document(facts: HealthFacts, findings: list[Finding], verdict: Verdic
         "misaligned": to_json(facts.scan.misaligned),
         "checksums": to_json(facts.scan.checksums),
         "drift": _without_infinities(to_json(facts.drift)),
+        "spectra": _without_infinities(to_json(facts.spectra)),
         "device": device,
         "bytes_read": facts.scan.bytes_read,
     }

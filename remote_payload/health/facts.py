@@ -75,16 +75,58 @@ class DriftFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """The tail of the squared singular values, those of at least `x_min`: `alpha` and its standard error.
+
+    `distance` is Kolmogorov and Smirnov's between the `tail` values and the fitted law.
+    """
+
+    alpha: float
+    alpha_error: float
+    x_min: float
+    tail: int
+    distance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectralFacts:
+    """A weight as a matrix. `stable_rank` is the squared ratio of Frobenius and spectral norm, None for a matrix of 0.
+
+    `iterations` is 0 where every singular value was computed: quantiles (0, ¼, ½, ¾, 1) and `power_law` exist then
+    only.
+    """
+
+    rows: int
+    columns: int
+    frobenius_norm: float
+    spectral_norm: float = 0.0
+    stable_rank: Optional[float] = None
+    iterations: int = 0
+    converged: bool = False
+    singular_value_quantiles: Optional[tuple[float, ...]] = None
+    power_law: Optional[PowerLaw] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectraFacts:
+    """What the opt-in passes found, by tensor name, and why others have nothing."""
+
+    tensors: dict[str, SpectralFacts]
+    not_measured: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
 class HealthFacts:
     """A header and the pass over its file. `changed` says how the file changed while it was read.
 
-    `drift` is there if an earlier checkpoint was given to compare with.
+    `drift` is there if an earlier checkpoint was given to compare with, `spectra` if a pass for them was asked for.
     """
 
     header: CheckpointHeader
     scan: ScanResult
     changed: Optional[str] = None
     drift: Optional[DriftFacts] = None
+    spectra: Optional[SpectraFacts] = None
 
     def measured(self, *roles: Role, section: Optional[Section] = None) -> Iterator[tuple[TensorEntry, TensorStats]]:
         """Tensors that have statistics, of the given roles (all if none) and section (all if None)."""

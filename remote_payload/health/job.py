@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Optional
 
 from remote_payload.checkpoint.errors import CheckpointError, MissingCheckpointError
@@ -21,12 +22,17 @@ def run(context: JobContext) -> None:
 
     Raises `MissingCheckpointError` if nothing is there: that is no verdict on a file.
     """
-    context.write_results(examine(context.plan.checkpoint_path, context.plan.gpu.device, context))
+    plan = context.plan
+    passes = plan.settings.health_passes
+    context.write_results(examine(plan.checkpoint_path, plan.gpu.device, context, passes=passes))
 
 
-def examine(path: str, device: str, context: JobContext, against: Optional[str] = None) -> dict[str, Any]:
+def examine(
+    path: str, device: str, context: JobContext, against: Optional[str] = None, passes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The document for one checkpoint. `device` is auto, cpu or cuda; `against` an earlier checkpoint to compare with.
 
+    `passes`: further ones over the weight matrices, of `HEALTH_PASSES`.
     Raises `CheckpointError` if the earlier one cannot be read: it is not the file under examination.
     """
     context.progress(Phase.LOAD, message="reading the header")
@@ -41,6 +47,7 @@ def examine(path: str, device: str, context: JobContext, against: Optional[str] 
     from remote_payload.health import scan
     from remote_payload.health.device import choose_device
     from remote_payload.health.drift import measure_drift
+    from remote_payload.health.spectra import measure_spectra
 
     context.progress(Phase.CUDA, message="choosing the device")
     chosen = choose_device(device)
@@ -51,13 +58,19 @@ def examine(path: str, device: str, context: JobContext, against: Optional[str] 
     def report_drift(done: int, total: int) -> None:
         context.progress(Phase.RUN, counter=done, total=total, message="tensors compared with the earlier checkpoint")
 
+    def report_spectra(done: int, total: int) -> None:
+        context.progress(Phase.RUN, counter=done, total=total, message="spectra of weight matrices")
+
     try:
         result = scan.scan(header, chosen, report)
     except CheckpointError as error:
         # The file went away between the header and the pass.
         return unreadable_document(error)
     drift = None if earlier is None else measure_drift(header, earlier, report_drift)
-    facts = HealthFacts(header, result, _change(header), drift)
+    found = None
+    if passes:
+        found = measure_spectra(header, result, passes, chosen, context.plan.settings.seed, report_spectra)
+    facts = HealthFacts(header, result, _change(header), drift, found)
     findings, verdict = run_checks(facts, ALL_CHECKS)
     return health_document(facts, findings, verdict, chosen)
 

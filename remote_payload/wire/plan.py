@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any, Optional
 
 BUILTIN_JOBS = ("health", "reconstruct")
+HEALTH_PASSES = ("spectral", "spectrum")
+"""What `health` does with weight matrices only if it is asked to, since each is read again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class EvaluationSettings:
     and so does `user_config_text` (the whole text of a config that is the user's own, with its file name).
     `dtype` is one of auto, float32, bfloat16, float16. `metric_samples` None means the whole split. `features` names
     pretrained networks on the node by which images are compared, each with its `path` and how images are prepared.
+    `health_passes`: any of `HEALTH_PASSES`.
     """
 
     adapter: Optional[str] = None
@@ -37,6 +40,7 @@ class EvaluationSettings:
     user_config_name: Optional[str] = None
     user_config_text: Optional[str] = None
     features: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    health_passes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
