@@ -93,7 +93,7 @@ def test_simulated_bold_is_called_simulated_wherever_it_appears(document: dict[s
 def test_every_metric_has_the_documented_form(document: dict[str, Any]) -> None:
     keys = {
         "id", "version", "modality", "value", "reason", "unit", "n", "direction", "chance", "interval", "baselines",
-        "parameters",
+        "parameters", "details",
     }  # fmt: skip
     identities = [(m["modality"], m["id"]) for m in document["metrics"]]
     assert len(set(identities)) == len(identities)
