@@ -33,6 +33,8 @@ from remote_payload.wire.names import printable
 T = TypeVar("T")
 _SHOWN_BYTES = 2000
 CLOCK_OFFSET_WARNING_S = 120.0
+BULK_BYTES = 32 * 1024 * 1024
+"""What is smaller goes over the connection that is there: another login would take longer than it saves."""
 _READY_LIMIT_BYTES = 1024 * 1024
 
 _ENVIRONMENT_PROBLEMS = {
@@ -153,14 +155,21 @@ class Node:
                 time.sleep(wait_s)
                 wait_s = min(wait_s * 2, self.profile.retry.longest_wait_s)
 
-    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
-        """Start a stream verb, on a connection of its own where one can be had; returns when the agent reads, with
-        everything before its ready line thrown away."""
+    def open_agent_stream(
+        self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
+    ) -> ByteStream:
+        """Start a stream verb; returns when the agent reads, with everything before its ready line thrown away.
+
+        For `expected_bytes` that are worth a login, or unknown, on a connection of its own where one can be had.
+        """
         self._ensure_payload()
         nonce = secrets.token_hex(16)
         text = self._encode(verb, nonce, to_json(request))
         script = scripts.stream_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, text)
-        stream = self._ensure_transport().open_bulk_stream(script, idle_timeout_s=idle_timeout_s)
+        transport = self._ensure_transport()
+        is_bulk = expected_bytes is None or expected_bytes >= BULK_BYTES
+        start = transport.open_bulk_stream if is_bulk else transport.open_stream
+        stream = start(script, idle_timeout_s=idle_timeout_s)
         try:
             self._await_ready(stream, nonce)
         except BaseException:

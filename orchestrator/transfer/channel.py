@@ -50,8 +50,10 @@ class StreamOpener(Protocol):
     @property
     def layout(self) -> NodeLayout: ...
 
-    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
-        """Start a stream verb; its own bytes begin with the first one read."""
+    def open_agent_stream(
+        self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
+    ) -> ByteStream:
+        """Start a stream verb; its own bytes begin with the first one read. `expected_bytes`: None if unknown."""
 
     def reconnect(self) -> None:
         """Drop the connection and make a new one, within the profile's patience."""

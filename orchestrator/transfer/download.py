@@ -180,7 +180,10 @@ class _Fetch:
     def attempt(self) -> None:
         """Fetch what is missing over one new stream."""
         request = SendRequest(self._opener.layout.root, self._idle_timeout_s)
-        stream = self._opener.open_agent_stream("send", request, idle_timeout_s=self._idle_timeout_s)
+        left = sum(max(0, (file.size or 0) - file.verified_bytes) for file in self._files)
+        stream = self._opener.open_agent_stream(
+            "send", request, idle_timeout_s=self._idle_timeout_s, expected_bytes=left
+        )
         with stream:
             channel = FrameChannel(stream)
             for file in self._files:

@@ -47,6 +47,7 @@ class StreamPool:
         on_change: Callable[[], None],
         *,
         idle_timeout_s: float,
+        expected_bytes: int,
     ) -> None:
         self._opener = opener
         self._verb = verb
@@ -54,6 +55,7 @@ class StreamPool:
         self._serve = serve
         self._on_change = on_change
         self._idle_timeout_s = idle_timeout_s
+        self._expected_bytes = expected_bytes
         self._lock = threading.Lock()
         self._streams: list[ByteStream] = []
         self._threads: list[threading.Thread] = []
@@ -132,7 +134,12 @@ class StreamPool:
 
     def _open(self) -> ByteStream | None:
         try:
-            stream = self._opener.open_agent_stream(self._verb, self._request, idle_timeout_s=self._idle_timeout_s)
+            stream = self._opener.open_agent_stream(
+                self._verb,
+                self._request,
+                idle_timeout_s=self._idle_timeout_s,
+                expected_bytes=self._expected_bytes,
+            )
         finally:
             with self._lock:
                 self._opening -= 1

@@ -152,7 +152,13 @@ class _Upload:
             sender.serve(stream)
 
         pool = StreamPool(
-            self._opener, "receive", self._request, serve, flight.wake, idle_timeout_s=self._request.idle_s
+            self._opener,
+            "receive",
+            self._request,
+            serve,
+            flight.wake,
+            idle_timeout_s=self._request.idle_s,
+            expected_bytes=self._request.size,
         )
         with pool:
             seen, losses, open_again_at = 0, 0, float("-inf")

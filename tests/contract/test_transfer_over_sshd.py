@@ -38,8 +38,10 @@ class WatchedNode(Node):
 
     wraps: tuple[Wrap, ...] = ()
 
-    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
-        stream = super().open_agent_stream(verb, request, idle_timeout_s=idle_timeout_s)
+    def open_agent_stream(
+        self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
+    ) -> ByteStream:
+        stream = super().open_agent_stream(verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes)
         if not self.wraps:
             return stream
         wrap, *rest = self.wraps

@@ -125,7 +125,9 @@ class LocalOpener:
         self.reconnects = 0
         self._wraps = list(wraps)
 
-    def open_agent_stream(self, verb: str, request: object, *, idle_timeout_s: float = 60.0) -> ByteStream:
+    def open_agent_stream(
+        self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
+    ) -> ByteStream:
         nonce = secrets.token_hex(16)
         message = {"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": to_json(request)}
         stream = self._start(message, nonce, idle_timeout_s)
