@@ -203,7 +203,7 @@ def _is_ours(path: str) -> bool:
 def _key(compiler: str) -> str:
     real = os.path.realpath(compiler)
     status = os.stat(real)
-    parts = (source.SOURCE, *_FLAGS, real, str(status.st_mtime_ns), str(status.st_size), platform.machine())
+    parts = (source.SOURCE, *_FLAGS, *_NATIVE, real, str(status.st_mtime_ns), str(status.st_size), platform.machine())
     return hashlib.sha256("\0".join((*parts, _processor())).encode()).hexdigest()[:32]
 
 

@@ -28,11 +28,37 @@ SOURCE = r"""
 #include <arm_acle.h>
 #endif
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64;
-typedef float f8 __attribute__((vector_size(32)));
-typedef double d8 __attribute__((vector_size(64)));
-typedef u64 w8 __attribute__((vector_size(64)));
-typedef u32 i8x __attribute__((vector_size(32)));
-typedef u16 h8 __attribute__((vector_size(16)));
+/* As wide as the processor's own: compilers take wider vectors apart badly. */
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+enum { LANES = 8 };
+typedef double reals __attribute__((vector_size(64)));
+typedef u64 words __attribute__((vector_size(64)));
+static inline reals reals_of(const float* x) { return (reals)_mm512_cvtps_pd(_mm256_loadu_ps(x)); }
+static inline words words_of_16(const u16* x) {
+    return (words)_mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)x));
+}
+static inline words words_of_32(const u32* x) {
+    return (words)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)x));
+}
+#elif defined(__AVX2__)
+enum { LANES = 4 };
+typedef double reals __attribute__((vector_size(32)));
+typedef u64 words __attribute__((vector_size(32)));
+static inline reals reals_of(const float* x) { return (reals)_mm256_cvtps_pd(_mm_loadu_ps(x)); }
+static inline words words_of_16(const u16* x) {
+    return (words)_mm256_cvtepu16_epi64(_mm_loadl_epi64((const __m128i*)x));
+}
+static inline words words_of_32(const u32* x) {
+    return (words)_mm256_cvtepu32_epi64(_mm_loadu_si128((const __m128i*)x));
+}
+#else
+enum { LANES = 2 };
+typedef double reals __attribute__((vector_size(16)));
+typedef u64 words __attribute__((vector_size(16)));
+static inline reals reals_of(const float* x) { const reals v = {x[0], x[1]}; return v; }
+static inline words words_of_16(const u16* x) { const words v = {x[0], x[1]}; return v; }
+static inline words words_of_32(const u32* x) { const words v = {x[0], x[1]}; return v; }
+#endif
 /* Where a product and a sum may be rounded once; Adam's arithmetic, elsewhere, rounds twice. */
 #if defined(__clang__) || !defined(__GNUC__)
 #define CONTRACTED
@@ -68,17 +94,6 @@ typedef struct {
 
 static float as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 static u32 as_bits(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
-
-/* Of eight values in memory. Compilers split what one instruction does. */
-#ifdef __AVX512F__
-static inline d8 doubles_of(const float* x) { return (d8)_mm512_cvtps_pd(_mm256_loadu_ps(x)); }
-static inline w8 words_of_16(const u16* x) { return (w8)_mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)x)); }
-static inline w8 words_of_32(const u32* x) { return (w8)_mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i*)x)); }
-#else
-static inline d8 doubles_of(const float* x) { f8 v; memcpy(&v, x, 32); return __builtin_convertvector(v, d8); }
-static inline w8 words_of_16(const u16* x) { h8 v; memcpy(&v, x, 16); return __builtin_convertvector(v, w8); }
-static inline w8 words_of_32(const u32* x) { i8x v; memcpy(&v, x, 32); return __builtin_convertvector(v, w8); }
-#endif
 
 /* CRC-32 of zlib's polynomial, without the inversions before and after. */
 static u32 table[8][256];
@@ -177,7 +192,11 @@ static void add_part(double* total, double n, double mean, double squares, doubl
     t[0] += s * n;
     total[0] = all;
 }
-static double sum_of(d8 x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+static double sum_of(reals x) {
+    double total = 0;
+    for (int k = 0; k < LANES; k++) total += x[k];
+    return total;
+}
 
 /* What lies between which integers that are in the order of the floats, and the smallest size, as bits. */
 typedef struct { int32_t least, most; u32 smallest; } Range;
@@ -223,17 +242,17 @@ static void CONTRACTED add_finite(const float* x, u64 n, Range r, double* total)
     if (total[0] == 0 || low < total[9]) total[9] = low;
     if (total[0] == 0 || high > total[10]) total[10] = high;
     if (low == high) { add_part(total, (double)n, low, 0, 0, 0); return; }
-    d8 sums[4] = {{0}};
+    reals sums[4] = {{0}};
     u64 i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (int k = 0; k < 4; k++) sums[k] += doubles_of(x + i + 8 * k);
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) sums[k] += reals_of(x + i + LANES * k);
     double sum = sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (u64 k = i; k < n; k++) sum += x[k];
     const double mean = sum / (double)n;
-    d8 two[4] = {{0}}, three[4] = {{0}}, four[4] = {{0}};
-    for (i = 0; i + 32 <= n; i += 32)
+    reals two[4] = {{0}}, three[4] = {{0}}, four[4] = {{0}};
+    for (i = 0; i + 4 * LANES <= n; i += 4 * LANES)
         for (int k = 0; k < 4; k++) {
-            const d8 d = doubles_of(x + i + 8 * k) - mean, s = d * d;
+            const reals d = reals_of(x + i + LANES * k) - mean, s = d * d;
             two[k] += s; three[k] += s * d; four[k] += s * s;
         }
     double squares = sum_of((two[0] + two[1]) + (two[2] + two[3]));
@@ -274,13 +293,13 @@ static void add_moments(Piece* p, const float* x, u64 n, u64 at, float* room) {
 /* One stretch of one row. */
 static void CONTRACTED add_row(Piece* p, const u8* data, const float* x, u64 n, u64 row, u64 column) {
     const u64* multipliers = p->multipliers + column;
-    d8 squares[2] = {{0}};
-    w8 hashes = {0};
+    reals squares[2] = {{0}};
+    words hashes = {0};
     u32 low = 0xFFFFFFFFu, high = 0;
     u64 i = 0;
-    for (; i + 16 <= n; i += 16)
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
         for (int k = 0; k < 2; k++) {
-            const d8 d = doubles_of(x + i + 8 * k);
+            const reals d = reals_of(x + i + LANES * k);
             squares[k] += d * d;
         }
     double sum = sum_of(squares[0] + squares[1]);
@@ -289,9 +308,9 @@ static void CONTRACTED add_row(Piece* p, const u8* data, const float* x, u64 n, 
     i = 0;
     if (p->kind == FP32) {
         const u32* bits = (const u32*)data;
-        for (; i + 8 <= n; i += 8) {
-            w8 m; memcpy(&m, multipliers + i, 64);
-            w8 word = words_of_32(bits + i) * 0x9E3779B97F4A7C15ull;
+        for (; i + LANES <= n; i += LANES) {
+            words m; memcpy(&m, multipliers + i, sizeof m);
+            words word = words_of_32(bits + i) * 0x9E3779B97F4A7C15ull;
             word ^= word >> 29;
             hashes += word * m;
         }
@@ -302,9 +321,9 @@ static void CONTRACTED add_row(Piece* p, const u8* data, const float* x, u64 n, 
         for (u64 k = 0; k < n; k++) { low = bits[k] < low ? bits[k] : low; high = bits[k] > high ? bits[k] : high; }
     } else {
         const u16* bits = (const u16*)data;
-        for (; i + 8 <= n; i += 8) {
-            w8 m; memcpy(&m, multipliers + i, 64);
-            w8 word = words_of_16(bits + i) * 0x9E3779B97F4A7C15ull;
+        for (; i + LANES <= n; i += LANES) {
+            words m; memcpy(&m, multipliers + i, sizeof m);
+            words word = words_of_16(bits + i) * 0x9E3779B97F4A7C15ull;
             word ^= word >> 29;
             hashes += word * m;
         }
@@ -319,7 +338,7 @@ static void CONTRACTED add_row(Piece* p, const u8* data, const float* x, u64 n, 
         }
         low = least; high = most;
     }
-    for (int k = 0; k < 8; k++) hash += hashes[k];
+    for (int k = 0; k < LANES; k++) hash += hashes[k];
     p->squares[row] += sum; p->hashes[row] += hash;
     if (low < p->low[row]) p->low[row] = low;
     if (high > p->high[row]) p->high[row] = high;

@@ -111,6 +111,17 @@ def test_both_kernels_say_the_same_of_every_hard_value(
     assert differences(path, block_bytes) == []
 
 
+def test_the_plainest_instructions_say_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None
+) -> None:
+    monkeypatch.setattr(native, "_NATIVE", ())
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    path = tmp_path / "hard.pt"
+    torch.save(hard_checkpoint(), path)
+    assert differences(path, None) == []
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_both_kernels_say_the_same_where_many_tensors_share_one_record(kernels: NativeKernels, tmp_path: Path) -> None:
     path = tmp_path / "many.safetensors"
     save_file({k: v.clone() for k, v in hard_checkpoint()["model_state_dict"].items()}, path)
