@@ -16,10 +16,10 @@ STAMP := $(VENV)/.remote-eval-setup
 CONFIG_OPTION := $(if $(CONFIG),--config '$(CONFIG)',)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo eval health doctor nightly report test lint format bench clean
+.PHONY: help setup demo eval health doctor nightly report test lint format bench bench-transfer clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv from nothing (TORCH_INDEX=URL for CPU builds of torch)
 
@@ -68,6 +68,9 @@ format: setup ## format the code
 
 bench: setup ## measure against what a user would do instead; see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
+
+bench-transfer: setup ## transfers against scp, rsync, rclone and others (SIZE=512M, SCENARIOS=loopback,lan,…)
+	$(BIN)/python -m benchmarks.transfer $(if $(SIZE),--size $(SIZE)) $(if $(SCENARIOS),--scenarios $(SCENARIOS)) $(BENCH_OPTIONS)
 
 clean: ## remove what setup and the tools made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
