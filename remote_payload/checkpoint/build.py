@@ -33,7 +33,7 @@ from remote_payload.checkpoint.tree import (
     FoundState,
     Path,
     find_average,
-    find_optimizer,
+    find_optimizers,
     find_state,
     strip_prefixes,
     tensors_below,
@@ -64,13 +64,17 @@ def build_header(
     for key in stored:
         builder.add(stripped[key], key, Section.MODEL, roles[stripped[key]], model[stripped[key]])
     builder.add_average(average)
-    optimizer = find_optimizer(raw.root)
-    builder.add_rest(state, average, optimizer[0] if optimizer else None)
+    optimizers = find_optimizers(raw.root)
+    optimizer = optimizers[0] if optimizers else None
+    builder.add_rest(state, average, [path for path, _ in optimizers])
     plain = PlainValues(limits)
     facts: Optional[OptimizerFacts] = None
     if optimizer is not None:
         facts = describe_optimizer("/".join(optimizer[0]), optimizer[1], model, roles, plain, builder.numbers)
-    sorted_values = _sort_plain_values(raw, state, average, optimizer, plain, builder.numbers)
+    if facts is not None and len(optimizers) > 1:
+        # A parameter that one optimizer lacks may be another's.
+        facts = dataclasses.replace(facts, parameters={}, without_state=(), mapping="not_derivable")
+    sorted_values = _sort_plain_values(raw, state, average, optimizers, plain, builder.numbers)
     tensors = tuple(builder.entries)
     in_model = tuple(t for t in tensors if t.section is Section.MODEL)
     return CheckpointHeader(
@@ -99,7 +103,7 @@ def build_header(
         plain=sorted_values.plain,
         globals=tuple(GlobalFact(s.full_name[:200], s.trust.value, s.called) for s in raw.symbols[:2000]),
         problems=(*builder.placer.problems(), *unsafe_global_findings(raw.symbols)),
-        notes=(*raw.notes, *_notes(state, facts, builder, plain)),
+        notes=(*raw.notes, *_notes(state, facts, len(optimizers), builder, plain)),
     )
 
 
@@ -160,8 +164,8 @@ class _Builder:
         for key, tensor in average.entries.items():
             self.add("/".join((*average.path, key)), key, Section.AVERAGE, roles[key], tensor)
 
-    def add_rest(self, state: Optional[FoundState], average: Optional[FoundState], optimizer: Optional[Path]) -> None:
-        places = [optimizer] if optimizer is not None else []
+    def add_rest(self, state: Optional[FoundState], average: Optional[FoundState], optimizers: list[Path]) -> None:
+        places = list(optimizers)
         if self._raw.optimizer_key is not None:
             places.append((self._raw.optimizer_key,))
         for path, tensor in tensors_below(self._raw.root, self._limits):
@@ -221,14 +225,14 @@ def _sort_plain_values(
     raw: RawCheckpoint,
     state: Optional[FoundState],
     average: Optional[FoundState],
-    optimizer: Optional[tuple[Path, dict[Any, Any]]],
+    optimizers: list[tuple[Path, dict[Any, Any]]],
     plain: PlainValues,
     numbers: dict[int, Any],
 ) -> _SortedValues:
     values = _SortedValues()
     if raw.metadata:
         values.plain["__metadata__"] = plain.convert(raw.metadata)
-    taken = {p[0] for p in ((state and state.path), (average and average.path), (optimizer and optimizer[0])) if p}
+    taken = {p[0] for p in ((state and state.path), (average and average.path), *(p for p, _ in optimizers)) if p}
     if not isinstance(raw.root, dict):
         return values
     for key, value in raw.root.items():
@@ -268,6 +272,7 @@ def _is_series(shown: Any) -> bool:
 def _notes(
     state: Optional[FoundState],
     facts: Optional[OptimizerFacts],
+    optimizer_count: int,
     builder: _Builder,
     plain: PlainValues,
 ) -> list[str]:
@@ -279,7 +284,12 @@ def _notes(
         notes.append(f"No usual key holds the weights; the largest mapping of names to tensors was taken: {place}.")
     if builder.shared:
         notes.append(f"{builder.shared} tensors share a storage with one before them.")
-    if facts is not None and facts.mapping == "not_derivable":
+    if facts is not None and optimizer_count > 1:
+        notes.append(
+            f"There are {optimizer_count} optimizers. The moments of all are measured; only {facts.path} is described, "
+            "and none is matched to parameters."
+        )
+    elif facts is not None and facts.mapping == "not_derivable":
         notes.append("Which parameter each optimizer entry belongs to cannot be derived from order and shapes.")
     elif facts is not None and facts.mapping != "by_name":
         notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, Optional
 
@@ -15,6 +16,8 @@ Path = tuple[str, ...]
 
 STATE_KEYS = ("model_state_dict", "state_dict", "model_state", "model", "module", "net", "network", "params", "weights")
 AVERAGE_KEYS = ("ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "ema", "model_averaged", "swa_state_dict")
+_OPTIMIZER_KEY = re.compile(r"(^|[_.-])optim", re.IGNORECASE)
+_MAX_OPTIMIZERS = 64
 OPTIMIZER_KEYS = (
     "optimizer_state_dict",
     "optimizer",
@@ -115,18 +118,22 @@ def find_average(root: object, limits: Limits) -> Optional[FoundState]:
     return None
 
 
-def find_optimizer(root: object) -> Optional[tuple[Path, dict[Any, Any]]]:
-    """The first mapping with `state` and `param_groups` at a usual key."""
+def find_optimizers(root: object) -> list[tuple[Path, dict[Any, Any]]]:
+    """The mappings with `state` and `param_groups` at the usual keys, then at others that speak of an optimizer."""
     if not isinstance(root, dict):
-        return None
-    for key in OPTIMIZER_KEYS:
+        return []
+    others = [k for k in root if isinstance(k, str) and k not in OPTIMIZER_KEYS and _OPTIMIZER_KEY.search(k)]
+    found: list[tuple[Path, dict[Any, Any]]] = []
+    for key in (*OPTIMIZER_KEYS, *others):
         candidates: list[tuple[Path, object]] = [((key,), root.get(key))]
         for path, value in candidates:
+            if len(found) >= _MAX_OPTIMIZERS:
+                return found
             if isinstance(value, dict) and isinstance(value.get("state"), dict):
-                return path, value
-            if len(path) == 1 and isinstance(value, (dict, list, tuple)):
+                found.append((path, value))
+            elif len(path) == 1 and isinstance(value, (dict, list, tuple)):
                 candidates.extend(((*path, name), item) for name, item in list(children(value))[:16])
-    return None
+    return found
 
 
 def strip_prefixes(names: list[str]) -> tuple[dict[str, str], tuple[str, ...]]:
