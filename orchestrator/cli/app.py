@@ -166,6 +166,27 @@ def inspect(
 
 
 @app.command()
+def fetch(
+    reference: Annotated[str, typer.Argument(help="CLUSTER:path of a file or folder there.", metavar="CLUSTER:PATH")],
+    local: Annotated[Path | None, typer.Argument(help="Folder to put it in, or its new name; default: here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite another file that is there.")] = False,
+    streams: Annotated[
+        int | None, typer.Option("--streams", min=1, max=16, help="Connections; default: as many as pay.")
+    ] = None,
+    bandwidth_limit: Annotated[
+        float | None, typer.Option("--bandwidth-limit", min=0.01, help="Megabits per second at most.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Bring a checkpoint or an artifact from a node, verified; goes on where it was cut."""
+    from orchestrator.cli import fetch as fetching
+
+    finish(
+        lambda: fetching.fetch(reference, local, force=force, streams=streams, limit_mbps=bandwidth_limit, as_json=json)
+    )
+
+
+@app.command()
 def doctor(cluster: Cluster = None, json: Json = False) -> None:
     """Check this machine and a cluster, and say what to mend."""
     from orchestrator.cli import views

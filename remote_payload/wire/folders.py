@@ -21,7 +21,7 @@ def folder_fingerprint(folder: str) -> Fingerprint:
     """
     listing = hashlib.sha256()
     size, newest = 0, 0
-    for name, facts in sorted(_files(folder), key=lambda pair: pair[0]):
+    for name, facts in sorted(folder_files(folder), key=lambda pair: pair[0]):
         size += facts.st_size
         newest = max(newest, facts.st_mtime_ns)
         listing.update(os.fsencode(name) + b"\0" + f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}\n".encode())
@@ -29,7 +29,8 @@ def folder_fingerprint(folder: str) -> Fingerprint:
     return Fingerprint(folder, size, newest, int.from_bytes(listing.digest()[:8], "big") >> 4)
 
 
-def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+def folder_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    """(name relative to `folder`, facts) of every file that counts. Raises as `folder_fingerprint`."""
     pending, seen = [("", 0)], 0
     while pending:
         below, depth = pending.pop()

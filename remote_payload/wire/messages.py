@@ -8,6 +8,7 @@ results are the dataclasses below through `codec`. Every path in them is absolut
 | hello | HelloRequest | Hello | yes |
 | preflight | PreflightRequest | Preflight | yes |
 | locate | LocateRequest | Located | yes |
+| list_files | ListRequest | FileList | yes |
 | inspect | InspectRequest | `header`, `findings`, `text` as JSON | yes |
 | claim | ClaimRequest | Claimed | yes: the same nonce claims once |
 | launch | AttemptRef | Launched | yes: the decision file lets one supervisor start |
@@ -135,6 +136,33 @@ class Located:
     size: Optional[int] = None
     mtime_ns: Optional[int] = None
     inode: Optional[int] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ListRequest:
+    """The file at `path`, or all files of the folder there; `~` and `$VARIABLES` of the node are expanded."""
+
+    root: str
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ListedFile:
+    """`name` is relative to the listed folder, and empty where a file was asked for itself."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileList:
+    """`path` absolute on the node."""
+
+    path: str
+    is_folder: bool
+    files: tuple[ListedFile, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""`remote-eval fetch`: a checkpoint, a folder of one, or an artifact from a node to here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import posixpath
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.cli.output import human_bytes, print_json
+from orchestrator.cli.session import services
+from orchestrator.errors import ExitCode, IntegrityError, UsageError
+from remote_payload.wire.names import printable
+
+if TYPE_CHECKING:
+    from orchestrator.transfer.fetch import FetchResult
+    from remote_payload.wire.messages import FileList
+
+_LIST_TIMEOUT_S = 60.0
+_MAX_DEPTH = 8
+
+
+def fetch(
+    reference: str, local: Path | None, *, force: bool, streams: int | None, limit_mbps: float | None, as_json: bool
+) -> int:
+    """Bring `CLUSTER:path` to `local`: a folder to put it in, or the name that it gets; default: here."""
+    from orchestrator.layout import LocalLayout
+    from orchestrator.payload import build_payload
+    from orchestrator.pipeline.resolve import resolve_profile
+    from orchestrator.plan import CheckpointReference, node_path
+    from orchestrator.project import find_project
+    from orchestrator.transfer.fetch import fetch_file
+    from orchestrator.transfer.stream_count import StreamPolicy
+    from remote_payload.wire.messages import FileList, ListRequest
+
+    cluster, colon, path = reference.partition(":")
+    if not (cluster and colon and path) or "/" in cluster:
+        raise UsageError(f"{reference!r} names no file on a cluster", action="Write CLUSTER:PATH.")
+    named = resolve_profile(cluster, find_project(Path.cwd()), LocalLayout.for_user())
+    world = services(quiet=as_json)
+    limit = limit_mbps * 1e6 / 8 if limit_mbps is not None else named.profile.bandwidth_limit_bytes_per_s
+    results: list[FetchResult] = []
+    with world.open_node(named.profile, build_payload(world.layout)) as node:
+        there = node_path(CheckpointReference(path, cluster), named.profile.checkpoint_roots)
+        listed = node.call("list_files", ListRequest(node.layout.root, there), FileList, timeout_s=_LIST_TIMEOUT_S)
+        check_names(file.name for file in listed.files)
+        base = target_of(listed, local)
+        _refuse_too_little_room(base, sum(max(0, file.size) for file in listed.files))
+        for file in listed.files:
+            target = base.joinpath(*file.name.split("/")) if listed.is_folder else base
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = posixpath.join(listed.path, file.name) if listed.is_folder else listed.path
+            done = fetch_file(
+                node,
+                source,
+                file,
+                target,
+                overwrite=force,
+                streams=StreamPolicy(fixed=streams),
+                bandwidth_limit_bytes_per_s=limit,
+                on_progress=functools.partial(world.reporter.transfer, target.name),
+            )
+            results.append(done)
+    _show(base, results, as_json=as_json)
+    return int(ExitCode.DONE)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse what could lead out of the folder, or hide. Raises `IntegrityError`."""
+    seen = set()
+    for name in names:
+        parts = name.split("/") if name else []
+        is_plain = all(part not in ("", ".", "..") and printable(part) == part and "\\" not in part for part in parts)
+        if not is_plain or len(parts) > _MAX_DEPTH or any(part.startswith(".remote-eval-") for part in parts):
+            raise IntegrityError(
+                f"the node names a file {printable(name)[:200]!r} that could lead elsewhere",
+                action="Do not trust this node; tell its administrator.",
+            )
+        if name.lower() in seen:
+            raise IntegrityError(f"the node names {printable(name)!r} twice")
+        seen.add(name.lower())
+
+
+def target_of(listed: FileList, local: Path | None) -> Path:
+    """Where it lands: `local` itself, or below it where that is a folder. Raises `UsageError`."""
+    name = posixpath.basename(listed.path.rstrip("/"))
+    into = (local or Path()).expanduser()
+    if local is not None and not into.is_dir() and not os.fspath(local).endswith("/"):
+        if not into.parent.is_dir():
+            raise UsageError(f"there is no folder {into.parent}", action="Make it, or name another place.")
+        return into
+    if not into.is_dir():
+        raise UsageError(f"there is no folder {into}", action="Make it, or name another place.")
+    check_names([name])
+    return into / name
+
+
+def _refuse_too_little_room(base: Path, needed: int) -> None:
+    folder = base if base.is_dir() else base.parent
+    free = shutil.disk_usage(folder).free
+    # What is here already, whole or in part, needs no room again; a fetch that finds none stops and is gone on with.
+    if needed > free and not base.exists() and not list(folder.glob(".remote-eval-*.journal")):
+        raise UsageError(
+            f"{human_bytes(needed)} do not fit into {folder}, which has {human_bytes(free)} left",
+            action="Free space, or name another place.",
+        )
+
+
+def _show(base: Path, results: list[FetchResult], *, as_json: bool) -> None:
+    total, received = (sum(getattr(one, name) for one in results) for name in ("bytes_total", "bytes_received"))
+    seconds = sum(one.seconds for one in results)
+    if as_json:
+        files = [{**dataclasses.asdict(one), "target": str(one.target)} for one in results]
+        print_json({"path": str(base), "bytes": total, "bytes_received": received, "seconds": seconds, "files": files})
+        return
+    rate = f", {human_bytes(int(received / seconds))}/s" if received and seconds > 0 else ""
+    print(printable(f"{base}: {human_bytes(total)}, {human_bytes(received)} of it fetched{rate}, verified"))

@@ -1,0 +1,284 @@
+"""Fetching a file of any size from a node: spans from one queue over several streams, through any cuts.
+
+Every span carries the node's SHA-256 of it. What has arrived is journalled here, so that a fetch which was cut, or
+killed, reads and fetches nothing again.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+
+from orchestrator.errors import IntegrityError, UnreachableError, UsageError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.channel import (
+    IDLE_TIMEOUT_S,
+    FrameChannel,
+    ReconnectListener,
+    ReconnectPolicy,
+    StreamDamagedError,
+    StreamOpener,
+    with_reconnects,
+)
+from orchestrator.transfer.partial import SpanFile
+from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
+from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
+from orchestrator.transfer.streams import StreamPool
+from remote_payload.wire.messages import ListedFile
+from remote_payload.wire.names import printable
+from remote_payload.wire.stream import MAX_DATA_BYTES, FrameKind, SendRequest, SpanEnd, SpanFacts, Want
+
+SPAN_BYTES = 8 * 1024 * 1024
+WANTS_AHEAD = 4
+MAX_FILE_BYTES = 1 << 44
+_TICK_S = 0.2
+_WAIT_S = 600.0
+_SAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class FetchResult:
+    """`how` is fetched, or unchanged where the target had the file already. `bytes_saved` were here from before."""
+
+    target: Path
+    how: str
+    bytes_total: int
+    bytes_received: int
+    bytes_saved: int
+    seconds: float
+
+
+def fetch_file(
+    opener: StreamOpener,
+    path: str,
+    listed: ListedFile,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    streams: StreamPolicy | None = None,
+    bandwidth_limit_bytes_per_s: float | None = None,
+    on_progress: ProgressListener | None = None,
+    retry: ReconnectPolicy | None = None,
+    on_reconnect: ReconnectListener | None = None,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+) -> FetchResult:
+    """Bring the file at the absolute `path` on the node, as it was `listed`, to `target`, whose folder exists.
+
+    Raises `UsageError` (another file is at the target and `overwrite` is not set; this disk refuses), `IntegrityError`
+    (it changed on the node), `LockedError`, and the `UnreachableError` family once `retry` is exhausted. What arrived
+    before any of them is kept.
+    """
+    if not 0 <= listed.size <= MAX_FILE_BYTES:
+        raise IntegrityError(f"the node says that {printable(path)} has {listed.size} bytes")
+    began = time.monotonic()
+    policy = retry or ReconnectPolicy()
+
+    def new_work(listener: ProgressListener | None) -> _Work:
+        count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
+        return _Work(opener, path, listed, count, TokenBucket(bandwidth_limit_bytes_per_s), listener, idle_timeout_s)
+
+    if target.is_symlink() or target.exists():
+        if _is_the_same(new_work(None), target, policy, on_reconnect):
+            return FetchResult(target, "unchanged", listed.size, 0, listed.size, time.monotonic() - began)
+        if not overwrite:
+            raise UsageError(f"another file is at {target}", action="Name another place, or overwrite it with --force.")
+        if target.is_dir():
+            raise UsageError(f"{target} is a folder", action="Name another place.")
+    identity = json.dumps([path, listed.size, listed.mtime_ns, listed.inode, SPAN_BYTES])
+    file = SpanFile(target, identity, span_count(listed.size))
+    try:
+        work = new_work(on_progress)
+        saved = work.begin(file)
+        with_reconnects(opener, work.attempt, lambda: work.done_bytes, policy, on_reconnect)
+        file.finish(listed.mtime_ns)
+    finally:
+        file.close()
+    return FetchResult(target, "fetched", listed.size, work.bytes_received, saved, time.monotonic() - began)
+
+
+def span_count(size: int) -> int:
+    return -(-size // SPAN_BYTES)
+
+
+class _Work:
+    """The spans of one file: which are to come, which are on their way, and the streams that carry them.
+
+    With a `file`, spans are fetched into it; without one, only their digests are, into `digests`.
+    """
+
+    def __init__(
+        self,
+        opener: StreamOpener,
+        path: str,
+        listed: ListedFile,
+        count: StreamCount,
+        bucket: TokenBucket,
+        on_progress: ProgressListener | None,
+        idle_timeout_s: float,
+    ) -> None:
+        self.bytes_received = 0
+        self.done_bytes = 0
+        self.digests: dict[int, str] = {}
+        self.opener = opener
+        self.listed = listed
+        self._path = path
+        self._bucket = bucket
+        self._on_progress = on_progress
+        self._idle_timeout_s = idle_timeout_s
+        self._count = count
+        self._file: SpanFile | None = None
+        self._changed = threading.Condition()
+        self._queue: collections.deque[int] = collections.deque()
+        self._missing = 0
+        self._allowed = 1
+        self._working = 0
+        self._saved = 0
+        self._meter = ProgressMeter(listed.size)
+
+    def begin(self, file: SpanFile | None, spans: list[int] | None = None) -> int:
+        """Plan what `file` lacks, or `spans`; returns how many bytes need no fetching."""
+        wanted = range(span_count(self.listed.size)) if spans is None else spans
+        self._file = file
+        self._queue = collections.deque(index for index in wanted if file is None or not file.here[index])
+        self._missing = len(self._queue)
+        self.done_bytes = self._saved = self.listed.size - sum(self.length_of(index) for index in self._queue)
+        return self._saved
+
+    def attempt(self) -> None:
+        """Fetch what is missing over new streams. Raises when none is left, or one met what no other would survive."""
+        request = SendRequest(self.opener.layout.root, self._idle_timeout_s)
+        with StreamPool(
+            self.opener,
+            "send",
+            request,
+            self._serve,
+            self._wake,
+            idle_timeout_s=self._idle_timeout_s,
+            expected_bytes=self.listed.size - self.done_bytes if self._file is not None else 0,
+        ) as pool:
+            while self._missing:
+                now = time.monotonic()
+                wanted = self._count.observe(now, self.done_bytes - self._saved, pool.open_count)
+                with self._changed:
+                    self._allowed = wanted
+                    has_work = bool(self._queue)
+                if has_work:
+                    pool.open_up_to(wanted)
+                with self._changed:
+                    if self._missing:
+                        self._changed.wait(_TICK_S)
+                self._report(pool.open_count)
+                for end in pool.ended():
+                    if end.error is None or not self._missing:
+                        continue
+                    if not end.is_local or pool.count == 0:
+                        raise end.error
+                    if not end.was_open and isinstance(end.error, UnreachableError):
+                        self._count.refused(now, pool.open_count)
+        self._report(0)
+
+    def _serve(self, stream: ByteStream) -> None:
+        channel = FrameChannel(stream)
+        buffer = memoryview(bytearray(min(MAX_DATA_BYTES, max(1, self.listed.size))))
+        due: collections.deque[int] = collections.deque()
+        with self._changed:
+            self._working += 1
+        try:
+            while True:
+                while len(due) < WANTS_AHEAD and (index := self._take(may_wait=not due)) is not None:
+                    due.append(index)
+                    want = Want(self._path, index * SPAN_BYTES, self.length_of(index), self._file is None)
+                    channel.send_json(FrameKind.WANT, want)
+                if not due:
+                    return
+                self._receive(channel, due[0], buffer)
+                due.popleft()
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._queue.extendleft(reversed(due))
+                self._changed.notify_all()
+
+    def _take(self, *, may_wait: bool) -> int | None:
+        """The next span; None where there is none now, or, after waiting, none will come or this stream retires."""
+        deadline = time.monotonic() + _WAIT_S
+        with self._changed:
+            while self._missing and self._working <= self._allowed:
+                if self._queue:
+                    return self._queue.popleft()
+                # Spans of another stream come back if it is lost.
+                if not may_wait or not self._changed.wait(deadline - time.monotonic()):
+                    return None
+            return None
+
+    def _receive(self, channel: FrameChannel, index: int, buffer: memoryview) -> None:
+        """Take in the answer to the want of one span."""
+        facts = channel.decode(SpanFacts, channel.receive(FrameKind.SPAN)[1])
+        listed, start, length = self.listed, index * SPAN_BYTES, self.length_of(index)
+        if (facts.size, facts.mtime_ns, facts.inode) != (listed.size, listed.mtime_ns, listed.inode):
+            raise IntegrityError(
+                f"{printable(self._path)} changed while it was fetched", action="Fetch it again when it is complete."
+            )
+        if (facts.offset, facts.length) != (start, length):
+            raise StreamDamagedError("the node sends another span than was asked for")
+        digest, offset, end = hashlib.sha256(), start, start + length
+        while self._file is not None and offset < end:
+            header, _ = channel.receive(FrameKind.DATA)
+            if header.argument != offset or not 0 < header.length <= end - offset:
+                raise StreamDamagedError("data that was not asked for arrived")
+            view = buffer[: header.length]
+            self._bucket.take(header.length)
+            channel.read_data(view)
+            digest.update(view)
+            self._file.write(offset, view)
+            offset += header.length
+        sha256 = channel.decode(SpanEnd, channel.receive(FrameKind.END)[1]).sha256
+        if self._file is not None:
+            if digest.hexdigest() != sha256:
+                raise StreamDamagedError("a span arrived damaged")
+            self._file.commit(index, length)
+        with self._changed:
+            self.digests[index] = sha256
+            self.done_bytes += length
+            self.bytes_received += length if self._file is not None else 0
+            self._missing -= 1
+            self._changed.notify_all()
+
+    def length_of(self, index: int) -> int:
+        return min(SPAN_BYTES, self.listed.size - index * SPAN_BYTES)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _report(self, streams: int) -> None:
+        if self._on_progress is not None and self._file is not None:
+            moved = self.done_bytes - self._saved
+            self._on_progress(self._meter.measure(moved, self._saved, streams))
+
+
+def _is_the_same(work: _Work, target: Path, policy: ReconnectPolicy, on_reconnect: ReconnectListener | None) -> bool:
+    """Whether the target has the node's content: by a sample where size and time stamp agree, else by every span."""
+    listed = work.listed
+    if target.is_symlink() or not target.is_file() or target.stat().st_size != listed.size:
+        return False
+    spans = list(range(span_count(listed.size)))
+    if target.stat().st_mtime_ns == listed.mtime_ns:
+        step = max(1, len(spans) // _SAMPLES)
+        spans = sorted({*spans[::step], *spans[-1:]})
+    work.begin(None, spans)
+    with_reconnects(work.opener, work.attempt, lambda: work.done_bytes, policy, on_reconnect)
+    try:
+        with target.open("rb") as file:
+            for index in spans:
+                file.seek(index * SPAN_BYTES)
+                if hashlib.sha256(file.read(work.length_of(index))).hexdigest() != work.digests[index]:
+                    return False
+    except OSError as error:
+        raise UsageError(f"{target} cannot be read: {error.strerror}") from error
+    return True

@@ -1,0 +1,35 @@
+"""What there is to fetch: one file, or all files of a folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from remote_payload.agent import root
+from remote_payload.agent.failure import AgentError
+from remote_payload.wire.folders import folder_files
+from remote_payload.wire.messages import FileList, ListedFile, ListRequest
+
+
+def list_files(request: ListRequest) -> FileList:
+    """Raises `AgentError`: not_found, or usage for what is neither a regular file nor a folder that can be listed."""
+    root.open_root(request.root)
+    path = request.path if os.path.exists(request.path) else root.expand(request.path, "path")
+    try:
+        facts = os.stat(path)
+        if stat.S_ISREG(facts.st_mode):
+            return FileList(os.path.abspath(path), False, (_listed("", facts),))
+        if not stat.S_ISDIR(facts.st_mode):
+            raise AgentError("usage", f"{path} is neither a regular file nor a folder")
+        files = tuple(_listed(name, facts) for name, facts in sorted(folder_files(path)) if stat.S_ISREG(facts.st_mode))
+    except (FileNotFoundError, NotADirectoryError):
+        raise AgentError("not_found", f"there is no {path} on the node") from None
+    except OSError as error:
+        raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise AgentError("usage", str(error), "Name the folder of one checkpoint.") from error
+    return FileList(os.path.abspath(path), True, files)
+
+
+def _listed(name: str, facts: os.stat_result) -> ListedFile:
+    return ListedFile(name, facts.st_size, facts.st_mtime_ns, facts.st_ino)

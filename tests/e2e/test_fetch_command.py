@@ -1,0 +1,72 @@
+"""`remote-eval fetch` as a person types it, from a node behind a real sshd."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.fetch import check_names
+from orchestrator.errors import ExitCode, IntegrityError
+from tests.support.sshd import start_sshd
+from tests.support.world import World, digests, make_world
+
+CONTENT = random.Random(5).randbytes(20 * 1024 * 1024 + 17)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    small = tmp_path / "small.pt"
+    small.write_bytes(CONTENT)
+    server = start_sshd(tmp_path / "sshd")
+    yield make_world(tmp_path, server, small, sys.executable)
+    server.stop()
+
+
+def test_a_file_comes_verified_under_its_own_name_and_again_costs_nothing(world: World) -> None:
+    done = world.json("fetch", "lab:best.pt", str(world.home), "--streams", "2")
+    assert (world.home / "best.pt").read_bytes() == CONTENT
+    assert done["bytes_received"] == len(CONTENT)
+    again = world.json("fetch", "lab:best.pt", str(world.home))
+    assert (again["bytes_received"], again["files"][0]["how"]) == (0, "unchanged")
+
+
+def test_another_file_is_not_overwritten_unless_forced(world: World) -> None:
+    target = world.home / "mine.pt"
+    target.write_bytes(b"mine")
+    refused = world.cli("fetch", "lab:best.pt", str(target))
+    assert refused.returncode == ExitCode.USAGE
+    assert "--force" in refused.stderr
+    assert target.read_bytes() == b"mine"
+    world.json("fetch", "lab:best.pt", str(target), "--force")
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_folder_comes_with_everything_in_it(world: World) -> None:
+    shards = world.node / "data" / "shards"
+    (shards / "below").mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp", "below/x.safetensors"):
+        (shards / name).write_bytes(name.encode() * 1000)
+    world.json("fetch", "lab:shards", str(world.home))
+    assert digests(world.home / "shards") == digests(shards)
+
+
+def test_what_is_not_there_is_said_in_a_sentence(world: World) -> None:
+    missing = world.cli("fetch", "lab:nowhere.pt", str(world.home))
+    assert missing.returncode == ExitCode.USAGE
+    assert "there is no" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["../x", "a//b", "a/../b", "/etc/passwd", "a\x1b[31m", "a\\b", ".remote-eval-x", "a/"])
+def test_a_name_from_the_node_that_could_lead_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(IntegrityError):
+        check_names([name])
+
+
+def test_names_that_differ_by_case_alone_are_refused() -> None:
+    with pytest.raises(IntegrityError):
+        check_names(["a", "A"])
