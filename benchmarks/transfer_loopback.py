@@ -1,8 +1,8 @@
 """`python -m benchmarks.transfer_loopback`: how fast a machine with many cores sends to itself, verified.
 
-Against one `ssh cat` and several side by side. Makes its keys, starts its own sshd, and writes a file of random bytes in
-memory. The data is sent by `upload_file` from a remembered manifest, as a checkpoint is whose digest is known: hashing
-on this side is told apart. Needs of Python only what the client needs, of the machine only OpenSSH.
+Against one `ssh cat` and several side by side. Makes its keys, starts its own sshd, and writes a file of random bytes
+in memory. The data is sent by `upload_file` from a remembered manifest, as a checkpoint is whose digest is known:
+hashing on this side is told apart. Needs of Python only what the client needs, of the machine only OpenSSH.
 """
 
 from __future__ import annotations
