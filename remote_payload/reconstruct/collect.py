@@ -40,6 +40,7 @@ class Collected:
         width = int(np.prod(modality.shape))
         self._targets = _allocate(capacity, width, scratch)
         self._predictions = _allocate(capacity, width, scratch)
+        self._latents: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
 
     @property
     def targets(self) -> NDArray[np.float32]:
@@ -68,6 +69,37 @@ class Collected:
             self.count += 1
         return range(start, self.count)
 
+    def add_latents(self, samples: Sequence[Sample], latents: Mapping[str, Any]) -> None:
+        """Append a batch's latents of targets and predictions, kept in host memory, for the samples with this modality.
+
+        Raises `AdapterError` unless there are two alike, a row a sample.
+        """
+        pair = latents.get(self.modality.name)
+        if pair is None:
+            return
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise AdapterError(f"latents of {self.modality.name!r} are no pair of targets' and predictions'")
+        wanted, given = as_array(pair[0]), as_array(pair[1])
+        if wanted.shape != given.shape or wanted.ndim < 2 or len(wanted) != len(samples):
+            raise AdapterError(
+                f"latents of {self.modality.name!r} have shapes {wanted.shape} and {given.shape} "
+                f"for {len(samples)} samples"
+            )
+        kept = [n for n, sample in enumerate(samples) if self.modality.name in sample.targets]
+        if kept:
+            width = int(np.prod(wanted.shape[1:]))
+            rows = [np.asarray(a[kept], dtype=np.float32).reshape(len(kept), width) for a in (wanted, given)]
+            self._latents.append((rows[0], rows[1]))
+
+    def latents(self) -> Optional[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Latents of all rows' targets and predictions, or None. `AdapterError` if some batches had none."""
+        if not self._latents:
+            return None
+        wanted, given = (np.concatenate([pair[side] for pair in self._latents]) for side in (0, 1))
+        if len(wanted) != self.count:
+            raise AdapterError(f"latents of {self.modality.name!r} are given for {len(wanted)} of {self.count} samples")
+        return wanted, given
+
     def evaluated(
         self, baselines: Optional[Baselines], ordered: bool, dependence: int, seed: int, rows: Optional[range] = None
     ) -> Evaluated:
@@ -83,6 +115,7 @@ class Collected:
             ordered,
             dependence,
             seed,
+            latents=self.latents() if rows is None else None,
         )
 
     def original(self, row: int) -> NDArray[np.float32]:

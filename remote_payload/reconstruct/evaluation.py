@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -15,6 +15,7 @@ from remote_payload.jobs.context import JobContext
 from remote_payload.reconstruct import metrics, pictures
 from remote_payload.reconstruct.adapters import adapter_config, calling, resolve_adapter
 from remote_payload.reconstruct.collect import Baselines, Collected, baselines_of
+from remote_payload.reconstruct.feature_metrics import Extractor, extractors_of
 from remote_payload.reconstruct.judge import Judgement, judge, overall
 from remote_payload.reconstruct.loading import LoadedModel, choose_dtype, load_model
 from remote_payload.reconstruct.measured import Evaluated, Metric
@@ -29,6 +30,7 @@ from remote_payload.reconstruct.protocol import (
 )
 from remote_payload.reconstruct.ranges import non_finite_finding, prediction_finding, target_finding
 from remote_payload.reconstruct.runner import RunFacts, choose_positions, make_deterministic, pick_device, run_over
+from remote_payload.reconstruct.voxel_metrics import voxelwise_map
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.results import Finding, Outcome, Severity
 from remote_payload.wire.states import Phase
@@ -79,9 +81,10 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     ran = _run(context, adapter, loaded, samples, positions, collected, baselines)
     ordered = bool(samples[positions[0]].group)
     judged = []
+    extractors = extractors_of(settings.features)
     for number, rows in enumerate(collected):
         context.progress(Phase.RUN, len(positions) + number, None, f"measuring {rows.modality.name}")
-        judged.append(judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed))
+        judged.append(judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed, extractors))
     drawn = _draw(context, collected, judged, samples)
     task, headline = overall([j.judgement for j in judged])
     # What is wrong with the file itself: it may have been readable all the same.
@@ -138,7 +141,12 @@ def open_samples(adapter: Adapter, data: dict[str, str], config: AdapterConfig) 
 
 
 def judge_modality(
-    rows: Collected, baselines: Optional[Baselines], ordered: bool, dependence: int, seed: int
+    rows: Collected,
+    baselines: Optional[Baselines],
+    ordered: bool,
+    dependence: int,
+    seed: int,
+    extractors: Sequence[Extractor] = (),
 ) -> JudgedModality:
     """Ranges first; metrics and judgement only for what can be compared."""
     modality = rows.modality
@@ -153,7 +161,7 @@ def judge_modality(
     if suspicion is not None and suspicion.severity is Severity.ERROR:
         return _unmeasured(modality, suspicion.title, [suspicion])
     evaluated = rows.evaluated(baselines, ordered, dependence, seed)
-    measured, evidence = metrics.measure(evaluated)
+    measured, evidence = metrics.measure(evaluated, extractors)
     judgement = judge(evidence)
     findings = [*judgement.findings, *([suspicion] if suspicion else [])]
     ranking = next(iter(metrics.sample_rows(evaluated)[0]))
@@ -232,6 +240,10 @@ def _run(
             done += len(chosen)
             context.progress(Phase.RUN, done, len(positions), "samples")
 
+        def take_latents(items: Sequence[Sample], latents: Mapping[str, Any]) -> None:
+            for rows in collected:
+                rows.add_latents(items, latents)
+
         ran = run_over(
             adapter,
             loaded.model,
@@ -242,6 +254,7 @@ def _run(
             loaded.dtype,
             settings.batch_size,
             take,
+            take_latents,
         )
         os.fsync(file.fileno())
     return ran
@@ -251,9 +264,10 @@ def _draw(
     context: JobContext, collected: Sequence[Collected], judged: Sequence[JudgedModality], samples: Sequence[Sample]
 ) -> list[dict[str, Any]]:
     drawn: list[dict[str, Any]] = []
-    for verdict in judged:
+    for number, verdict in enumerate(judged):
         if verdict.modality.kind is Kind.VOXELS and verdict.evaluated is not None:
             drawn += pictures.draw_voxels(verdict.evaluated, context.job, context.write_bytes)
+            context.write_bytes(f"voxelwise_correlation_{number}.npy", voxelwise_map(verdict.evaluated))
     ranking = next((j.errors for j in judged if j.errors), {})
     shown = pictures.choose_shown(ranking, context.plan.settings.num_samples)
     for number, chosen in enumerate(shown, start=1):

@@ -172,6 +172,18 @@ class AdapterBase:
     def finish_model(self, model: Any) -> None:  # noqa: ARG002 - the protocol's signature
         return None
 
+    def latents(
+        self,
+        model: Any,  # noqa: ARG002 - the protocol's signature
+        batch: Any,  # noqa: ARG002
+        predicted: Mapping[str, Any],  # noqa: ARG002
+    ) -> Optional[Mapping[str, tuple[Any, Any]]]:
+        """Optional: by modality, the model's latents of the batch's targets and of `predicted`, each `(N, …)`.
+
+        `batch` is what `predict` was given. Modalities that are left out, or None, have no metric in the latent.
+        """
+        return None
+
 
 def stack_inputs(samples: Sequence[Sample]) -> dict[str, Any]:
     """Each input stacked over the samples as one tensor `(N, …)`; `AdapterError` if shapes differ between samples."""

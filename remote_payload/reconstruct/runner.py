@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -17,6 +17,7 @@ from remote_payload.reconstruct.collect import check_predictions
 from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
 
 OnBatch = Callable[[Sequence[int], Sequence[Sample], dict[str, Any]], None]
+OnLatents = Callable[[Sequence[Sample], Mapping[str, Any]], None]
 
 
 @dataclasses.dataclass
@@ -71,8 +72,11 @@ def run_over(
     dtype: torch.dtype,
     batch_size: int,
     on_batch: OnBatch,
+    on_latents: Optional[OnLatents] = None,
 ) -> RunFacts:
     """Predict the samples at `positions` in order and hand each batch to `on_batch`.
+
+    Where the adapter has latents, `on_latents` gets each batch's before `on_batch` does.
 
     When the device's memory runs out the batch is halved, down to one sample, and the run goes on.
     """
@@ -82,20 +86,24 @@ def run_over(
         chosen = positions[done : done + facts.batch_size]
         with calling("samples"):
             items = [samples[p] for p in chosen]
+        ran: Optional[tuple[dict[str, Any], Optional[Mapping[str, Any]]]]
         try:
-            predicted = predict(adapter, model, items, device, dtype)
+            ran = _forward(adapter, model, items, device, dtype, on_latents is not None)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or facts.batch_size == 1:
                 raise
             facts.batch_size //= 2
             facts.halvings += 1
-            predicted = None
-        if predicted is None:
+            ran = None
+        if ran is None:
             # Outside the handler: its traceback would keep the failed batch's tensors alive.
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             continue
+        predicted, latents = ran
         check_predictions(predicted, modalities)
+        if on_latents is not None and latents is not None:
+            on_latents(items, latents)
         on_batch(chosen, items, predicted)
         done += len(chosen)
     return facts
@@ -117,8 +125,27 @@ def predict(
     adapter: Adapter, model: nn.Module, items: Sequence[Sample], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """One batch, without gradients. Out of memory passes through as torch raises it."""
+    return _forward(adapter, model, items, device, dtype, False)[0]
+
+
+def _forward(
+    adapter: Adapter,
+    model: nn.Module,
+    items: Sequence[Sample],
+    device: torch.device,
+    dtype: torch.dtype,
+    with_latents: bool,
+) -> tuple[dict[str, Any], Optional[Mapping[str, Any]]]:
     with calling("collate"):
         batch = adapter.collate(items)
     with calling("predict"), torch.inference_mode():
-        predicted: Any = adapter.predict(model, to_device(batch, device, dtype))
-    return predicted if not isinstance(predicted, dict) else dict(predicted)
+        moved = to_device(batch, device, dtype)
+        predicted: Any = adapter.predict(model, moved)
+    if isinstance(predicted, dict):
+        predicted = dict(predicted)
+    # Optional: classes that are no AdapterBase need not have it.
+    hook = getattr(adapter, "latents", None) if with_latents else None
+    if hook is None or not isinstance(predicted, dict):
+        return predicted, None
+    with calling("latents"), torch.inference_mode():
+        return predicted, hook(model, moved, predicted)
