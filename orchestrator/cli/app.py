@@ -168,7 +168,7 @@ def inspect(
 @app.command()
 def fetch(
     reference: Annotated[str, typer.Argument(help="CLUSTER:path of a file or folder there.", metavar="CLUSTER:PATH")],
-    local: Annotated[Path | None, typer.Argument(help="Folder to put it in, or its new name; default: here.")] = None,
+    local: Annotated[Path | None, typer.Argument(help="Folder or new name here; OTHER: for another node.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite another file that is there.")] = False,
     streams: Annotated[
         int | None, typer.Option("--streams", min=1, max=16, help="Connections; default: as many as pay.")

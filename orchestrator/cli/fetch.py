@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from remote_payload.wire.messages import FileList
 
 _LIST_TIMEOUT_S = 60.0
+_DIGEST_TIMEOUT_S = 900.0
 _MAX_DEPTH = 8
 
 
 def fetch(
     reference: str, local: Path | None, *, force: bool, streams: int | None, limit_mbps: float | None, as_json: bool
 ) -> int:
-    """Bring `CLUSTER:path` to `local`: a folder to put it in, or the name that it gets; default: here."""
+    """Bring `CLUSTER:path` to `local`: a folder to put it in, or the name that it gets; default: here.
+
+    Where `local` is another cluster's name with a colon, the file goes into that node's store.
+    """
     from orchestrator.layout import LocalLayout
     from orchestrator.payload import build_payload
     from orchestrator.pipeline.resolve import resolve_profile
@@ -37,6 +41,8 @@ def fetch(
     from orchestrator.transfer.stream_count import StreamPolicy
     from remote_payload.wire.messages import FileList, ListRequest
 
+    if local is not None and str(local).endswith(":") and not local.exists():
+        return _copy(reference, str(local)[:-1], streams=streams, limit_mbps=limit_mbps, as_json=as_json)
     cluster, colon, path = reference.partition(":")
     if not (cluster and colon and path) or "/" in cluster:
         raise UsageError(f"{reference!r} names no file on a cluster", action="Write CLUSTER:PATH.")
@@ -66,6 +72,49 @@ def fetch(
             )
             results.append(done)
     _show(base, results, as_json=as_json)
+    return int(ExitCode.DONE)
+
+
+def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float | None, as_json: bool) -> int:
+    """From one node into the store of another."""
+    from orchestrator.layout import LocalLayout
+    from orchestrator.payload import build_payload
+    from orchestrator.pipeline.resolve import resolve_profile
+    from orchestrator.plan import CheckpointReference, node_path
+    from orchestrator.project import find_project
+    from orchestrator.transfer.node_copy import copy_to_node
+    from orchestrator.transfer.stream_count import StreamPolicy
+    from remote_payload.wire.chunks import ChunkManifest
+    from remote_payload.wire.messages import FileList, ListRequest
+
+    cluster, _, path = reference.partition(":")
+    layout, project = LocalLayout.for_user(), find_project(Path.cwd())
+    near, far = resolve_profile(cluster, project, layout), resolve_profile(other, project, layout)
+    world = services(quiet=as_json)
+    payload = build_payload(world.layout)
+    limits = [named.profile.bandwidth_limit_bytes_per_s for named in (near, far)]
+    limits.append(limit_mbps * 1e6 / 8 if limit_mbps is not None else None)
+    with world.open_node(near.profile, payload) as source, world.open_node(far.profile, payload) as target:
+        there = node_path(CheckpointReference(path, cluster), near.profile.checkpoint_roots)
+        request = ListRequest(source.layout.root, there)
+        listed = source.call("list_files", request, FileList, timeout_s=_LIST_TIMEOUT_S)
+        manifest = source.call("chunk_manifest", request, ChunkManifest, timeout_s=_DIGEST_TIMEOUT_S)
+        done = copy_to_node(
+            source,
+            listed.path,
+            listed.files[0],
+            manifest,
+            target,
+            streams=StreamPolicy(fixed=streams),
+            bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
+            on_progress=functools.partial(world.reporter.transfer, posixpath.basename(listed.path)),
+        )
+    reached = f"{other}:{done.path_on_node}"
+    if as_json:
+        facts = {"bytes": manifest.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
+        print_json({"checkpoint": reached, "digest": manifest.digest, **facts})
+    else:
+        print(printable(f"{reached}: {human_bytes(manifest.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
     return int(ExitCode.DONE)
 
 

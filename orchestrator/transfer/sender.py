@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalError, UnreachableError, UsageError
 from orchestrator.ssh.transport import ByteStream
@@ -30,8 +31,23 @@ class LocalFileChangedError(IntegrityError):
     """The local file is no longer what its manifest says."""
 
 
+class Source(Protocol):
+    """What is sent, read by position from several threads."""
+
+    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        """Send some of `count` bytes from `offset`; how many."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes. Raises `LocalFileChangedError` where they are not there."""
+
+    def changed(self) -> LocalFileChangedError:
+        """What to raise where a chunk is no longer what the manifest says."""
+
+    def close(self) -> None: ...
+
+
 class LocalFile:
-    """The file that is sent, read by position from several threads."""
+    """A file of this machine as a `Source`."""
 
     def __init__(self, path: Path) -> None:
         """Raises `UsageError`."""
@@ -86,7 +102,7 @@ class Sender:
 
     def __init__(
         self,
-        file: LocalFile,
+        file: Source,
         packed: bytes,
         table: ChunkTable,
         flight: Flight,

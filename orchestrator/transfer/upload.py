@@ -24,7 +24,7 @@ from orchestrator.transfer.channel import (
 )
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
-from orchestrator.transfer.sender import Encode, LocalFile, LocalFileChangedError, Sender
+from orchestrator.transfer.sender import Encode, LocalFile, LocalFileChangedError, Sender, Source
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
 from remote_payload.wire.chunks import ChunkManifest
@@ -49,7 +49,7 @@ class UploadResult:
 
 def upload_file(
     opener: StreamOpener,
-    local: Path,
+    local: Path | Source,
     manifest: ChunkManifest,
     *,
     on_progress: ProgressListener | None = None,
@@ -62,7 +62,7 @@ def upload_file(
     wait_s: float = 90.0,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
 ) -> UploadResult:
-    """Put `local` into the node's store, verified, and return where it stands.
+    """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
     `encode` may write a chunk in fewer bytes; `order` holds every chunk's index in the order in which they go. Raises
     `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space, quota,
@@ -74,7 +74,7 @@ def upload_file(
     if order is not None and sorted(order) != list(range(len(manifest.chunks))):
         raise UsageError("the order of chunks does not name each of them once")
     begun = time.monotonic()
-    file = LocalFile(local)
+    file = LocalFile(local) if isinstance(local, Path) else local
     try:
         request = ReceiveRequest(
             opener.layout.root,
@@ -106,7 +106,7 @@ class _Upload:
     def __init__(
         self,
         opener: StreamOpener,
-        file: LocalFile,
+        file: Source,
         manifest: ChunkManifest,
         request: ReceiveRequest,
         bucket: TokenBucket,

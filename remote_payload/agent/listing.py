@@ -1,4 +1,4 @@
-"""What there is to fetch: one file, or all files of a folder."""
+"""What there is to fetch: one file, or all files of a folder; and what a file is, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import stat
 
 from remote_payload.agent import root
 from remote_payload.agent.failure import AgentError
+from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.folders import folder_files
 from remote_payload.wire.messages import FileList, ListedFile, ListRequest
 
@@ -29,6 +30,25 @@ def list_files(request: ListRequest) -> FileList:
     except ValueError as error:
         raise AgentError("usage", str(error), "Name the folder of one checkpoint.") from error
     return FileList(os.path.abspath(path), True, files)
+
+
+def chunk_manifest(request: ListRequest) -> ChunkManifest:
+    """The chunks of one file, by reading it once. Raises `AgentError` as `list_files`, integrity where it changed."""
+    listed = list_files(request)
+    if listed.is_folder:
+        raise AgentError("usage", f"{listed.path} is a folder", "Name a file.")
+    before = listed.files[0]
+    try:
+        with open(listed.path, "rb") as file:
+            manifest = digest_file(file, before.size)
+            after = _listed("", os.fstat(file.fileno()))
+    except EOFError:
+        after = None
+    except OSError as error:
+        raise AgentError("usage", f"{listed.path} cannot be read: {error.strerror}") from error
+    if after != before:
+        raise AgentError("integrity", f"{listed.path} changed while it was read", "Copy it when it is complete.")
+    return manifest
 
 
 def _listed(name: str, facts: os.stat_result) -> ListedFile:

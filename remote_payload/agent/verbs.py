@@ -36,6 +36,7 @@ VERBS = {
     "preflight": Verb(messages.PreflightRequest, preflight.preflight),
     "locate": Verb(messages.LocateRequest, locate.locate),
     "list_files": Verb(messages.ListRequest, listing.list_files),
+    "chunk_manifest": Verb(messages.ListRequest, listing.chunk_manifest),
     "inspect": Verb(messages.InspectRequest, inspect.inspect),
     "claim": Verb(messages.ClaimRequest, claim.claim),
     "launch": Verb(messages.AttemptRef, launch.launch),

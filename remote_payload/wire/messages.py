@@ -9,6 +9,7 @@ results are the dataclasses below through `codec`. Every path in them is absolut
 | preflight | PreflightRequest | Preflight | yes |
 | locate | LocateRequest | Located | yes |
 | list_files | ListRequest | FileList | yes |
+| chunk_manifest | ListRequest | `chunks.ChunkManifest` of a file | yes |
 | inspect | InspectRequest | `header`, `findings`, `text` as JSON | yes |
 | claim | ClaimRequest | Claimed | yes: the same nonce claims once |
 | launch | AttemptRef | Launched | yes: the decision file lets one supervisor start |

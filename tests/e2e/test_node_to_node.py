@@ -1,0 +1,100 @@
+"""A file goes from one node to another, each behind a real sshd of its own, and never onto this machine's disk."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from orchestrator.layout import LocalLayout
+from orchestrator.node import Node
+from orchestrator.payload import build_payload
+from orchestrator.profiles import ClusterProfile
+from orchestrator.ssh.connect import connect
+from orchestrator.ssh.settings import RetryPolicy
+from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.node_copy import copy_to_node
+from orchestrator.transfer.progress import TransferProgress
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.messages import FileList, ListRequest
+from tests.support.sshd import Sshd, start_sshd
+from tests.support.world import World, make_world
+
+CONTENT = random.Random(6).randbytes(40 * 1024 * 1024 + 5)
+SOON = ReconnectPolicy(max_fruitless=8, first_wait_s=0.05, longest_wait_s=0.5)
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[tuple[Sshd, Sshd]]:
+    pair = (start_sshd(tmp_path / "a"), start_sshd(tmp_path / "b"))
+    yield pair
+    for server in pair:
+        server.stop()
+
+
+@pytest.fixture
+def world(tmp_path: Path, servers: tuple[Sshd, Sshd]) -> World:
+    small = tmp_path / "small.pt"
+    small.write_bytes(CONTENT)
+    made = make_world(tmp_path, servers[0], small, sys.executable)
+    profile = yaml.safe_load(made.profile.read_text())
+    profile.update(
+        port=servers[1].port,
+        identity_files=[str(servers[1].client_key)],
+        known_hosts_file=str(servers[1].known_hosts),
+        node_root=str(tmp_path / "other root"),
+    )
+    made.profile.with_name("other.yaml").write_text(yaml.safe_dump(profile))
+    return made
+
+
+def test_the_command_copies_and_says_under_what_name_the_other_node_has_it(world: World) -> None:
+    done = world.json("fetch", "lab:best.pt", "other:")
+    cluster, _, path = done["checkpoint"].partition(":")
+    assert cluster == "other"
+    assert Path(path).read_bytes() == CONTENT
+    assert world.json("fetch", "lab:best.pt", "other:")["bytes_sent"] == 0
+    left = [p for p in world.home.rglob("*") if p.is_file() and p.stat().st_size > 10 * 1024 * 1024]
+    assert left == []
+
+
+def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[Sshd, Sshd]) -> None:
+    layout = LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
+    source_file = tmp_path / "source.pt"
+    source_file.write_bytes(CONTENT)
+    nodes = [
+        Node(
+            ClusterProfile.model_validate(
+                {"host": "h", "node_root": str(tmp_path / f"root {n}"), "python": {"path": sys.executable}}
+            ),
+            build_payload(layout),
+            lambda server=server: connect(server.settings(), RetryPolicy(30.0), sockets_folder=tmp_path / "s"),  # type: ignore[misc]
+        )
+        for n, server in enumerate(servers)
+    ]
+    cuts = [(8, servers[0]), (16, servers[1]), (24, servers[0])]
+
+    def cut(progress: TransferProgress) -> None:
+        if cuts and progress.bytes_done >= cuts[0][0] * 1024 * 1024:
+            cuts.pop(0)[1].kill_sessions()
+
+    with nodes[0] as source, nodes[1] as target:
+        request = ListRequest(source.layout.root, str(source_file))
+        listed = source.call("list_files", request, FileList)
+        manifest = source.call("chunk_manifest", request, ChunkManifest)
+        done = copy_to_node(
+            source,
+            listed.path,
+            listed.files[0],
+            manifest,
+            target,
+            on_progress=cut,
+            retry=SOON,
+            bandwidth_limit_bytes_per_s=40e6,
+        )
+    assert cuts == []
+    assert Path(done.path_on_node).read_bytes() == CONTENT
