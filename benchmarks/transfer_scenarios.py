@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import filecmp
 import os
 import shutil
 import time
@@ -215,6 +216,34 @@ def resume(bench: Bench) -> None:
     bench.goal("cut at half, read again here", "0", f"{read_again / 1e6:.1f} MB", read_again < 16e6)
 
 
+def cuts(bench: Bench) -> None:
+    """Every connection cut ten times on the way. `--scenarios cuts --size 21G --folder /var/tmp` is the real thing."""
+    bench.say(f"### Cut ten times, loopback, {_mib(bench.size)}\n")
+    with bench.file("random") as file, bench.site(LOOPBACK) as site:
+        files.write_random(file, bench.size)
+        run_ours(site, files.write_random(bench.folder / "small", MIB))
+        made: list[int] = []
+
+        def cut(moved: int) -> None:
+            if len(made) < 10 and moved > (len(made) + 1) * bench.size / 11:
+                made.append(moved)
+                site.cut()
+
+        with watching_agents(site) as agents:
+            done = run_ours(site, file, on_moved=cut, limit_s=3600)
+        stored = list((site.node_root / "checkpoints").glob("*/file"))
+        is_whole = any(filecmp.cmp(file, path, shallow=False) for path in stored)
+    again = done.outcome.bytes_sent - bench.size
+    bench.say("| cuts | seconds | sent again | byte for byte the same | client | agent |")
+    bench.say("| --- | --- | --- | --- | --- | --- |")
+    bench.say(
+        f"| {len(made)} | {done.seconds:.0f} | {again / 1e6:.1f} MB, {again / 1e6 / max(1, len(made)):.1f} a cut"
+        f" | {'yes' if is_whole else '**no**'}"
+        f" | {done.outcome.peak_bytes / 1e6:.0f} MB | {agents.peak_bytes / 1e6:.0f} MB |\n"
+    )
+    bench.goal("ten cuts, arrives verified", "yes", "yes" if is_whole else "no", is_whole)
+
+
 def unchanged(bench: Bench) -> None:
     """A file that the node has: as it was, with another time stamp, with one layer changed."""
     bench.say(f"### Sent before, loopback, bf16 checkpoint of {_mib(bench.size)}\n")
@@ -292,6 +321,7 @@ SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "far": far,
     "emulator": emulator,
     "resume": resume,
+    "cuts": cuts,
     "unchanged": unchanged,
     "weights": weights,
     "memory": memory,
