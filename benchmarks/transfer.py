@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,9 @@ def main() -> int:
     unknown = [name for name in asked.scenarios if name not in SCENARIOS]
     if unknown:
         sys.exit(f"there is no scenario {unknown[0]!r}; there are {', '.join(SCENARIOS)}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Whoever ends it gets no namespaces and servers left behind, even where a shell had SIGINT ignored.
+        signal.signal(number, _leave)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="remote-eval-bench-", dir=_room(asked)) as folder:
         bench = Bench(
@@ -56,6 +60,10 @@ def main() -> int:
     print("\n".join(_goals(bench.goals)))
     print(f"\nMeasured in {(time.monotonic() - began) / 60:.0f} minutes, medians of {asked.repeats}.")
     return 0
+
+
+def _leave(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _arguments() -> argparse.Namespace:

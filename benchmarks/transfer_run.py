@@ -22,10 +22,12 @@ OURS = "remote-eval"
 
 @dataclasses.dataclass(frozen=True)
 class OurRun:
-    """`seconds` of the whole process, login, fingerprint and verification included."""
+    """`seconds` of the whole process, login, fingerprint and verification included. `sustained`: bytes/s over the
+    second half of the file, as its progress tells; None where too little was seen of it."""
 
     seconds: float
     outcome: Outcome
+    sustained: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,10 @@ def run_ours(
         watch.start()
         began = time.monotonic()
         last = ""
+        seen: list[tuple[float, int]] = []
         for line in process.stdout or ():
             if line.startswith("moved "):
+                seen.append((time.monotonic(), int(line.split()[1])))
                 if on_moved is not None:
                     on_moved(int(line.split()[1]))
             else:
@@ -93,7 +97,14 @@ def run_ours(
         seconds = time.monotonic() - began
     if process.returncode != 0:
         raise RuntimeError(f"our transfer ended with {process.returncode}:\n{(site.folder / 'ours.log').read_text()}")
-    return OurRun(seconds, Outcome(**json.loads(last)))
+    return OurRun(seconds, Outcome(**json.loads(last)), _sustained(seen, file.stat().st_size))
+
+
+def _sustained(seen: Sequence[tuple[float, int]], size: int) -> float | None:
+    half = [(at, moved) for at, moved in seen if moved >= size // 2]
+    if not half or half[-1][0] - half[0][0] < 0.2:
+        return None
+    return (half[-1][1] - half[0][1]) / (half[-1][0] - half[0][0])
 
 
 def kill_ours_at(site: Site, file: Path, moved_bytes: int) -> int:
