@@ -202,12 +202,13 @@ def compare_devices(path: Path) -> dict[str, Any]:
 
     from remote_payload.checkpoint import read_header
     from remote_payload.health.scan import scan
+    from tests.support.hard_values import flat, hard_checkpoint
 
-    torch.save(_hard_checkpoint(), path)
+    torch.save(hard_checkpoint(((700, 4099), (3, 500000), (50000, 33), (1, 7), (2048, 1))), path)
     header = read_header(str(path))
     results = [scan(header, d, ignore_progress, b) for d, b in (("cpu", None), ("cuda", None), ("cuda", 1 << 20))]
     again = scan(header, "cuda", ignore_progress)
-    flat = [_flat(dataclasses.asdict(r)) for r in results]
+    flat = [flat(dataclasses.asdict(r)) for r in results]
     differences, largest = [], 0.0
     for other in flat[1:]:
         for key in flat[0].keys() | other.keys():
@@ -226,48 +227,6 @@ def compare_devices(path: Path) -> dict[str, Any]:
         "mismatches": len(results[1].checksums.mismatches),
         "joint": len(results[1].joint),
     }
-
-
-def _flat(value: Any, at: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for name, item in value.items() for k, v in _flat(item, f"{at}/{name}").items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for n, item in enumerate(value) for k, v in _flat(item, f"{at}/{n}").items()}
-    return {at: value}
-
-
-def _hard_checkpoint() -> dict[str, Any]:
-    """Every type with NaN, infinities, denormals, constants, dead rows and columns, odd sizes, Adam's moments."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    state: dict[str, Any] = {}
-    moments: dict[int, Any] = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for rows, columns in ((700, 4099), (3, 500000), (50000, 33), (1, 7), (2048, 1)):
-            weight = torch.randn(rows, columns, generator=generator) * 0.02
-            weight[::7, ::3] *= 1e-6
-            if rows > 100 and columns > 10:
-                weight[5] = 0
-                weight[9] = 0.25
-                weight[11] = weight[3]
-                weight[rows - 1] = weight[3]
-                weight[:, 4] = 0
-                weight[20, 3], weight[21, 2], weight[22, 1] = float("nan"), float("inf"), -float("inf")
-                weight[30:40, 5] = 1.0
-            name = f"block.{str(dtype)[6:]}_{rows}.weight"
-            state[name] = weight.to(dtype)
-            first = torch.randn(rows, columns, generator=generator) * 1e-4
-            second = torch.randn(rows, columns, generator=generator).abs() * 1e-7
-            second[:, 0] = 0
-            second[-1, -1] = -1.0
-            moments[len(moments)] = {
-                "step": torch.tensor(200.0),
-                "exp_avg": first.to(torch.float32 if rows == 3 else dtype),
-                "exp_avg_sq": second.to(torch.float32 if rows == 3 else dtype),
-            }
-    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(moments)}
-    return {"model_state_dict": state, "optimizer_state_dict": {"state": moments, "param_groups": [group]}}
 
 
 _NAIVE = r"""

@@ -83,12 +83,16 @@ def readable(header: CheckpointHeader, name: str) -> TensorEntry:
     return tensor
 
 
+def pieces_are_row_ranges(tensor: TensorEntry) -> bool:
+    """Whether a tensor's pieces, one after the other, are its elements in row-major order."""
+    in_order = is_in_row_order(tensor.shape, [(p.offsets, p.shape) for p in tensor.pieces])
+    return in_order and all(p.stride == contiguous_stride(p.shape) for p in tensor.pieces)
+
+
 def _spans(tensor: TensorEntry) -> list[tuple[int, int, int]]:
     """File, offset and length of what is read one after the other."""
     if tensor.file_offset is not None:
         return [(tensor.file, tensor.file_offset, tensor.span_bytes)]
-    pieces = tensor.pieces
-    in_order = is_in_row_order(tensor.shape, [(p.offsets, p.shape) for p in pieces])
-    if not in_order or any(p.stride != contiguous_stride(p.shape) for p in pieces):
+    if not pieces_are_row_ranges(tensor):
         raise UnsupportedCheckpointError(f"the pieces of tensor {tensor.name[:200]!r} are not its rows in their order")
-    return [(p.file, p.file_offset, p.span_bytes) for p in pieces]
+    return [(p.file, p.file_offset, p.span_bytes) for p in tensor.pieces]

@@ -75,7 +75,7 @@ def _load_part(
     with Source(header.files[part.file].path) as source:
         for at in range(0, part.span_bytes, len(staging)):
             block = staging[: min(len(staging), part.span_bytes - at)]
-            source.read_into(part.file_offset + at, _memory_of(block))
+            source.read_into(part.file_offset + at, memory_of(block))
             if not on_cpu:
                 # Returns when the copy is done, since the staging memory is not pinned.
                 data[at : at + len(block)].copy_(block)
@@ -84,7 +84,8 @@ def _load_part(
     return _swapped(tensor) if swap else tensor
 
 
-def _memory_of(block: torch.Tensor) -> memoryview:
+def memory_of(block: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous uint8 tensor on the CPU that is not empty, to be read into."""
     return memoryview((ctypes.c_char * len(block)).from_address(block.data_ptr())).cast("B")
 
 

@@ -10,8 +10,7 @@ from typing import Optional
 
 from remote_payload.checkpoint.dtypes import ITEM_BYTES
 from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry
-from remote_payload.checkpoint.placement import contiguous_stride
-from remote_payload.checkpoint.tiling import is_in_row_order
+from remote_payload.checkpoint.tensor_bytes import pieces_are_row_ranges
 from remote_payload.health.joint import Trio, find_trios
 from remote_payload.health.stats import Misalignment
 
@@ -221,8 +220,7 @@ def _place_trios(
     placed: list[GroupTrio] = []
     taken: set[int] = set()
     for trio in trios:
-        names = (trio.parameter, trio.first_moment, trio.second_moment)
-        columns = [sorted(groups_of.get(n, ()), key=lambda g: g.base) for n in names]
+        columns = [sorted(groups_of.get(n, ()), key=lambda g: g.base) for n in trio.names]
         if len({tuple(g.base // ITEM_BYTES[g.dtype] for g in c) for c in columns}) != 1:
             reasons[trio.parameter] = "its pieces are not cut as those of its moments are"
             continue
@@ -274,11 +272,9 @@ def _inside_one(spans: list[tuple[int, int, int]], file: int, offset: int, lengt
 def _unfit_pieces(spans: list[tuple[int, int, int]], tensor: TensorEntry) -> Optional[str]:
     if not tensor.numel:
         return "it has no elements"
-    pieces = tensor.pieces
-    in_order = is_in_row_order(tensor.shape, [(p.offsets, p.shape) for p in pieces])
-    if not in_order or any(p.stride != contiguous_stride(p.shape) for p in pieces):
+    if not pieces_are_row_ranges(tensor):
         return "its pieces are no ranges of its rows"
-    if any(not _inside_one(spans, p.file, p.file_offset, p.span_bytes) for p in pieces):
+    if any(not _inside_one(spans, p.file, p.file_offset, p.span_bytes) for p in tensor.pieces):
         return "a record of its pieces overlaps another"
     return None
 

@@ -47,7 +47,6 @@ def examine(
     from remote_payload.health import scan
     from remote_payload.health.device import choose_device
     from remote_payload.health.drift import measure_drift
-    from remote_payload.health.spectra import measure_spectra
 
     context.progress(Phase.CUDA, message="choosing the device")
     chosen = choose_device(device)
@@ -69,6 +68,8 @@ def examine(
     drift = None if earlier is None else measure_drift(header, earlier, report_drift)
     found = None
     if passes:
+        from remote_payload.health.spectra import measure_spectra
+
         found = measure_spectra(header, result, passes, chosen, context.plan.settings.seed, report_spectra)
     facts = HealthFacts(header, result, _change(header), drift, found)
     findings, verdict = run_checks(facts, ALL_CHECKS)

@@ -50,7 +50,7 @@ class Joiner:
         self._joint_parts: dict[str, JointPart] = {}
         self._joint_left = Counter(t.trio.parameter for t in plan.trios)
         self._spreads: dict[str, Distribution] = {}
-        self._in_trios = {n for t in plan.trios for n in _names(t.trio)}
+        self._in_trios = {n for t in plan.trios for n in t.trio.names}
         self._crcs: dict[int, Optional[int]] = {}
         self._stats: dict[str, TensorStats] = {}
         self._joint: dict[str, JointStats] = {}
@@ -158,14 +158,11 @@ class Joiner:
         if self._joint_left[trio.parameter]:
             return
         del self._joint_parts[trio.parameter]
-        names = _names(trio)
-        spreads = [self._spreads.get(n, _EMPTY) for n in names]
-        if any(n not in self._stats for n in names):
+        spreads = [self._spreads.pop(n, _EMPTY) for n in trio.names]
+        if any(n not in self._stats for n in trio.names):
             self._joint_not_measured[trio.parameter] = "it or a moment could not be read"
             return
         self._joint[trio.parameter] = self._finish_joint(trio, part, spreads)
-        for name in names:
-            self._spreads.pop(name, None)
 
     def _finish_joint(self, trio: Trio, part: JointPart, spreads: list[Distribution]) -> JointStats:
         second = self._header.tensor(trio.second_moment)
@@ -261,10 +258,6 @@ class _OpenGroup:
             rows=self.rows.finish() if self.rows is not None else None,
             init=init_distances(spread, stats.mean, stats.std, tensor.shape) if is_matrix else (),
         )
-
-
-def _names(trio: Trio) -> tuple[str, str, str]:
-    return trio.parameter, trio.first_moment, trio.second_moment
 
 
 def _row_shapes(header: CheckpointHeader, plan: ScanPlan) -> dict[int, RowShape]:

@@ -26,6 +26,10 @@ class Trio:
     second_moment: str
     settings: AdamSettings
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        return self.parameter, self.first_moment, self.second_moment
+
 
 @dataclasses.dataclass(frozen=True)
 class StepConstants:

@@ -188,8 +188,8 @@ def _own_folder() -> Optional[str]:
         status = os.lstat(folder)
     except OSError:
         return None
-    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-    return folder if private and os.access(folder, os.W_OK) else None
+    is_private = stat.S_ISDIR(status.st_mode) and _only_we_write(status)
+    return folder if is_private and os.access(folder, os.W_OK) else None
 
 
 def _is_ours(path: str) -> bool:
@@ -197,7 +197,11 @@ def _is_ours(path: str) -> bool:
         status = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return stat.S_ISREG(status.st_mode) and _only_we_write(status)
+
+
+def _only_we_write(status: os.stat_result) -> bool:
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _key(compiler: str) -> str:

@@ -6,15 +6,19 @@ float64 sums agree to rounding, and are added in the same order each time.
 
 from __future__ import annotations
 
+from remote_payload.health.stats import MAX_LOCATIONS
+
 TILE_BYTES = 1 << 17
 SCRATCH_BYTES = 6 * TILE_BYTES + 3 * 2 * 4 * (1 << 16)
 """Three tiles, as many of float32, and two histograms for each."""
-LOCATIONS = 5
+LOCATIONS = MAX_LOCATIONS
 MOMENT_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
 """What stands in a piece's `moments` behind the number of finite elements; `MOMENT_VALUES` come after them."""
 MOMENT_VALUES = ("minimum", "maximum", "mean", "squares", "cubes", "fourths")
 
-SOURCE = r"""
+SOURCE = (
+    f"enum {{ TILE = {TILE_BYTES}, LOCATIONS = {LOCATIONS} }};\n"
+    + r"""
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 #include <errno.h>
@@ -66,7 +70,7 @@ static inline words words_of_32(const u32* x) { const words v = {x[0], x[1]}; re
 #define CONTRACTED __attribute__((optimize("fp-contract=fast")))
 #endif
 enum { BF16 = 0, FP16 = 1, FP32 = 2 };
-enum { TILE = 1 << 17, MOMENT_TILE = 4096, LOCATIONS = 5, BINS = 1 << 16 };
+enum { MOMENT_TILE = 4096, BINS = 1 << 16 };
 
 typedef struct {
     u64 start, length, position;
@@ -493,3 +497,4 @@ int has_half(void) {
 #endif
 }
 """
+)

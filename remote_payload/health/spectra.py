@@ -5,7 +5,6 @@ Each reads a matrix again in ranges of rows, in bounded memory. Needs torch and 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
 from remote_payload.checkpoint.placement import contiguous_stride
 from remote_payload.checkpoint.source import Source
-from remote_payload.checkpoint.torch_tensors import torch_dtype
+from remote_payload.checkpoint.torch_tensors import memory_of, torch_dtype
 from remote_payload.health.distribution import Array
 from remote_payload.health.facts import PowerLaw, ScanResult, SpectraFacts, SpectralFacts
 
@@ -110,8 +109,7 @@ class _Matrix:
             for first in range(0, self.rows, self._step):
                 count = min(self._step, self.rows - first)
                 raw = torch.empty(count * self.columns * width, dtype=torch.uint8)
-                view = memoryview((ctypes.c_char * raw.numel()).from_address(raw.data_ptr())).cast("B")
-                source.read_into((self._tensor.file_offset or 0) + first * self.columns * width, view)
+                source.read_into((self._tensor.file_offset or 0) + first * self.columns * width, memory_of(raw))
                 stored = raw.view(torch_dtype(self._tensor.dtype)).view(count, self.columns)
                 part = stored.to(device=self.device).to(wide)
                 if count == self.rows:

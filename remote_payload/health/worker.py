@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import queue
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from remote_payload.checkpoint.dtypes import ITEM_BYTES
 from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.checkpoint.source import Source
+from remote_payload.checkpoint.torch_tensors import memory_of
 from remote_payload.health import kernels
 from remote_payload.health.blocks import Block, Group, Piece, ScanPlan, Span
 from remote_payload.health.checksum import crc32
@@ -66,7 +66,7 @@ class ScanState:
         """Fill `target` with the span's bytes. Raises `CheckpointError`."""
         if not span.length:
             return memoryview(b"")
-        view = memoryview((ctypes.c_char * span.length).from_address(target.data_ptr())).cast("B")
+        view = memory_of(target)
         self.sources[span.file].read_into(span.offset, view)
         return view
 

@@ -109,6 +109,14 @@ class Scored:
     values: Floats
 
 
+def evidence_beside_mean(
+    evaluated: Evaluated, error: Metric, gain: Optional[tuple[float, float]], similarity: Metric, null: Optional[Null]
+) -> Evidence:
+    """Evidence whose baseline is the train mean; the spread is not known yet."""
+    count = len(evaluated.targets)
+    return Evidence(evaluated.modality, count, error, "train_mean", gain, similarity, null, None)
+
+
 def source_of(evaluated: Evaluated) -> Source:
     return Source(evaluated.predictions, evaluated.targets, baseline_rows(evaluated))
 

@@ -22,6 +22,7 @@ from remote_payload.reconstruct.measured import (
     alike,
     baseline_rows,
     error_metric,
+    evidence_beside_mean,
     finite,
     metric,
     similarity_metric,
@@ -98,16 +99,7 @@ def _signals(evaluated: Evaluated, extractors: Sequence[Extractor]) -> tuple[lis
         metrics += waveform_metrics(evaluated)
     else:
         metrics += mel_metrics(evaluated)
-    evidence = Evidence(
-        evaluated.modality,
-        len(evaluated.targets),
-        error.metric,
-        "train_mean",
-        gain,
-        similarity.metric,
-        similarity.null,
-        None,
-    )
+    evidence = evidence_beside_mean(evaluated, error.metric, gain, similarity.metric, similarity.null)
     return metrics, evidence
 
 

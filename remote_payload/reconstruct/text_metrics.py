@@ -11,6 +11,7 @@ from remote_payload.reconstruct.measured import (
     Metric,
     baseline_rows,
     error_metric,
+    evidence_beside_mean,
     similarity_metric,
 )
 
@@ -35,14 +36,5 @@ def embedding_metrics(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
         centre,
         _TOP,
     )
-    evidence = Evidence(
-        evaluated.modality,
-        len(evaluated.targets),
-        error.metric,
-        "train_mean",
-        gain,
-        similarity.metric,
-        similarity.null,
-        None,
-    )
+    evidence = evidence_beside_mean(evaluated, error.metric, gain, similarity.metric, similarity.null)
     return found, evidence

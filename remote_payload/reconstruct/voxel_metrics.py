@@ -18,6 +18,7 @@ from remote_payload.reconstruct.measured import (
     baseline_rows,
     defined,
     error_metric,
+    evidence_beside_mean,
     metric,
     null_details,
     null_parameters,
@@ -65,16 +66,7 @@ def measure_voxels(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
     )
     rest += ceiling_metrics(evaluated, over_time)
     leading = metrics[list(_SUMMARIES).index("mean")]
-    evidence = Evidence(
-        evaluated.modality,
-        len(evaluated.targets),
-        error.metric,
-        "train_mean",
-        gain,
-        leading,
-        nulls["mean"],
-        None,
-    )
+    evidence = evidence_beside_mean(evaluated, error.metric, gain, leading, nulls["mean"])
     return [*metrics, *rest], evidence
 
 
