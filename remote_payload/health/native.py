@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from typing import Optional
 
 from remote_payload.health import native_source as source
 from remote_payload.health.distribution import Array
+from remote_payload.health.kept import forget_old, is_ours, own_folder
 
-CACHE_VARIABLE = "REMOTE_EVAL_CACHE"
-"""Names the folder for what can be made again; otherwise the user's own."""
 MIN_BYTES = 64 << 20
 """Below this a checkpoint is read before a compiler has ended. By size alone, so that numbers never depend on luck."""
 KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
@@ -128,15 +126,18 @@ def load_native() -> Optional[NativeKernels]:
     compiler = next((c for c in found if c is not None), None)
     if compiler is None:
         return None
-    folder = _own_folder()
+    folder = own_folder()
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="remote-eval-native-") as temporary:
             return _load(compiler, os.path.join(temporary, "native.so"))
-    return _load(compiler, os.path.join(folder, f"native-{_key(compiler)}.so"))
+    path = os.path.join(folder, f"native-{_key(compiler)}.so")
+    loaded = _load(compiler, path)
+    forget_old(path)
+    return loaded
 
 
 def _load(compiler: str, path: str) -> Optional[NativeKernels]:
-    kept = _load_kept(path) if _is_ours(path) else None
+    kept = _load_kept(path) if is_ours(path) else None
     try:
         return kept or (NativeKernels(path) if _compile(compiler, path) else None)
     except (OSError, AttributeError):
@@ -176,32 +177,6 @@ def _runs(command: Sequence[str]) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
-
-
-def _own_folder() -> Optional[str]:
-    """A folder that belongs to this user, whom nobody else can slip a library into; None if there can be none."""
-    home = os.path.expanduser("~")
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
-    folder = os.environ.get(CACHE_VARIABLE) or os.path.join(cache, "remote-eval")
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        status = os.lstat(folder)
-    except OSError:
-        return None
-    is_private = stat.S_ISDIR(status.st_mode) and _only_we_write(status)
-    return folder if is_private and os.access(folder, os.W_OK) else None
-
-
-def _is_ours(path: str) -> bool:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and _only_we_write(status)
-
-
-def _only_we_write(status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _key(compiler: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from remote_payload.health.kept import forget_old, own_folder, read_kept, write_kept
 
 _MAX_DYNAMIC_SHARED_BYTES = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
@@ -25,7 +28,6 @@ class CudaModule:
     def __init__(self, source: str, names: Sequence[str], device: torch.device) -> None:
         with torch.cuda.device(device):
             torch.cuda.synchronize()
-            image = compile_source(source, torch.cuda.get_device_capability(device))
             try:
                 # Calls that only queue work keep the interpreter: sixteen threads that let go of it a dozen times a
                 # block would wait for one another longer than for the disk.
@@ -33,7 +35,7 @@ class CudaModule:
             except OSError as error:
                 raise CompilerUnavailableError(str(error)) from error
             self._module = ctypes.c_void_p()
-            self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
+            self._load(source, torch.cuda.get_device_capability(device))
             self._functions = {n: self._function(n) for n in names}
 
     def allow_shared_bytes(self, name: str, count: int) -> None:
@@ -79,6 +81,19 @@ class CudaModule:
             code = self._driver.cuMemsetD8Async(ctypes.c_void_p(device), zero, ctypes.c_size_t(count), _handle(stream))
             _check_queued("a memset", code)
 
+    def _load(self, source: str, capability: tuple[int, int]) -> None:
+        """Machine code that was kept, or else is made now and kept: compiling takes longer than reading 10 GB."""
+        folder = own_folder()
+        path = None if folder is None else os.path.join(folder, f"cuda-{_key(source, capability)}.cubin")
+        kept = None if path is None else read_kept(path)
+        if kept is None or self._driver.cuModuleLoadData(ctypes.byref(self._module), kept):
+            image = compile_source(source, capability)
+            self._check(self._driver.cuModuleLoadData(ctypes.byref(self._module), image))
+            if path is not None:
+                write_kept(path, image)
+        if path is not None:
+            forget_old(path)
+
     def _function(self, name: str) -> ctypes.c_void_p:
         function = ctypes.c_void_p()
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), self._module, name.encode()))
@@ -88,6 +103,15 @@ class CudaModule:
     def _check(code: int) -> None:
         if code:
             raise CompilerUnavailableError(f"CUDA error {code} while kernels were loaded")
+
+
+def _key(source: str, capability: tuple[int, int]) -> str:
+    parts = (source, *_options(capability), str(torch.__version__), str(torch.version.cuda))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _options(capability: tuple[int, int]) -> tuple[str, ...]:
+    return f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++14"
 
 
 def _handle(stream: torch.cuda.Stream) -> ctypes.c_void_p:
@@ -110,7 +134,7 @@ def compile_source(source: str, capability: tuple[int, int]) -> bytes:
     if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"health.cu", 0, None, None):
         raise CompilerUnavailableError("NVRTC takes no program")
     try:
-        options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++14"]
+        options = [option.encode() for option in _options(capability)]
         if library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)):
             raise CompilerUnavailableError(_log(library, program))
         size = ctypes.c_size_t()

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from remote_payload.checkpoint import read_header
 from remote_payload.health import native
-from remote_payload.health.native import CACHE_VARIABLE, NativeKernels, load_native
+from remote_payload.health.kept import CACHE_VARIABLE, MOST_KEPT, forget_old, read_kept, write_kept
+from remote_payload.health.native import NativeKernels, load_native
 from remote_payload.health.scan import scan
 from tests.support.hard_values import differing, flat, hard_checkpoint
 
@@ -199,3 +200,25 @@ def test_a_large_checkpoint_gets_compiled_kernels_by_itself(tmp_path: Path) -> N
     )
     assert done.stdout.strip() == "1.0"
     assert [p.suffix for p in cache.iterdir()] == [".so"]
+
+
+def test_of_kept_kernels_those_unused_for_longest_are_removed_and_no_other_file(tmp_path: Path) -> None:
+    for age in range(MOST_KEPT + 3):
+        for kind in ("native", "cuda"):
+            (tmp_path / f"{kind}-{age}").write_bytes(b"")
+            os.utime(tmp_path / f"{kind}-{age}", ns=((1000 - age) * 10**9, 10**9))
+    (tmp_path / "mine").write_bytes(b"")
+    forget_old(str(tmp_path / f"native-{MOST_KEPT + 2}"))
+    left = {p.name for p in tmp_path.iterdir()}
+    assert {n for n in left if n.startswith("native-")} == {
+        *(f"native-{age}" for age in range(MOST_KEPT - 1)),
+        f"native-{MOST_KEPT + 2}",
+    }
+    assert len(left) == MOST_KEPT + MOST_KEPT + 3 + 1
+
+
+def test_what_others_could_have_written_is_not_read_back(tmp_path: Path) -> None:
+    write_kept(str(tmp_path / "cuda-a"), b"code")
+    assert read_kept(str(tmp_path / "cuda-a")) == b"code"
+    (tmp_path / "cuda-a").chmod(0o666)
+    assert read_kept(str(tmp_path / "cuda-a")) is None
