@@ -19,6 +19,9 @@ from remote_payload.checkpoint.errors import (
 from remote_payload.wire.chunks import Fingerprint
 from remote_payload.wire.folders import folder_fingerprint
 
+_ASKED_BYTES = 512 * 1024
+"""Linux begins to read no more of a longer request than its device takes at once."""
+
 
 class Source:
     """An open regular file. Context manager; `read` is safe from several threads at once."""
@@ -67,9 +70,21 @@ class Source:
 
     def ask_ahead(self, offset: int, length: int) -> None:
         """Tell the system that these bytes are wanted soon. A hint: where it cannot be given, nothing happens."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):
+            for start in range(offset, offset + length, _ASKED_BYTES):
+                count = min(_ASKED_BYTES, offset + length - start)
+                os.posix_fadvise(self._descriptor, start, count, os.POSIX_FADV_WILLNEED)
+
+    def is_cached(self, offset: int) -> bool:
+        """Whether the byte at `offset` can be read without waiting for a disk. False where the system cannot tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:
+            return False
 
     def map(self, offset: int, length: int) -> mmap.mmap:
         """`length` bytes from `offset` on, read-only. Raises `OSError`, `ValueError` beyond the file's end.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import queue
 import threading
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Optional
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from remote_payload.health import cuda_source as source
 from remote_payload.health import kernels
 from remote_payload.health.blocks import Block, Piece
 from remote_payload.health.crc import crc32_join, crc32_of_remainder, power_of_x8
+from remote_payload.health.cuda_buffers import Arena, Buffer, Buffers, Counters
 from remote_payload.health.distribution import Array
 from remote_payload.health.joint import JointPart
 from remote_payload.health.kernels import Part
@@ -28,6 +29,7 @@ from remote_payload.health.rows import RowPart, RowShape
 from remote_payload.health.stats import Moments
 from remote_payload.health.worker import (
     ALIGNMENT,
+    BATCH_ROOM_BYTES,
     BlockOutcome,
     ScanState,
     SpanOutcome,
@@ -40,7 +42,6 @@ _KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 _POWERS = 32
 _ROW_BLOCKS = 1024
 _SEGMENT_ELEMENTS = 4096
-_RESULT_BYTES = 1 << 20
 _EXPONENTS = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F80}
 _TILE_VALUES = ("finite", "mean", "squares", "cubes", "fourths", "minimum", "maximum")
 _TILE_COUNTS = ("nan", "positive_inf", "negative_inf", "zeros", "ones", "over_fp16", "denormals", "saturated")
@@ -62,51 +63,6 @@ def load_kernels(device: torch.device) -> tuple[CudaModule, int]:
     if source.HISTOGRAM_BYTES // parts > 48 * 1024:
         module.allow_shared_bytes("histogram", source.HISTOGRAM_BYTES // parts)
     return module, parts
-
-
-class _Pair:
-    """As much pinned memory as device memory, and both addresses."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        self.device = torch.empty(size, dtype=torch.uint8, device=device)
-        self.size, self.host_address, self.device_address = size, self.host.data_ptr(), self.device.data_ptr()
-
-
-class _Buffer:
-    """Room for a block, room for its results, and a stream; made where they are first used, while others read."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._device = device
-        self.data = _Pair(size, device)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.results = _Pair(_RESULT_BYTES, device)
-
-    def make_room(self, count: int) -> None:
-        """Room for `count` bytes of results. None of an earlier block's may still be under way."""
-        if count > self.results.size:
-            self.results = _Pair(1 << (count - 1).bit_length(), self._device)
-
-
-class _Arena:
-    """Where in a buffer's results each of a block's is: zeroed at once and fetched at once."""
-
-    def __init__(self, buffer: _Buffer) -> None:
-        self.size = 0
-        self._buffer = buffer
-
-    def reserve(self, count: int) -> int:
-        at = self.size
-        self.size += -(-count // 256) * 256
-        return at
-
-    def address(self, at: int) -> ctypes.c_void_p:
-        return ctypes.c_void_p(self._buffer.results.device_address + at)
-
-    def get(self, at: int, dtype: Any, count: int) -> Array:
-        """A view, good until the buffer's next block."""
-        width = np.dtype(dtype).itemsize
-        return self._buffer.results.host[at : at + count * width].numpy().view(dtype)
 
 
 @dataclasses.dataclass
@@ -137,22 +93,35 @@ class _PieceJob:
     rows: Optional[_RowJob]
 
 
+@dataclasses.dataclass
+class _BlockJob:
+    """A block that lies in a buffer, each span at its offset, and where the GPU's results for it will be.
+
+    `pieces` and `crcs` stay empty where the GPU was asked for nothing.
+    """
+
+    block: Block
+    offsets: list[int] = dataclasses.field(default_factory=list)
+    pieces: list[list[Optional[_PieceJob]]] = dataclasses.field(default_factory=list)
+    crcs: list[Optional[int]] = dataclasses.field(default_factory=list)
+    joint_at: Optional[int] = None
+
+
 class CudaWorker:
-    """Callable from any thread; each call takes one of a fixed set of pinned buffers and streams.
+    """Callable from any thread; each call takes one of a bounded set of pinned buffers and streams.
 
     A GPU whose code cannot be compiled here only holds the buffers: the CPU does the rest.
     """
 
-    def __init__(self, state: ScanState, device: torch.device, threads: int, block_bytes: int) -> None:
+    def __init__(self, state: ScanState, device: torch.device, threads: int, readers: int, block_bytes: int) -> None:
+        """`readers`: how many of the `threads` read at a time; the others wait for the GPU."""
         self._state = state
         self._device = device
         self._swap = state.header.byte_order == "big"
-        self._lock = threading.Lock()
-        self._counts: dict[int, torch.Tensor] = {}
-        self._buffers: queue.SimpleQueue[Optional[_Buffer]] = queue.SimpleQueue()
-        self._buffer_bytes = buffer_bytes(state.header, state.plan, block_bytes)
-        for _ in range(threads):
-            self._buffers.put(None)
+        self._reading = threading.Semaphore(readers)
+        self._counters = Counters(device)
+        room = max(buffer_bytes(state.header, state.plan, block_bytes), BATCH_ROOM_BYTES)
+        self._buffers = Buffers(threads, room, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         powers = [power_of_x8(source.CRC_CHUNK_BYTES << k) for k in range(_POWERS)]
         self._powers = torch.from_numpy(np.asarray(powers, dtype=np.uint32).view(np.int32)).to(device)
@@ -171,93 +140,88 @@ class CudaWorker:
 
     def take_counts(self, group: int) -> Optional[Array]:
         """The counts of a group whose every block was reduced; None if the CPU counted it. They are forgotten here."""
-        with self._lock:
-            counts = self._counts.pop(group, None)
-        return None if counts is None else counts.cpu().numpy()
+        return self._counters.take(group)
 
-    def _counts_of(self, group: int) -> torch.Tensor:
-        """A group's counters stay on the device until its last block is in: half a megabyte each, few at a time."""
-        with self._lock:
-            counts = self._counts.get(group)
-            if counts is None:
-                counts = self._counts[group] = torch.zeros(1 << 16, dtype=torch.int64, device=self._device)
-                # Other streams than the current one, which zeroes them, add to them from now on.
-                torch.cuda.current_stream(self._device).synchronize()
-            return counts
+    def __call__(self, blocks: Sequence[Block]) -> list[BlockOutcome]:
+        with torch.cuda.device(self._device), self._buffers.one() as buffer:
+            read: list[Union[_BlockJob, BlockOutcome]] = []
+            at = 0
+            with self._reading:
+                for block in blocks:
+                    job = _BlockJob(block)
+                    try:
+                        at = self._read(job, buffer, at)
+                    except CheckpointError as error:
+                        read.append(BlockOutcome(error=str(error)))
+                    else:
+                        read.append(job)
+            arena = Arena(buffer)
+            if self._has_kernels():
+                self._run([job for job in read if isinstance(job, _BlockJob)], at, buffer, arena)
+            return [self._collect(job, buffer, arena) if isinstance(job, _BlockJob) else job for job in read]
 
-    def __call__(self, block: Block) -> BlockOutcome:
-        buffer = self._buffers.get()
-        try:
-            with torch.cuda.device(self._device):
-                if buffer is None:
-                    buffer = _Buffer(self._buffer_bytes, self._device)
-                return self._reduce(block, buffer)
-        except CheckpointError as error:
-            return BlockOutcome(error=str(error))
-        finally:
-            self._buffers.put(buffer)
-
-    def _reduce(self, block: Block, buffer: _Buffer) -> BlockOutcome:
-        offsets, at = [], 0
-        for span in block.spans:
-            self._state.read(span, buffer.data.host[at : at + span.length])
-            offsets.append(at)
+    def _read(self, job: _BlockJob, buffer: Buffer, at: int) -> int:
+        """Fill the buffer from `at` on; where the next block may begin. Raises `CheckpointError`."""
+        for span in job.block.spans:
+            self._state.read(span, memoryview(buffer.data.view[at : at + span.length]))
+            job.offsets.append(at)
             at += -(-span.length // ALIGNMENT) * ALIGNMENT
-        ready = self._has_kernels()
-        if ready:
-            self._module.copy_in(buffer.data.device_address, buffer.data.host_address, at, buffer.stream)
-        arena = _Arena(buffer)
-        jobs = [
-            [self._plan_piece(p, at + p.start, arena) if ready else None for p in span.pieces]
-            for span, at in zip(block.spans, offsets)
-        ]
-        crcs = [self._plan_crc(block, n, arena) if ready else None for n in range(len(block.spans))]
-        on_device = block.trio is not None and all(j is not None for js in jobs for j in js)
-        joint_at = arena.reserve(7 * 8) if on_device else None
-        buffer.make_room(arena.size)
-        if ready:
-            self._module.clear(buffer.results.device_address, arena.size, buffer.stream)
-        for found in (j for js in jobs for j in js):
-            if found is not None:
-                self._launch_piece(found, buffer, arena)
-        for number, crc_at in enumerate(crcs):
-            if crc_at is not None:
-                self._launch_crc(block.spans[number].length, offsets[number], crc_at, buffer, arena)
-        if joint_at is not None:
-            self._launch_joint(block, offsets, joint_at, buffer, arena)
-        if ready:
-            self._module.copy_out(buffer.results.host_address, buffer.results.device_address, arena.size, buffer.stream)
-            buffer.stream.synchronize()
-        return self._collect(block, offsets, jobs, crcs, joint_at, buffer, arena)
+        return at
 
-    def _collect(
-        self,
-        block: Block,
-        offsets: list[int],
-        jobs: list[list[Optional[_PieceJob]]],
-        crcs: list[Optional[int]],
-        joint_at: Optional[int],
-        buffer: _Buffer,
-        arena: _Arena,
-    ) -> BlockOutcome:
-        outcome = BlockOutcome()
-        for number, span in enumerate(block.spans):
-            host = buffer.data.host[offsets[number] : offsets[number] + span.length]
+    def _run(self, jobs: Sequence[_BlockJob], length: int, buffer: Buffer, arena: Arena) -> None:
+        """Have the GPU do what it can for each job, and wait for it."""
+        module, stream = self._module, buffer.stream
+        module.copy_in(buffer.data.device_address, buffer.data.host_address, length, stream)
+        for job in jobs:
+            self._plan(job, arena)
+        buffer.make_room(arena.size)
+        module.clear(buffer.results.device_address, arena.size, stream)
+        for job in jobs:
+            self._launch(job, buffer, arena)
+        module.copy_out(buffer.results.host_address, buffer.results.device_address, arena.size, stream)
+        buffer.synchronize()
+
+    def _plan(self, job: _BlockJob, arena: Arena) -> None:
+        block = job.block
+        for number, (span, at) in enumerate(zip(block.spans, job.offsets)):
+            job.pieces.append([self._plan_piece(p, at + p.start, arena) for p in span.pieces])
+            job.crcs.append(self._plan_crc(block, number, arena))
+        if block.trio is not None and all(p is not None for pieces in job.pieces for p in pieces):
+            job.joint_at = arena.reserve(7 * 8)
+
+    def _launch(self, job: _BlockJob, buffer: Buffer, arena: Arena) -> None:
+        for piece in (p for pieces in job.pieces for p in pieces):
+            if piece is not None:
+                self._launch_piece(piece, buffer, arena)
+        for number, crc_at in enumerate(job.crcs):
+            if crc_at is not None:
+                self._launch_crc(job.block.spans[number].length, job.offsets[number], crc_at, buffer, arena)
+        if job.joint_at is not None:
+            self._launch_joint(job.block, job.offsets, job.joint_at, buffer, arena)
+
+    def _collect(self, job: _BlockJob, buffer: Buffer, arena: Arena) -> BlockOutcome:
+        """The GPU's results; what it was not asked for is reduced here."""
+        block, outcome = job.block, BlockOutcome()
+        for number, (span, at) in enumerate(zip(block.spans, job.offsets)):
+            asked = job.pieces[number] if job.pieces else [None] * len(span.pieces)
             parts = [
-                reduce_piece(self._state, p, host, self._swap) if j is None else self._part(j, buffer, arena)
-                for p, j in zip(span.pieces, jobs[number])
+                reduce_piece(self._state, p, buffer.data.host[at : at + span.length], self._swap)
+                if j is None
+                else self._part(j, buffer, arena)
+                for p, j in zip(span.pieces, asked)
             ]
-            outcome.spans.append(SpanOutcome(self._crc(block, number, crcs[number], host, arena), parts))
-        if joint_at is not None:
-            outcome.joint = JointPart(*arena.get(joint_at, np.uint64, 7).astype(np.int64).tolist())
-        elif block.trio is not None:
-            constants = self._state.constants(block)
-            data = [buffer.data.host[at : at + s.length] for s, at in zip(block.spans, offsets)]
-            if constants is not None:
-                outcome.joint = reduce_trio(self._state, block, data, constants, self._swap)
+            crc = self._crc(job, number, buffer, arena)
+            outcome.spans.append(SpanOutcome(crc, parts))
+        if job.joint_at is not None:
+            outcome.joint = JointPart(*arena.get(job.joint_at, np.uint64, 7).astype(np.int64).tolist())
+            return outcome
+        constants = self._state.constants(block)
+        if constants is not None:
+            data = [buffer.data.host[at : at + s.length] for s, at in zip(block.spans, job.offsets)]
+            outcome.joint = reduce_trio(self._state, block, data, constants, self._swap)
         return outcome
 
-    def _plan_piece(self, piece: Piece, offset: int, arena: _Arena) -> Optional[_PieceJob]:
+    def _plan_piece(self, piece: Piece, offset: int, arena: Arena) -> Optional[_PieceJob]:
         group = self._state.group(piece)
         if group.dtype not in _KINDS or self._swap or offset % 16:
             return None
@@ -270,7 +234,7 @@ class CudaWorker:
         rows = None if shape is None else self._plan_rows(piece, group.dtype, elements, shape, arena)
         return _PieceJob(piece, group.dtype, elements, offset, flag_at, tiles_at, rows)
 
-    def _plan_rows(self, piece: Piece, dtype: str, elements: int, shape: RowShape, arena: _Arena) -> _RowJob:
+    def _plan_rows(self, piece: Piece, dtype: str, elements: int, shape: RowShape, arena: Arena) -> _RowJob:
         position = piece.position // ITEM_BYTES[dtype]
         first = position // shape.columns
         count = (position + elements - 1) // shape.columns - first + 1
@@ -279,19 +243,19 @@ class CudaWorker:
         room = 24 * count * segments + (shape.columns if wants else 0)
         return _RowJob(shape, first, count, segments, wants, arena.reserve(room))
 
-    def _plan_crc(self, block: Block, number: int, arena: _Arena) -> Optional[int]:
+    def _plan_crc(self, block: Block, number: int, arena: Arena) -> Optional[int]:
         span = block.spans[number]
         if self._state.header.records[span.record].crc32 is None or span.length < source.CRC_CHUNK_BYTES:
             return None
         return arena.reserve(4)
 
-    def _launch_piece(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> None:
+    def _launch_piece(self, job: _PieceJob, buffer: Buffer, arena: Arena) -> None:
         stream = buffer.stream
         data = ctypes.c_void_p(buffer.data.device_address + job.offset)
         wide = job.dtype == "float32"
         share = self._histogram_share(job.elements)
         bins = (1 << 16) // self._histogram_parts
-        counts = ctypes.c_void_p(self._counts_of(job.piece.group).data_ptr())
+        counts = ctypes.c_void_p(self._counters.address(job.piece.group))
         for part in range(self._histogram_parts):
             cut = (_u32(part * bins), _u32(bins), _u32(_EXPONENTS[job.dtype]))
             arguments = (data, _u64(job.elements), _u64(share), _i32(wide), *cut)
@@ -314,9 +278,7 @@ class CudaWorker:
         rounds = -(-elements // (self._processors * source.ELEMENTS_PER_HISTOGRAM))
         return max(8, -(-elements // (8 * self._processors * rounds)) * 8)
 
-    def _launch_rows(
-        self, job: _PieceJob, rows: _RowJob, data: ctypes.c_void_p, buffer: _Buffer, arena: _Arena
-    ) -> None:
+    def _launch_rows(self, job: _PieceJob, rows: _RowJob, data: ctypes.c_void_p, buffer: Buffer, arena: Arena) -> None:
         position = job.piece.position // ITEM_BYTES[job.dtype]
         at, stream = rows.at, buffer.stream
         results = [arena.address(at + n * rows.results) for n in (0, 16, 20, 8)]
@@ -331,7 +293,7 @@ class CudaWorker:
             stream,
         )
 
-    def _launch_joint(self, block: Block, offsets: list[int], at: int, buffer: _Buffer, arena: _Arena) -> None:
+    def _launch_joint(self, block: Block, offsets: list[int], at: int, buffer: Buffer, arena: Arena) -> None:
         constants = self._state.constants(block)
         if constants is None:
             return
@@ -349,7 +311,7 @@ class CudaWorker:
         blocks = min(8 * self._processors, -(-elements // 256))
         self._module.launch("joint", blocks, 256, arguments, stream)
 
-    def _launch_crc(self, length: int, offset: int, at: int, buffer: _Buffer, arena: _Arena) -> None:
+    def _launch_crc(self, length: int, offset: int, at: int, buffer: Buffer, arena: Arena) -> None:
         chunks, stream = length // source.CRC_CHUNK_BYTES, buffer.stream
         arguments = (
             ctypes.c_void_p(buffer.data.device_address + offset),
@@ -359,18 +321,19 @@ class CudaWorker:
         )
         self._module.launch("crc", -(-chunks // source.CRC_THREADS), source.CRC_THREADS, arguments, stream)
 
-    def _crc(self, block: Block, number: int, at: Optional[int], host: torch.Tensor, arena: _Arena) -> Optional[int]:
-        span = block.spans[number]
+    def _crc(self, job: _BlockJob, number: int, buffer: Buffer, arena: Arena) -> Optional[int]:
+        span, start = job.block.spans[number], job.offsets[number]
         if self._state.header.records[span.record].crc32 is None:
             return None
+        at = job.crcs[number] if job.crcs else None
         whole = span.length // source.CRC_CHUNK_BYTES * source.CRC_CHUNK_BYTES if at is not None else 0
-        rest = zlib.crc32(host[whole:].numpy().data)
+        rest = zlib.crc32(buffer.data.view[start + whole : start + span.length])
         if at is None:
             return rest
         found = crc32_of_remainder(int(arena.get(at, np.uint32, 1)[0]), whole)
         return crc32_join(found, rest, span.length - whole)
 
-    def _part(self, job: _PieceJob, buffer: _Buffer, arena: _Arena) -> Part:
+    def _part(self, job: _PieceJob, buffer: Buffer, arena: Arena) -> Part:
         part = Part()
         bad = bool(arena.get(job.flag_at, np.uint32, 1)[0])
         if job.tiles_at is not None:
@@ -385,7 +348,7 @@ class CudaWorker:
         return part
 
 
-def _row_part(rows: _RowJob, arena: _Arena) -> RowPart:
+def _row_part(rows: _RowJob, arena: Arena) -> RowPart:
     n, at, shape = rows.results, rows.at, (rows.count, rows.segments)
     alive = arena.get(at + 24 * n, np.uint8, rows.shape.columns).astype(bool) if rows.wants_columns else None
     return RowPart(

@@ -209,10 +209,11 @@ class _OpenGroup:
         self._result: Optional[tuple[Moments, Distribution]] = None
 
     def add(self, position: int, part: Part) -> None:
-        first = position // ITEM_BYTES[self._dtype]
-        # Sorted, since the pieces of a tensor need not lie in its order.
-        self.nan = sorted([*self.nan, *(first + p for p in part.nan)])[:MAX_LOCATIONS]
-        self.inf = sorted([*self.inf, *(first + p for p in part.inf)])[:MAX_LOCATIONS]
+        if part.nan or part.inf:
+            first = position // ITEM_BYTES[self._dtype]
+            # Sorted, since the pieces of a tensor need not lie in its order.
+            self.nan = sorted([*self.nan, *(first + p for p in part.nan)])[:MAX_LOCATIONS]
+            self.inf = sorted([*self.inf, *(first + p for p in part.inf)])[:MAX_LOCATIONS]
         if part.counts is not None:
             if self._counts is None:
                 self._counts = part.counts

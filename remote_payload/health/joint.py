@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -58,6 +59,7 @@ class JointPart:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
+@functools.lru_cache(maxsize=1024)
 def step_constants(settings: AdamSettings) -> StepConstants:
     """Bias corrections folded in: m_hat and sqrt(v_hat) are never formed."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import queue
+from collections.abc import Sequence
 from typing import Optional
 
 import numpy as np
@@ -49,16 +50,19 @@ class NativeWorker:
     def take_counts(self, _group: int) -> None:
         """Every part brought its counts along."""
 
-    def __call__(self, block: Block) -> BlockOutcome:
+    def __call__(self, blocks: Sequence[Block]) -> list[BlockOutcome]:
+        return [self._reduce(block) for block in blocks]
+
+    def _reduce(self, block: Block) -> BlockOutcome:
         if not self._fits(block):
-            return self._fallback(block)
+            return self._fallback.reduce(block)
         scratch = self._scratch.get()
         try:
             outcome = self._run(block, scratch)
         finally:
             self._scratch.put(scratch)
         # Whatever went wrong, the other way meets it again and says it in the checkpoint's own terms.
-        return self._fallback(block) if outcome is None else outcome
+        return self._fallback.reduce(block) if outcome is None else outcome
 
     def _fits(self, block: Block) -> bool:
         if self._state.header.byte_order == "big":

@@ -23,7 +23,10 @@ class CompilerUnavailableError(RuntimeError):
 
 
 class CudaModule:
-    """Kernels of one source on one device. The device's context must be current where they are launched."""
+    """Kernels of one source on one device. The device's context must be current where they are launched.
+
+    `stream` is a `cuda_stream`, a handle.
+    """
 
     def __init__(self, source: str, names: Sequence[str], device: torch.device) -> None:
         with torch.cuda.device(device):
@@ -31,7 +34,7 @@ class CudaModule:
             try:
                 # Calls that only queue work keep the interpreter: sixteen threads that let go of it a dozen times a
                 # block would wait for one another longer than for the disk.
-                self._driver = ctypes.PyDLL("libcuda.so.1")
+                self._driver = _load_driver()
             except OSError as error:
                 raise CompilerUnavailableError(str(error)) from error
             self._module = ctypes.c_void_p()
@@ -43,43 +46,28 @@ class CudaModule:
         self._check(self._driver.cuFuncSetAttribute(self._functions[name], _MAX_DYNAMIC_SHARED_BYTES, count))
 
     def launch(
-        self,
-        name: str,
-        blocks: int,
-        threads: int,
-        arguments: Sequence[Any],
-        stream: torch.cuda.Stream,
-        shared_bytes: int = 0,
+        self, name: str, blocks: int, threads: int, arguments: Sequence[Any], stream: int, shared_bytes: int = 0
     ) -> None:
         """Queue a kernel on a stream; arguments are ctypes values. Raises `RuntimeError` if it cannot start."""
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        code = self._driver.cuLaunchKernel(
-            self._functions[name],
-            *(ctypes.c_uint(n) for n in (blocks, 1, 1, threads, 1, 1, shared_bytes)),
-            _handle(stream),
-            pointers,
-            None,
-        )
+        pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        function = self._functions[name]
+        code = self._driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, pointers, None)
         _check_queued(f"kernel {name}", code)
 
-    def copy_in(self, device: int, host: int, count: int, stream: torch.cuda.Stream) -> None:
+    def copy_in(self, device: int, host: int, count: int, stream: int) -> None:
         """Queue a copy of `count` bytes from pinned memory to the device; both are addresses."""
         if count:
-            code = self._driver.cuMemcpyHtoDAsync_v2(*_span(device, host, count), _handle(stream))
-            _check_queued("a copy to the device", code)
+            _check_queued("a copy to the device", self._driver.cuMemcpyHtoDAsync_v2(device, host, count, stream))
 
-    def copy_out(self, host: int, device: int, count: int, stream: torch.cuda.Stream) -> None:
+    def copy_out(self, host: int, device: int, count: int, stream: int) -> None:
         """Queue a copy of `count` bytes from the device to pinned memory; both are addresses."""
         if count:
-            code = self._driver.cuMemcpyDtoHAsync_v2(*_span(host, device, count), _handle(stream))
-            _check_queued("a copy from the device", code)
+            _check_queued("a copy from the device", self._driver.cuMemcpyDtoHAsync_v2(host, device, count, stream))
 
-    def clear(self, device: int, count: int, stream: torch.cuda.Stream) -> None:
+    def clear(self, device: int, count: int, stream: int) -> None:
         """Queue the zeroing of `count` bytes on the device."""
         if count:
-            zero = ctypes.c_ubyte(0)
-            code = self._driver.cuMemsetD8Async(ctypes.c_void_p(device), zero, ctypes.c_size_t(count), _handle(stream))
-            _check_queued("a memset", code)
+            _check_queued("a memset", self._driver.cuMemsetD8Async(device, 0, count, stream))
 
     def _load(self, source: str, capability: tuple[int, int]) -> None:
         """Machine code that was kept, or else is made now and kept: compiling takes longer than reading 10 GB."""
@@ -114,12 +102,15 @@ def _options(capability: tuple[int, int]) -> tuple[str, ...]:
     return f"--gpu-architecture=sm_{capability[0]}{capability[1]}", "--std=c++14"
 
 
-def _handle(stream: torch.cuda.Stream) -> ctypes.c_void_p:
-    return ctypes.c_void_p(stream.cuda_stream)
-
-
-def _span(to: int, source: int, count: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]:
-    return ctypes.c_void_p(to), ctypes.c_void_p(source), ctypes.c_size_t(count)
+def _load_driver() -> ctypes.PyDLL:
+    """The driver, told its arguments' types once: a block makes a dozen calls. Raises `OSError`."""
+    driver = ctypes.PyDLL("libcuda.so.1")
+    address, number = ctypes.c_void_p, ctypes.c_uint
+    driver.cuLaunchKernel.argtypes = [address, *[number] * 7, *[address] * 3]
+    driver.cuMemcpyHtoDAsync_v2.argtypes = [address, address, ctypes.c_size_t, address]
+    driver.cuMemcpyDtoHAsync_v2.argtypes = [address, address, ctypes.c_size_t, address]
+    driver.cuMemsetD8Async.argtypes = [address, ctypes.c_ubyte, ctypes.c_size_t, address]
+    return driver
 
 
 def _check_queued(what: str, code: int) -> None:

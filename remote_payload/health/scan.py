@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,34 +18,33 @@ import torch
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.checkpoint.source import Source
-from remote_payload.health.blocks import Block, ScanPlan, iter_blocks, plan_scan
+from remote_payload.health.ask_ahead import AskAhead
+from remote_payload.health.blocks import Block, iter_blocks, plan_scan
 from remote_payload.health.distribution import Array
 from remote_payload.health.facts import ScanResult
 from remote_payload.health.joiner import Joiner
 from remote_payload.health.native import MIN_BYTES, load_native
 from remote_payload.health.native_worker import NATIVE_BLOCK_BYTES, NativeWorker
-from remote_payload.health.worker import BlockOutcome, CpuWorker, ScanState
+from remote_payload.health.worker import BATCH_BLOCKS, BATCH_BYTES, BlockOutcome, CpuWorker, ScanState
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
 CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
 """With room for alignment a power of two, to which torch rounds pinned memory up."""
 MAX_CPU_THREADS = 32
-MAX_CUDA_THREADS = 12
+MAX_CUDA_READERS = 10
 """With 16 on as many processors the thread that joins the results gets none."""
-_BLOCKS_IN_FLIGHT_PER_THREAD = 2
-_ASKED_AHEAD_BYTES = 2 << 30
-"""What the disk is asked for while kernels are compiled and buffers made."""
-_ASKED_AT_ONCE_BYTES = 16 << 20
-
-_SWITCH_INTERVAL_S = 0.0001
+_CUDA_WAITERS = 3
+"""Threads that wait for the GPU while the readers read: it takes a tenth of the time that reading takes."""
+_BATCHES_IN_FLIGHT_PER_THREAD = 2
+_SWITCH_INTERVAL_S = 0.001
 
 Progress = Callable[[int, int], None]
 
 
 class Worker(Protocol):
-    """Reads and reduces a block in the calling thread."""
+    """Reads and reduces blocks in the calling thread."""
 
-    def __call__(self, block: Block) -> BlockOutcome: ...
+    def __call__(self, blocks: Sequence[Block]) -> list[BlockOutcome]: ...
 
     def take_counts(self, group: int) -> Optional[Array]:
         """What it counted of a closed group and kept to itself."""
@@ -66,19 +64,21 @@ def scan(
     """
     plan = plan_scan(header)
     on_cuda = torch.device(device).type == "cuda"
-    threads = _thread_count(MAX_CUDA_THREADS if on_cuda else MAX_CPU_THREADS)
+    readers = _thread_count(MAX_CUDA_READERS if on_cuda else MAX_CPU_THREADS)
+    threads = readers + _CUDA_WAITERS if on_cuda else readers
     joiner = Joiner(header, plan)
     with ExitStack() as stack:
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
-        stack.enter_context(_asking_ahead(header, plan, sources))
-        worker, size = _make_worker(state, device, threads, block_bytes, by_native)
+        ahead = stack.enter_context(AskAhead(header, plan, sources))
+        worker, size = _make_worker(state, device, threads, readers, block_bytes, by_native)
         joiner.take_counts = worker.take_counts
         done = 0
         for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
             joiner.join(block, outcome)
             done += block.length
+            ahead.joined(done)
             progress(done, plan.total_bytes)
         joiner.take_counts = _nothing_kept
         del worker
@@ -90,42 +90,19 @@ def scan(
     return joiner.result()
 
 
-@contextmanager
-def _asking_ahead(header: CheckpointHeader, plan: ScanPlan, sources: Sequence[Source]) -> Iterator[None]:
-    """Have the disk read what will be wanted first, in a thread: it would stand idle until the workers are made."""
-    enough = threading.Event()
-
-    def ask() -> None:
-        left = _ASKED_AHEAD_BYTES
-        for block in iter_blocks(header, plan, _ASKED_AT_ONCE_BYTES):
-            for span in block.spans:
-                sources[span.file].ask_ahead(span.offset, span.length)
-            left -= block.length
-            if left <= 0 or enough.is_set():
-                return
-
-    thread = threading.Thread(target=ask, name="health-ahead")
-    thread.start()
-    try:
-        yield
-    finally:
-        enough.set()
-        thread.join()
-
-
 def _nothing_kept(_group: int) -> Optional[Array]:
     return None
 
 
 def _make_worker(
-    state: ScanState, device: str, threads: int, block_bytes: Optional[int], by_native: Optional[bool]
+    state: ScanState, device: str, threads: int, readers: int, block_bytes: Optional[int], by_native: Optional[bool]
 ) -> tuple[Worker, int]:
     """The worker and the size of the blocks that it takes."""
     if torch.device(device).type == "cuda":
         from remote_payload.health.cuda_worker import CudaWorker
 
         size = block_bytes or CUDA_BLOCK_BYTES
-        return CudaWorker(state, torch.device(device), threads, size), size
+        return CudaWorker(state, torch.device(device), threads, readers, size), size
     if by_native is None:
         by_native = state.plan.total_bytes >= MIN_BYTES
     kernels = load_native() if by_native else None
@@ -135,23 +112,37 @@ def _make_worker(
 
 
 def _in_order(
-    worker: Callable[[Block], BlockOutcome], blocks: Iterator[Block], threads: int
+    worker: Callable[[Sequence[Block]], list[BlockOutcome]], blocks: Iterator[Block], threads: int
 ) -> Iterator[tuple[Block, BlockOutcome]]:
     """Outcomes in the blocks' order, with a bounded number of blocks under way."""
-    waiting: deque[tuple[Block, Future[BlockOutcome]]] = deque()
+    waiting: deque[tuple[Sequence[Block], Future[list[BlockOutcome]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="health") as pool:
         try:
-            for block in blocks:
-                waiting.append((block, pool.submit(worker, block)))
-                if len(waiting) >= threads * _BLOCKS_IN_FLIGHT_PER_THREAD:
-                    first, outcome = waiting.popleft()
-                    yield first, outcome.result()
+            for batch in in_batches(blocks):
+                waiting.append((batch, pool.submit(worker, batch)))
+                if len(waiting) >= threads * _BATCHES_IN_FLIGHT_PER_THREAD:
+                    first, outcomes = waiting.popleft()
+                    yield from zip(first, outcomes.result())
             while waiting:
-                first, outcome = waiting.popleft()
-                yield first, outcome.result()
+                first, outcomes = waiting.popleft()
+                yield from zip(first, outcomes.result())
         finally:
-            for _, outcome in waiting:
-                outcome.cancel()
+            for _, outcomes in waiting:
+                outcomes.cancel()
+
+
+def in_batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    """Small neighbours together: whatever its size, a block takes as long to hand over as a megabyte to reduce."""
+    batch: list[Block] = []
+    size = 0
+    for block in blocks:
+        if batch and (size + block.length > BATCH_BYTES or len(batch) == BATCH_BLOCKS):
+            yield batch
+            batch, size = [], 0
+        batch.append(block)
+        size += block.length
+    if batch:
+        yield batch
 
 
 def _thread_count(most: int) -> int:

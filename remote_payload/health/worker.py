@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 import torch
@@ -23,6 +23,11 @@ from remote_payload.health.rows import RowAccumulator, RowShape, reduce_rows
 
 ALIGNMENT = 4096
 """Where a span begins in a buffer: for any element type, and for what reads whole cache lines."""
+
+BATCH_BYTES = 1 << 20
+BATCH_BLOCKS = 32
+BATCH_ROOM_BYTES = BATCH_BYTES + BATCH_BLOCKS * 3 * ALIGNMENT
+"""What a worker gets at once: one block, or small ones up to this; with each of their spans aligned."""
 
 
 @dataclasses.dataclass
@@ -62,13 +67,9 @@ class ScanState:
         accumulator = self.rows.get(group)
         return accumulator is None or accumulator.wants_columns
 
-    def read(self, span: Span, target: torch.Tensor) -> memoryview:
-        """Fill `target` with the span's bytes. Raises `CheckpointError`."""
-        if not span.length:
-            return memoryview(b"")
-        view = memory_of(target)
-        self.sources[span.file].read_into(span.offset, view)
-        return view
+    def read(self, span: Span, target: memoryview) -> None:
+        """Fill `target`, as long as the span, with its bytes. Raises `CheckpointError`."""
+        self.sources[span.file].read_into(span.offset, target)
 
 
 def buffer_bytes(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> int:
@@ -91,7 +92,11 @@ class CpuWorker:
             # Made where it is first used: the compiled kernels leave little to this worker.
             self._buffers.put(None)
 
-    def __call__(self, block: Block) -> BlockOutcome:
+    def __call__(self, blocks: Sequence[Block]) -> list[BlockOutcome]:
+        return [self.reduce(block) for block in blocks]
+
+    def reduce(self, block: Block) -> BlockOutcome:
+        """Read and reduce one block."""
         buffer = self._buffers.get()
         if buffer is None:
             buffer = torch.empty(self._buffer_bytes, dtype=torch.uint8)
@@ -109,7 +114,8 @@ class CpuWorker:
         outcome, at, data = BlockOutcome(), 0, []
         for span in block.spans:
             target = buffer[at : at + span.length]
-            view = self._state.read(span, target)
+            view = memory_of(target) if span.length else memoryview(b"")
+            self._state.read(span, view)
             has_checksum = self._state.header.records[span.record].crc32 is not None
             parts = [reduce_piece(self._state, p, target, self._swap) for p in span.pieces]
             outcome.spans.append(SpanOutcome(crc32(view) if has_checksum else None, parts))
