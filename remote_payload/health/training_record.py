@@ -114,7 +114,10 @@ def _all_series(histories: dict[str, Any]) -> Iterable[Series]:
     for name, value in histories.items():
         if isinstance(value, dict):
             for key, values in value.items():
-                yield from _series(f"{name}.{key}", values)
+                # {"loss": {"train": […], "val": […]}} as well as {"train_loss": […]}.
+                inner = values.items() if isinstance(values, dict) else [(None, values)]
+                for part, numbers in inner:
+                    yield from _series(f"{name}.{key}" if part is None else f"{name}.{key}.{part}", numbers)
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
             for key in dict.fromkeys(k for v in value for k in v):
                 yield from _series(f"{name}.{key}", [v.get(key) for v in value])

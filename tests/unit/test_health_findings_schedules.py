@@ -208,3 +208,24 @@ def test_absurd_settings_stop_nothing(tmp_path: Path, absurd: Any) -> None:
         path = tmp_path / "checkpoint.pt"
         torch.save(document, path)
         assert examined(path)["verdict"]["dimensions"]["integrity"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("steps", "labelled", "found"),
+    [
+        (51, True, True),
+        (10 * EPOCHS, True, False),
+        (EPOCHS * PER_EPOCH, True, False),
+        (51, False, False),
+    ],
+    ids=["neither", "ten times an epoch", "every batch", "nothing to compare it with"],
+)
+def test_a_schedulers_count_is_held_against_batches_and_epochs(
+    tmp_path: Path, steps: int, labelled: bool, found: bool
+) -> None:
+    document = checkpoint(PEAK, {}, {"gamma": 1.0, "base_lrs": [PEAK], "last_epoch": steps, "_last_lr": [PEAK]})
+    if not labelled:
+        del document["epoch"], document["val_history"]
+    assert [f["title"].startswith(f"The scheduler took {steps} steps") for f in disagreements(tmp_path, document)] == (
+        [True] if found else []
+    )

@@ -19,6 +19,9 @@ _TOO_FEW_SAMPLES = 2
 _FEW_SAMPLES = 4
 _MOMENTUM = 0.1
 """torch's default."""
+_LARGE_FOR_FLOAT32 = (FP16_MAX / 30) ** 2
+"""Activations reach 30 standard deviations, so that from here on autocast to fp16 overflows. Trained networks whose
+hidden layers stay below it are known to be well in float32."""
 _MIN_CHANNELS = 16
 """A handful of scales may well be exactly 1 by chance in a 16-bit type."""
 
@@ -88,9 +91,10 @@ def _running_var(facts: HealthFacts) -> Iterator[Finding]:
         )
     large = [(t, s) for t, s in variances if s.maximum is not None and s.maximum > FP16_MAX]
     if large:
+        harmless = _greatest(large) <= _LARGE_FOR_FLOAT32 and all(t.dtype in ("float32", "float64") for t, _ in large)
         yield Finding(
             id="batchnorm.running_var_large",
-            severity=Severity.WARNING,
+            severity=Severity.INFO if harmless else Severity.WARNING,
             title=f"{len(large)} running variances reach beyond {FP16_MAX:,.0f}, up to {_greatest(large):,.0f}",
             dimension=Dimension.NUMERICS,
             where=tuple(t.name[:200] for t, _ in large[:50]),

@@ -20,6 +20,8 @@ SLACK_STEPS = 5
 _LONGEST = 1e12
 _MOST_PROCESSES = 64
 """Some launchers step the scheduler once for every process."""
+_MOST_STEPS_AN_EPOCH = 20
+"""Beyond, a multiple of the epochs comes about too easily by chance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,8 @@ def _state_disagrees(facts: HealthFacts) -> Iterator[Finding]:
             {"learning_rate": rate, "expected": curve.rate_at(last), "last_epoch": last, "slack_steps": SLACK_STEPS},
             "The scheduler's settings and its own count of steps give another rate than the optimizer holds.",
         )
-    if last is not None and last > 0 and record.step_counts and not _is_a_count(last, record, warmup):
+    knows_epochs = record.epoch is not None or record.history_epochs is not None
+    if last is not None and last > 0 and record.step_counts and knows_epochs and not _is_a_count(last, record, warmup):
         yield _finding(
             f"The scheduler took {last} steps, which are neither the batches nor the epochs of the file",
             ("scheduler",),
@@ -191,6 +194,9 @@ def _group_rates(header: CheckpointHeader) -> list[float]:
 def _is_a_count(last: int, record: TrainingRecord, warmup: Optional[int]) -> bool:
     epochs = [e for e in (record.epoch, record.history_epochs) if e is not None]
     if any(abs(last - e) <= 1 for e in epochs):
+        return True
+    # Stepped several times an epoch, as at every tenth of it.
+    if any(e > 1 and last % e == 0 and last // e <= _MOST_STEPS_AN_EPOCH for e in epochs):
         return True
     # Of two schedulers taken in turn the second one counts from the end of the warm-up.
     if warmup and any(abs(last + warmup - count) <= SLACK_STEPS for count in record.step_counts):
