@@ -126,7 +126,7 @@ static u32 crc_by_table(u32 crc, const u8* data, u64 n) {
 static inline __m128i fold(__m128i x, __m128i by, __m128i next) {
     return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), next);
 }
-static u32 crc_of(u32 crc, const u8* data, u64 n) {
+static u32 crc_by_folding(u32 crc, const u8* data, u64 n) {
     if (n < 128) return crc_by_table(crc, data, n);
     const __m128i* at = (const __m128i*)data;
     __m128i x[4];
@@ -142,6 +142,29 @@ static u32 crc_of(u32 crc, const u8* data, u64 n) {
     /* 16 bytes that have the same remainder as all before them. */
     return crc_by_table(crc_by_table(0, rest, 16), (const u8*)at, n);
 }
+#if defined(__VPCLMULQDQ__) && defined(__AVX2__)
+/* Two folds by one instruction, eight under way. */
+static inline __m256i fold_two(__m256i x, __m256i by, __m256i next) {
+    const __m256i low = _mm256_clmulepi64_epi128(x, by, 0x00), high = _mm256_clmulepi64_epi128(x, by, 0x11);
+    return _mm256_xor_si256(_mm256_xor_si256(low, high), next);
+}
+static u32 crc_of(u32 crc, const u8* data, u64 n) {
+    if (n < 256) return crc_by_folding(crc, data, n);
+    const __m256i* at = (const __m256i*)data;
+    __m256i x[4];
+    for (int k = 0; k < 4; k++) x[k] = _mm256_loadu_si256(at + k);
+    x[0] = _mm256_xor_si256(x[0], _mm256_set_epi64x(0, 0, 0, crc));
+    at += 4; n -= 128;
+    const __m256i by_1024 = _mm256_set_epi64x(0x14a7fe880, 0x1e88ef372, 0x14a7fe880, 0x1e88ef372);
+    for (; n >= 128; n -= 128, at += 4)
+        for (int k = 0; k < 4; k++) x[k] = fold_two(x[k], by_1024, _mm256_loadu_si256(at + k));
+    u8 rest[128];
+    for (int k = 0; k < 4; k++) _mm256_storeu_si256((__m256i*)rest + k, x[k]);
+    return crc_by_table(crc_by_folding(0, rest, 128), (const u8*)at, n);
+}
+#else
+static u32 crc_of(u32 crc, const u8* data, u64 n) { return crc_by_folding(crc, data, n); }
+#endif
 #elif defined(__ARM_FEATURE_CRC32)
 static u32 crc_of(u32 crc, const u8* data, u64 n) {
     for (; n >= 8; n -= 8, data += 8) { u64 x; memcpy(&x, data, 8); crc = __crc32d(crc, x); }

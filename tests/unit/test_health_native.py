@@ -108,7 +108,9 @@ def test_a_file_that_became_shorter_is_an_error_of_its_record(kernels: NativeKer
     assert any("became shorter" in reason for reason in result.read_errors.values())
 
 
-@pytest.mark.parametrize("length", [0, 1, 7, 8, 63, 64, 127, 128, 129, 191, 192, 1000, 65536, 100_003])
+@pytest.mark.parametrize(
+    "length", [0, 1, 7, 8, 63, 64, 127, 128, 129, 191, 192, 255, 256, 257, 383, 384, 1000, 65536, 100_003]
+)
 def test_the_checksum_is_zlibs(kernels: NativeKernels, length: int) -> None:
     data = np.random.default_rng(length).integers(0, 256, length + 3, dtype=np.uint8)
     for start in range(3):
