@@ -14,6 +14,7 @@ from remote_payload.checkpoint import CheckpointHeader, read_header
 from remote_payload.jobs.context import JobContext
 from remote_payload.reconstruct import metrics, pictures
 from remote_payload.reconstruct.adapters import adapter_config, calling, resolve_adapter
+from remote_payload.reconstruct.arrangement import arrangement_finding
 from remote_payload.reconstruct.collect import Baselines, Collected, baselines_of
 from remote_payload.reconstruct.feature_metrics import Extractor, extractors_of
 from remote_payload.reconstruct.judge import Judgement, judge, overall
@@ -157,10 +158,12 @@ def judge_modality(
     if blocking is not None:
         failed = blocking.id == "task.non_finite_output"
         return _unmeasured(modality, blocking.title, [blocking], Outcome.FAIL if failed else Outcome.NOT_MEASURED)
+    evaluated = rows.evaluated(baselines, ordered, dependence, seed)
     suspicion = prediction_finding(modality, targets, predictions)
+    if suspicion is None or suspicion.severity is not Severity.ERROR:
+        suspicion = arrangement_finding(modality, targets, predictions, evaluated.train_mean) or suspicion
     if suspicion is not None and suspicion.severity is Severity.ERROR:
         return _unmeasured(modality, suspicion.title, [suspicion])
-    evaluated = rows.evaluated(baselines, ordered, dependence, seed)
     measured, evidence = metrics.measure(evaluated, extractors)
     judgement = judge(evidence)
     findings = [*judgement.findings, *([suspicion] if suspicion else [])]
