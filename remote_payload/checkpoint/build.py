@@ -22,7 +22,8 @@ from remote_payload.checkpoint.header import (
 )
 from remote_payload.checkpoint.inert import TensorRef
 from remote_payload.checkpoint.limits import Limits
-from remote_payload.checkpoint.optimizer_facts import describe_optimizer, tensor_identity
+from remote_payload.checkpoint.optimizer_facts import describe_optimizers, tensor_identity
+from remote_payload.checkpoint.parameter_match import NOT_DERIVABLE, PARTLY
 from remote_payload.checkpoint.placement import Placement, Placer
 from remote_payload.checkpoint.plain import PlainValues, key_text
 from remote_payload.checkpoint.records import RawCheckpoint
@@ -65,15 +66,9 @@ def build_header(
         builder.add(stripped[key], key, Section.MODEL, roles[stripped[key]], model[stripped[key]])
     builder.add_average(average)
     optimizers = find_optimizers(raw.root)
-    optimizer = optimizers[0] if optimizers else None
     builder.add_rest(state, average, [path for path, _ in optimizers])
     plain = PlainValues(limits)
-    facts: Optional[OptimizerFacts] = None
-    if optimizer is not None:
-        facts = describe_optimizer("/".join(optimizer[0]), optimizer[1], model, roles, plain, builder.numbers)
-    if facts is not None and len(optimizers) > 1:
-        # A parameter that one optimizer lacks may be another's.
-        facts = dataclasses.replace(facts, parameters={}, without_state=(), mapping="not_derivable")
+    facts = describe_optimizers(optimizers, model, roles, plain, builder.numbers)
     sorted_values = _sort_plain_values(raw, state, average, optimizers, plain, builder.numbers)
     tensors = tuple(builder.entries)
     in_model = tuple(t for t in tensors if t.section is Section.MODEL)
@@ -95,7 +90,8 @@ def build_header(
         bytes=builder.byte_totals(),
         class_counts=class_counts(in_model),
         dtypes=dict(Counter(t.dtype for t in in_model)),
-        optimizer=facts,
+        optimizer=facts[0] if facts else None,
+        other_optimizers=facts[1:],
         scalars=sorted_values.scalars,
         config=sorted_values.config,
         histories=sorted_values.histories,
@@ -103,7 +99,7 @@ def build_header(
         plain=sorted_values.plain,
         globals=tuple(GlobalFact(s.full_name[:200], s.trust.value, s.called) for s in raw.symbols[:2000]),
         problems=(*builder.placer.problems(), *unsafe_global_findings(raw.symbols)),
-        notes=(*raw.notes, *_notes(state, facts, len(optimizers), builder, plain)),
+        notes=(*raw.notes, *_notes(state, facts, builder, plain)),
     )
 
 
@@ -271,8 +267,7 @@ def _is_series(shown: Any) -> bool:
 
 def _notes(
     state: Optional[FoundState],
-    facts: Optional[OptimizerFacts],
-    optimizer_count: int,
+    optimizers: tuple[OptimizerFacts, ...],
     builder: _Builder,
     plain: PlainValues,
 ) -> list[str]:
@@ -284,20 +279,27 @@ def _notes(
         notes.append(f"No usual key holds the weights; the largest mapping of names to tensors was taken: {place}.")
     if builder.shared:
         notes.append(f"{builder.shared} tensors share a storage with one before them.")
-    if facts is not None and optimizer_count > 1:
-        notes.append(
-            f"There are {optimizer_count} optimizers. The moments of all are measured; only {facts.path} is described, "
-            "and none is matched to parameters."
-        )
-    elif facts is not None and facts.mapping == "not_derivable":
-        notes.append("Which parameter each optimizer entry belongs to cannot be derived from order and shapes.")
-    elif facts is not None and facts.mapping != "by_name":
-        notes.append(
-            f"Optimizer entries were matched to parameters {facts.mapping.replace('_', ' ')}; every shape fits."
-        )
+    if len(optimizers) > 1:
+        notes.append(f"There are {len(optimizers)} optimizers; each is matched to the model's parameters by itself.")
+    notes.extend(filter(None, (_match_note(o, len(optimizers) > 1) for o in optimizers)))
     unplaced = sum(1 for t in builder.entries if not t.is_readable)
     if unplaced:
         notes.append(f"{unplaced} of {len(builder.entries)} tensors cannot be read.")
     if plain.left_out:
         notes.append("Some plain values were too long, too deep or too many to be repeated here.")
     return notes
+
+
+def _match_note(optimizer: OptimizerFacts, named: bool) -> str:
+    place = f"{optimizer.path}: " if named else ""
+    if optimizer.mapping == NOT_DERIVABLE:
+        return f"{place}Which parameter each optimizer entry belongs to cannot be derived from order and shapes."
+    if optimizer.mapping == PARTLY:
+        return (
+            f"{place}{len(optimizer.parameters)} of {optimizer.parameter_count} optimizer entries have one place alone "
+            "in the model's order; the others are not matched to parameters."
+        )
+    if optimizer.mapping == "by_name":
+        return ""
+    shown = optimizer.mapping.replace("_", " ")
+    return f"{place}Optimizer entries were matched to parameters {shown}; every shape fits."

@@ -7,6 +7,7 @@ import enum
 import functools
 from typing import Any, Optional
 
+from remote_payload.checkpoint.parameter_match import NOT_DERIVABLE, PARTLY
 from remote_payload.checkpoint.placement import is_dense
 from remote_payload.checkpoint.records import DataFile, Record
 from remote_payload.wire.codec import to_json
@@ -103,9 +104,11 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFacts:
-    """The optimizer's state. `parameters` maps its indices to the model's names, as far as they can be derived.
+    """An optimizer's state. `parameters` maps its indices to the model's names, as far as they can be derived.
 
-    `mapping` says how they were: by_name, by_order, by_order_matrices_first, by_order_vectors_first or not_derivable.
+    `mapping` says how they were: by_name; by_order, by_order_matrices_first, by_order_vectors_first, by_order_of_kinds
+    (all of the model that has such shapes); by_order_in_groups (each group in the model's order, some left out);
+    by_order_of_parts (whole parts of the model); partly_by_order (only those that have one place alone); not_derivable.
     `groups` are the parameter groups without their parameter lists. `steps` are the distinct step counts.
     """
 
@@ -120,6 +123,11 @@ class OptimizerFacts:
     without_state: tuple[str, ...] = ()
     parameter_groups: dict[str, int] = dataclasses.field(default_factory=dict)
     """The group (its place in `groups`) of each index; empty if there is only one."""
+
+    @property
+    def is_matched(self) -> bool:
+        """Every entry is known by its parameter's name."""
+        return self.mapping not in (PARTLY, NOT_DERIVABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +186,7 @@ class CheckpointHeader:
     class_counts: dict[str, int]
     dtypes: dict[str, int]
     optimizer: Optional[OptimizerFacts]
+    other_optimizers: tuple[OptimizerFacts, ...]
     scalars: dict[str, Any]
     config: dict[str, Any]
     histories: dict[str, Any]
@@ -186,6 +195,11 @@ class CheckpointHeader:
     globals: tuple[GlobalFact, ...]
     problems: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+    @property
+    def optimizers(self) -> tuple[OptimizerFacts, ...]:
+        """`optimizer` and the others that the file holds."""
+        return () if self.optimizer is None else (self.optimizer, *self.other_optimizers)
 
     def model_tensors(self) -> tuple[TensorEntry, ...]:
         """The state dict's entries in its order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from remote_payload.checkpoint.header import CheckpointHeader
+from remote_payload.checkpoint.header import CheckpointHeader, OptimizerFacts
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding
 
@@ -65,9 +65,11 @@ def _facts(header: CheckpointHeader) -> list[tuple[str, str]]:
 
 
 def _optimizer_facts(header: CheckpointHeader) -> list[tuple[str, str]]:
-    optimizer = header.optimizer
-    if optimizer is None:
-        return []
+    several = len(header.optimizers) > 1
+    return [fact for o in header.optimizers for fact in ([("at", o.path)] if several else []) + _facts_of(o)]
+
+
+def _facts_of(optimizer: OptimizerFacts) -> list[tuple[str, str]]:
     facts = [
         ("kind", optimizer.kind),
         ("parameters", f"{optimizer.parameter_count:,}, {optimizer.state_count:,} with state"),

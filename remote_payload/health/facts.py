@@ -146,12 +146,17 @@ class HealthFacts:
         return self.scan.joint.get(name)
 
     @functools.cached_property
+    def matched_parameters(self) -> frozenset[str]:
+        """The parameters that an optimizer is known to hold."""
+        return frozenset(name for o in self.header.optimizers for name in o.parameters.values())
+
+    @functools.cached_property
     def optimizer_names(self) -> Optional[frozenset[str]]:
-        """The parameters that the optimizer holds, None if its entries cannot be matched to names."""
-        optimizer = self.header.optimizer
-        if optimizer is None or optimizer.mapping == "not_derivable":
+        """The parameters that the optimizers hold, None if an entry of one cannot be matched to a name."""
+        optimizers = self.header.optimizers
+        if not optimizers or not all(o.is_matched for o in optimizers):
             return None
-        return frozenset(optimizer.parameters.values())
+        return self.matched_parameters
 
     def steps_trained(self) -> int:
         """The most optimizer steps that the file itself gives evidence of: its labels, counters or optimizer."""
@@ -161,6 +166,6 @@ class HealthFacts:
             if value is not None:
                 found.append(int(value))
         found.extend(int(t.value) for t in self.header.tensors if t.role is Role.COUNTER and isinstance(t.value, int))
-        if self.header.optimizer is not None:
-            found.extend(int(s) for s in map(as_number, self.header.optimizer.steps) if s is not None)
+        for optimizer in self.header.optimizers:
+            found.extend(int(s) for s in map(as_number, optimizer.steps) if s is not None)
         return max(found)

@@ -44,30 +44,27 @@ class Diagnosis:
 
 def parameters_by_moment(header: CheckpointHeader) -> dict[str, str]:
     """The name of every tensor in the optimizer's state → its parameter's, as far as entries can be matched."""
-    optimizer = header.optimizer
-    if optimizer is None:
-        return {}
-    prefix = f"{optimizer.path}/state/"
+    names = {f"{o.path}/state/{index}": name for o in header.optimizers for index, name in o.parameters.items()}
     found = {}
     for tensor in header.tensors:
-        if tensor.section is Section.OPTIMIZER and tensor.name.startswith(prefix):
-            index = tensor.name[len(prefix) :].rpartition("/")[0]
-            if index in optimizer.parameters:
-                found[tensor.name] = optimizer.parameters[index]
+        if tensor.section is Section.OPTIMIZER:
+            place = tensor.name.rpartition("/")[0]
+            if place in names:
+                found[tensor.name] = names[place]
     return found
 
 
 def diagnose(facts: HealthFacts, tensor: TensorEntry) -> Diagnosis:
     """The cause that the file gives evidence of for a parameter that is still at its initial 0 or 1."""
-    optimizer = facts.header.optimizer
-    if optimizer is None:
+    optimizers = facts.header.optimizers
+    if not optimizers:
         return Diagnosis(Cause.NO_OPTIMIZER, "cannot be explained further: the file holds no optimizer")
-    names = facts.optimizer_names
-    if names is None:
-        return Diagnosis(Cause.UNMATCHED, "cannot be explained further: the optimizer's entries match no parameters")
-    if tensor.name not in names:
+    if tensor.name not in facts.matched_parameters:
+        if facts.optimizer_names is None:
+            words = "cannot be explained further: the optimizer's entries are not all matched to parameters"
+            return Diagnosis(Cause.UNMATCHED, words)
         return Diagnosis(Cause.NOT_IN_OPTIMIZER, "is no part of the optimizer")
-    if tensor.name in optimizer.without_state:
+    if any(tensor.name in o.without_state for o in optimizers):
         return Diagnosis(Cause.NO_STATE, "is in the optimizer but never got a gradient: there is no state for it")
     joint = facts.joint(tensor.name)
     if joint is None:
@@ -119,14 +116,15 @@ def is_frozen_by_design(facts: HealthFacts, tensor: TensorEntry, diagnosis: Diag
     So where none of its kind is in the optimizer (adapters over a frozen base), and where a file without an optimizer
     was cast to 16 bits, which takes values near 1 back to 1.
     """
-    optimizer = facts.header.optimizer
     if diagnosis.cause is Cause.NO_OPTIMIZER:
         return tensor.dtype in ("bfloat16", "float16")
     kind = [t.name for t in facts.header.model_tensors() if t.role is tensor.role]
     if diagnosis.cause is Cause.NOT_IN_OPTIMIZER:
         return not set(kind) & (facts.optimizer_names or set())
-    if diagnosis.cause is Cause.UNMATCHED and optimizer is not None:
-        return optimizer.parameter_count < len(kind) or _no_moment_like(facts.header, tensor)
+    if diagnosis.cause is Cause.UNMATCHED:
+        return sum(o.parameter_count for o in facts.header.optimizers) < len(kind) or _no_moment_like(
+            facts.header, tensor
+        )
     return False
 
 

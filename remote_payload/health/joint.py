@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry
+from remote_payload.checkpoint.header import CheckpointHeader, OptimizerFacts, TensorEntry
 from remote_payload.health.distribution import Array, Distribution
 from remote_payload.health.run_config import as_number
 from remote_payload.health.stats import AdamSettings, JointStats, Misalignment
@@ -77,15 +77,12 @@ def step_constants(settings: AdamSettings) -> StepConstants:
 
 def find_trios(header: CheckpointHeader) -> tuple[list[Trio], dict[str, str], tuple[Misalignment, ...]]:
     """Every parameter whose moments are in the file, why some cannot be read together, and shapes that disagree."""
-    optimizer = header.optimizer
-    if optimizer is None:
-        return [], {}, ()
     tensors = {t.name: t for t in header.tensors}
     peak = training_record(header).peak_learning_rate
     trios: list[Trio] = []
     reasons: dict[str, str] = {}
     misaligned: list[Misalignment] = []
-    for index, name in optimizer.parameters.items():
+    for optimizer, index, name in ((o, i, n) for o in header.optimizers for i, n in o.parameters.items()):
         place = f"{optimizer.path}/state/{index}" if optimizer.path else f"state/{index}"
         moments = [tensors.get(f"{place}/{k}") for k in ("exp_avg", "exp_avg_sq")]
         parameter = tensors.get(name)
@@ -94,7 +91,7 @@ def find_trios(header: CheckpointHeader) -> tuple[list[Trio], dict[str, str], tu
             continue
         wrong = [m for m in (first, second) if m.shape != parameter.shape]
         misaligned.extend(Misalignment(name, m.name, parameter.shape, m.shape) for m in wrong)
-        settings = _settings(header, index, tensors.get(f"{place}/step"), peak)
+        settings = _settings(optimizer, index, tensors.get(f"{place}/step"), peak)
         reason = "a moment's shape is not the parameter's" if wrong else _unfit(parameter, first, second, settings)
         if reason is None and settings is not None:
             trios.append(Trio(name, first.name, second.name, settings))
@@ -117,10 +114,9 @@ def _unfit(
 
 
 def _settings(
-    header: CheckpointHeader, index: str, step: Optional[TensorEntry], peak: Optional[float]
+    optimizer: OptimizerFacts, index: str, step: Optional[TensorEntry], peak: Optional[float]
 ) -> Optional[AdamSettings]:
-    optimizer = header.optimizer
-    if optimizer is None or not optimizer.groups:
+    if not optimizer.groups:
         return None
     number = optimizer.parameter_groups.get(index, 0)
     group = optimizer.groups[number] if number < len(optimizer.groups) else optimizer.groups[0]

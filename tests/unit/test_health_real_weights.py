@@ -76,6 +76,12 @@ def test_a_lightning_file_with_a_config_of_omegaconf_is_understood() -> None:
     optimizer = read_header(str(path)).optimizer
     assert optimizer is not None
     assert optimizer.groups[0]["betas"] == [0.9, 0.999]
+    # Its filters' constants stand among the weights and are no entries of the optimizer.
+    assert list(optimizer.parameters.values())[3:5] == [
+        "sincnet.conv1d.0.filterbank.band_hz_",
+        "sincnet.conv1d.1.weight",
+    ]
+    assert len(optimizer.parameters) == optimizer.parameter_count == 52
 
 
 def test_a_python_type_is_the_same_under_the_name_that_protocol_2_gives_it(tmp_path: Path) -> None:

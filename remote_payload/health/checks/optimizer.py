@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any, Optional
 
 from remote_payload.checkpoint.dtypes import is_floating
-from remote_payload.checkpoint.header import CheckpointHeader, Role, Section, TensorEntry
+from remote_payload.checkpoint.header import CheckpointHeader, OptimizerFacts, Role, Section, TensorEntry
+from remote_payload.checkpoint.parameter_match import NOT_DERIVABLE
 from remote_payload.health.checks.check import Check
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.frozen import joint_evidence, moments, parameters_by_moment
@@ -23,14 +24,27 @@ _USUAL_EPS = 1e-6
 
 
 def _missing_state(facts: HealthFacts) -> Iterator[Finding]:
-    header = facts.header
-    optimizer = header.optimizer
-    if optimizer is None or facts.steps_trained() == 0:
+    if facts.steps_trained() == 0:
         return
-    trainable = {t.name: t for t in header.model_tensors() if t.role in _TRAINABLE and is_floating(t.dtype)}
-    adaptive = any("betas" in g for g in optimizer.groups)
+    trainable = {t.name: t for t in facts.header.model_tensors() if t.role in _TRAINABLE and is_floating(t.dtype)}
+    for optimizer in facts.header.optimizers:
+        yield from _without_state(facts, optimizer, trainable)
+    left_out = _not_in_optimizer(facts, trainable)
+    if left_out:
+        yield _missing(
+            Severity.INFO,
+            f"{len(left_out)} of {len(trainable)} parameters are no part of the optimizer",
+            tuple(left_out),
+            {"parameters": len(left_out), "of": len(trainable)},
+            "They keep whatever values they had when the optimizer was made: frozen on purpose, or forgotten.",
+        )
+
+
+def _without_state(
+    facts: HealthFacts, optimizer: OptimizerFacts, trainable: dict[str, TensorEntry]
+) -> Iterator[Finding]:
     if optimizer.state_count == 0:
-        if adaptive and optimizer.parameter_count:
+        if any("betas" in g for g in optimizer.groups) and optimizer.parameter_count:
             yield _missing(
                 Severity.WARNING,
                 f"The optimizer holds {optimizer.parameter_count} parameters and no state for any",
@@ -51,22 +65,13 @@ def _missing_state(facts: HealthFacts) -> Iterator[Finding]:
             "An optimizer makes a parameter's state when it first gets a gradient. These got none: the forward pass "
             "does not use them, or their part of it is cut off from the loss.",
         )
-    left_out = _not_in_optimizer(header, trainable)
-    if left_out:
-        yield _missing(
-            Severity.INFO,
-            f"{len(left_out)} of {len(trainable)} parameters are no part of the optimizer",
-            tuple(left_out),
-            {"parameters": len(left_out), "of": len(trainable)},
-            "They keep whatever values they had when the optimizer was made: frozen on purpose, or forgotten.",
-        )
 
 
-def _not_in_optimizer(header: CheckpointHeader, trainable: dict[str, TensorEntry]) -> list[str]:
-    optimizer = header.optimizer
-    if optimizer is None or optimizer.mapping == "not_derivable":
+def _not_in_optimizer(facts: HealthFacts, trainable: dict[str, TensorEntry]) -> list[str]:
+    held = facts.optimizer_names
+    # Of an optimizer without state the matches are by count alone.
+    if held is None or not any(o.state_count for o in facts.header.optimizers):
         return []
-    held = set(optimizer.parameters.values())
     shared = {(t.storage_key, t.storage_offset) for n, t in trainable.items() if n in held and t.storage_key}
     return [n for n, t in trainable.items() if n not in held and (t.storage_key, t.storage_offset) not in shared]
 
@@ -145,8 +150,7 @@ def _zero_gradient(facts: HealthFacts) -> Iterator[Finding]:
 
 
 def _steps(header: CheckpointHeader) -> list[float]:
-    steps = header.optimizer.steps if header.optimizer else ()
-    return [n for n in map(as_number, steps) if n is not None]
+    return [n for o in header.optimizers for n in map(as_number, o.steps) if n is not None]
 
 
 def _eps_floored(facts: HealthFacts) -> Iterator[Finding]:
@@ -226,7 +230,7 @@ def _first_mismatch(
     Only one parameter group is judged, whose order is the model's: groups are ordered as their maker likes.
     """
     optimizer = header.optimizer
-    if optimizer is None or optimizer.mapping != "not_derivable" or len(optimizer.groups) > 1:
+    if optimizer is None or optimizer.mapping != NOT_DERIVABLE or len(optimizer.groups) > 1 or header.other_optimizers:
         return None
     shapes = _moment_shapes(header)
     parameters = [t for t in header.model_tensors() if t.role in _TRAINABLE or t.role is Role.OTHER]
@@ -312,7 +316,7 @@ def _negative(facts: HealthFacts) -> Iterator[Finding]:
 
 
 def _has_state(facts: HealthFacts) -> bool:
-    return facts.header.optimizer is not None and facts.header.optimizer.state_count > 0
+    return any(o.state_count > 0 for o in facts.header.optimizers)
 
 
 def _has_second_moments(facts: HealthFacts) -> bool:

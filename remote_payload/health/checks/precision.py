@@ -170,7 +170,7 @@ def _second_moment_stalled(facts: HealthFacts) -> Iterator[Finding]:
 
 
 def _beta2(header: CheckpointHeader) -> Optional[float]:
-    for group in header.optimizer.groups if header.optimizer else ():
+    for group in (g for o in header.optimizers for g in o.groups):
         betas = group.get("betas") if isinstance(group, dict) else None
         if isinstance(betas, list) and len(betas) == 2:
             return as_number(betas[1])
