@@ -9,6 +9,10 @@ from typing import Any
 from orchestrator.report.format import cell, cut, number_text, words
 
 MAX_BASELINES = 12
+_NOT_DEMANDED = frozenset({"previous_sample"})
+"""It knows the truth a moment ago: a level to see the numbers by, and none that a model must reach."""
+_WITHOUT_VALUE = "baselines_without_value"
+"""The key of a metric's details that says why baselines have no value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +75,7 @@ def metric_row(metric: Mapping[str, Any]) -> MetricRow:
         interval=f"{number_text(interval[0])} to {number_text(interval[1])}" if interval else "",
         n=number_text(metric["n"]),
         chance=number_text(metric["chance"]),
-        baselines=tuple((words(name), number_text(value)) for name, value in shown.items() if value is not None),
+        baselines=tuple((words(name), _baseline_text(metric, name, value)) for name, value in shown.items()),
         parameters=cut("; ".join(f"{k} {cell(v)}" for k, v in _stated(metric).items())),
         direction=f"{direction} is better" if direction else "",
         tone=tone,
@@ -85,10 +89,11 @@ def judge(metric: Mapping[str, Any]) -> tuple[str, str]:
     value, chance, interval = metric["value"], metric["chance"], metric["interval"]
     if value is None:
         return "none", cut(f"Not measured: {metric['reason']}")
-    unbeaten = [words(n).lower() for n, v in metric["baselines"].items() if v is not None and not _beats(metric, v)]
+    demanded = {n: v for n, v in metric["baselines"].items() if v is not None and n not in _NOT_DEMANDED}
+    unbeaten = [words(n).lower() for n, v in demanded.items() if not _beats(metric, v)]
     loses = f"does not beat {_and(unbeaten)}" if unbeaten and metric["direction"] else ""
     if chance is None or metric["direction"] is None:
-        beats = "beats every baseline" if metric["baselines"] and metric["direction"] and not unbeaten else ""
+        beats = "beats every baseline" if demanded and metric["direction"] and not unbeaten else ""
         return ("bad" if loses else "good" if beats else "plain"), _capital(loses or beats)
     if interval and interval[0] <= chance <= interval[1]:
         return "bad", _capital("; ".join(filter(None, ["cannot be told from chance", loses])))
@@ -98,9 +103,17 @@ def judge(metric: Mapping[str, Any]) -> tuple[str, str]:
     return ("bad" if loses else "good"), _capital("; ".join(filter(None, [f"better than chance{sure}", loses])))
 
 
+def _baseline_text(metric: Mapping[str, Any], name: str, value: Any) -> str:
+    if value is not None:
+        return number_text(value)
+    reasons = metric.get("details", {}).get(_WITHOUT_VALUE)
+    reason = reasons.get(name) if isinstance(reasons, Mapping) else None
+    return f"not measured: {cut(reason, 120)}" if isinstance(reason, str) else "not measured"
+
+
 def _stated(metric: Mapping[str, Any]) -> dict[str, Any]:
     """What came out beside the value before what the value depends on: p is what readers look for."""
-    details = {k: v for k, v in metric.get("details", {}).items() if v is not None}
+    details = {k: v for k, v in metric.get("details", {}).items() if v is not None and k != _WITHOUT_VALUE}
     return {**details, **metric["parameters"]}
 
 

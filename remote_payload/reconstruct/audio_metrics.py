@@ -16,6 +16,7 @@ from remote_payload.reconstruct.measured import (
     Evidence,
     Metric,
     error_metric,
+    rival_gains,
     sample_metric,
     unmeasured,
 )
@@ -177,7 +178,16 @@ def code_metrics(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
     if constant is not None:
         gain = statistics.mean_interval(overall.values - constant.mean(axis=1), evaluated.dependence, evaluated.seed)
     evidence = Evidence(
-        modality, len(overall.values), told[0], "train_commonest_code", gain, told[0], overall.null, None
+        modality,
+        len(overall.values),
+        told[0],
+        "train_commonest_code",
+        gain,
+        told[0],
+        overall.null,
+        None,
+        rival_gains(evaluated, overall, 1.0),
+        evaluated.copies,
     )
     return [*told, error.metric], evidence
 

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from remote_payload.reconstruct import metrics
-from remote_payload.reconstruct.adapters import calling
 from remote_payload.reconstruct.measured import Evaluated
-from remote_payload.reconstruct.protocol import AdapterError, Kind, Modality, Sample
+from remote_payload.reconstruct.protocol import AdapterError, Modality, Sample
 from remote_payload.reconstruct.ranges import check_shape
 
-_IN_MEMORY_BYTES = 512 * 1024**2
+if TYPE_CHECKING:
+    from remote_payload.reconstruct.training import Baselines
 
-
-@dataclasses.dataclass(frozen=True)
-class Baselines:
-    """What the training reference gives: the mean target `(d,)`, and for codes the commonest of each book."""
-
-    means: Mapping[str, NDArray[np.float64]]
-    commonest: Mapping[str, NDArray[np.int64]]
-    samples: int
+_IN_MEMORY_BYTES = 128 * 1024**2
 
 
 class Collected:
@@ -37,9 +28,10 @@ class Collected:
         self.modality = modality
         self.count = 0
         self.positions: list[int] = []
+        self._names: list[tuple[str, str, str]] = []
         width = int(np.prod(modality.shape))
-        self._targets = _allocate(capacity, width, scratch)
-        self._predictions = _allocate(capacity, width, scratch)
+        self._targets = allocate(capacity, width, scratch)
+        self._predictions = allocate(capacity, width, scratch)
         self._latents: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
 
     @property
@@ -66,6 +58,7 @@ class Collected:
             self._targets[self.count] = target.reshape(-1)
             self._predictions[self.count] = given[offset].reshape(-1)
             self.positions.append(position)
+            self._names.append((str(sample.group), str(sample.stimulus), str(sample.subject)))
             self.count += 1
         return range(start, self.count)
 
@@ -103,9 +96,10 @@ class Collected:
     def evaluated(
         self, baselines: Optional[Baselines], ordered: bool, dependence: int, seed: int, rows: Optional[range] = None
     ) -> Evaluated:
-        """These rows (all by default) for the metrics."""
+        """These rows (all by default) for the metrics, with the train mean and no other baseline."""
         name = self.modality.name
-        kept = slice(None) if rows is None else slice(rows.start, rows.stop)
+        kept = slice(0, self.count) if rows is None else slice(rows.start, rows.stop)
+        groups, stimuli, subjects = ([names[column] for names in self._names[kept]] for column in range(3))
         return Evaluated(
             self.modality,
             self.targets[kept],
@@ -116,6 +110,9 @@ class Collected:
             dependence,
             seed,
             latents=self.latents() if rows is None else None,
+            groups=tuple(groups) if any(groups) else (),
+            stimuli=tuple(stimuli) if any(stimuli) else (),
+            subjects=tuple(subjects) if any(subjects) else (),
         )
 
     def original(self, row: int) -> NDArray[np.float32]:
@@ -136,33 +133,6 @@ def as_array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def baselines_of(
-    samples: Sequence[Sample], modalities: Sequence[Modality], told: Optional[Callable[[int], None]] = None
-) -> Baselines:
-    """Mean targets, and the commonest codes, over the training reference. Raises `AdapterError` for a wrong shape."""
-    sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, int] = {}
-    codes: dict[str, list[NDArray[Any]]] = {}
-    for position in range(len(samples)):
-        with calling("train_reference"):
-            sample = samples[position]
-        for modality in modalities:
-            if modality.name not in sample.targets:
-                continue
-            target = as_array(sample.targets[modality.name])
-            check_shape("training target", modality, target)
-            flat = target.reshape(-1).astype(np.float64)
-            sums[modality.name] = sums[modality.name] + flat if modality.name in sums else flat
-            counts[modality.name] = counts.get(modality.name, 0) + 1
-            if modality.kind is Kind.CODES:
-                codes.setdefault(modality.name, []).append(np.rint(target).astype(np.int32))
-        if told is not None:
-            told(position + 1)
-    by_name = {m.name: m for m in modalities}
-    commonest = {name: metrics.commonest_codes(by_name[name], seen) for name, seen in codes.items()}
-    return Baselines({name: total / counts[name] for name, total in sums.items()}, commonest, len(samples))
-
-
 def check_predictions(predicted: Any, modalities: Sequence[Modality]) -> None:
     """Raise `AdapterError` unless there is a prediction for each declared modality."""
     if not isinstance(predicted, Mapping):
@@ -174,7 +144,8 @@ def check_predictions(predicted: Any, modalities: Sequence[Modality]) -> None:
         raise AdapterError(f"the adapter's predict gave {sorted(predicted)}; declared and not given: {missing}")
 
 
-def _allocate(rows: int, width: int, scratch: Path) -> NDArray[np.float32]:
+def allocate(rows: int, width: int, scratch: Path) -> NDArray[np.float32]:
+    """Rows of zeros: in memory, or where they would fill it in a file of the folder `scratch` that has no name."""
     if rows * width * 4 <= _IN_MEMORY_BYTES:
         return np.zeros((rows, width), dtype=np.float32)
     # Unlinked at once: the space is given back however this process ends.

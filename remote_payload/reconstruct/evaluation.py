@@ -15,7 +15,8 @@ from remote_payload.jobs.context import JobContext
 from remote_payload.reconstruct import metrics, pictures
 from remote_payload.reconstruct.adapters import adapter_config, calling, resolve_adapter
 from remote_payload.reconstruct.arrangement import arrangement_finding
-from remote_payload.reconstruct.collect import Baselines, Collected, baselines_of
+from remote_payload.reconstruct.baselines import Predictor, baseline_facts, simple_predictors, with_baselines
+from remote_payload.reconstruct.collect import Collected
 from remote_payload.reconstruct.feature_metrics import Extractor, extractors_of
 from remote_payload.reconstruct.judge import Judgement, judge, overall
 from remote_payload.reconstruct.loading import LoadedModel, choose_dtype, load_model
@@ -31,6 +32,7 @@ from remote_payload.reconstruct.protocol import (
 )
 from remote_payload.reconstruct.ranges import non_finite_finding, prediction_finding, target_finding
 from remote_payload.reconstruct.runner import RunFacts, choose_positions, make_deterministic, pick_device, run_over
+from remote_payload.reconstruct.training import Baselines, Shown, baselines_of, look_at_inputs
 from remote_payload.reconstruct.voxel_metrics import voxelwise_map
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.results import Finding, Outcome, Severity
@@ -76,16 +78,26 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     loaded = _load(context, adapter, config, header, device)
     modalities = declared_modalities(adapter, settings.data, config)
     samples = open_samples(adapter, settings.data, config)
-    baselines = _baselines(context, adapter, config, modalities)
     positions = choose_positions(len(samples), settings.metric_samples)
+    reference = _reference(context, adapter, config)
+    shown = _shown(context, samples, positions) if reference is not None else None
+    baselines = _baselines(context, reference, modalities, shown)
     collected = [Collected(m, len(positions), context.artifacts) for m in modalities]
     ran = _run(context, adapter, loaded, samples, positions, collected, baselines)
     ordered = bool(samples[positions[0]].group)
     judged = []
+    compared: list[dict[str, Any]] = []
     extractors = extractors_of(settings.features)
     for number, rows in enumerate(collected):
         context.progress(Phase.RUN, len(positions) + number, None, f"measuring {rows.modality.name}")
-        judged.append(judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed, extractors))
+        predictors: list[Predictor] = []
+        if rows.count:
+            plain = rows.evaluated(baselines, ordered, adapter.dependence, settings.seed)
+            predictors = simple_predictors(plain, rows.positions, shown, baselines, reference, context.artifacts)
+            compared += baseline_facts(rows.modality.name, predictors)
+        judged.append(
+            judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed, extractors, predictors)
+        )
     drawn = _draw(context, collected, judged, samples)
     task, headline = overall([j.judgement for j in judged])
     # What is wrong with the file itself: it may have been readable all the same.
@@ -95,6 +107,7 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
         "metrics": [dataclasses.asdict(m) for j in judged for m in j.metrics],
         "pictures": drawn,
         "modalities": [_modality_facts(j) for j in judged],
+        "baselines": compared,
         "model": _model_facts(loaded, header),
         "samples": {
             "split": adapter.split,
@@ -148,6 +161,7 @@ def judge_modality(
     dependence: int,
     seed: int,
     extractors: Sequence[Extractor] = (),
+    predictors: Sequence[Predictor] = (),
 ) -> JudgedModality:
     """Ranges first; metrics and judgement only for what can be compared."""
     modality = rows.modality
@@ -158,7 +172,7 @@ def judge_modality(
     if blocking is not None:
         failed = blocking.id == "task.non_finite_output"
         return _unmeasured(modality, blocking.title, [blocking], Outcome.FAIL if failed else Outcome.NOT_MEASURED)
-    evaluated = rows.evaluated(baselines, ordered, dependence, seed)
+    evaluated = with_baselines(rows.evaluated(baselines, ordered, dependence, seed), predictors)
     suspicion = prediction_finding(modality, targets, predictions)
     if suspicion is None or suspicion.severity is not Severity.ERROR:
         suspicion = arrangement_finding(modality, targets, predictions, evaluated.train_mean) or suspicion
@@ -167,12 +181,10 @@ def judge_modality(
     measured, evidence = metrics.measure(evaluated, extractors)
     judgement = judge(evidence)
     findings = [*judgement.findings, *([suspicion] if suspicion else [])]
-    ranking = next(iter(metrics.sample_rows(evaluated)[0]))
+    scores = metrics.sample_rows(evaluated)
+    ranking = next(iter(scores[0]))
     sign = -1.0 if ranking == "code_accuracy" else 1.0
-    errors = {
-        position: sign * float(row[ranking] or 0.0)
-        for position, row in zip(rows.positions, metrics.sample_rows(evaluated))
-    }
+    errors = {position: sign * float(row[ranking] or 0.0) for position, row in zip(rows.positions, scores)}
     return JudgedModality(modality, measured, judgement, findings, evaluated, errors)
 
 
@@ -196,20 +208,30 @@ def _load(
     return load_model(adapter, config, header, device, dtype, told)
 
 
-def _baselines(
-    context: JobContext, adapter: Adapter, config: AdapterConfig, modalities: Sequence[Modality]
-) -> Optional[Baselines]:
-    context.progress(Phase.FIRST_BATCH, message="reading the training reference")
+def _reference(context: JobContext, adapter: Adapter, config: AdapterConfig) -> Optional[Sequence[Sample]]:
     with calling("train_reference"):
         reference = adapter.train_reference(context.plan.settings.data, config)
         empty = reference is None or not len(reference)
-    if reference is None or empty:
+    return None if empty else reference
+
+
+def _shown(context: JobContext, samples: Sequence[Sample], positions: Sequence[int]) -> Shown:
+    def told(done: int) -> None:
+        context.progress(Phase.FIRST_BATCH, done, len(positions), "looking at the inputs")
+
+    return look_at_inputs(samples, positions, context.plan.settings.seed, context.artifacts, told)
+
+
+def _baselines(
+    context: JobContext, reference: Optional[Sequence[Sample]], modalities: Sequence[Modality], shown: Optional[Shown]
+) -> Optional[Baselines]:
+    if reference is None or shown is None:
         return None
 
     def told(done: int) -> None:
         context.progress(Phase.FIRST_BATCH, done, len(reference), "reading the training reference")
 
-    return baselines_of(reference, modalities, told)
+    return baselines_of(reference, modalities, shown, context.artifacts, told)
 
 
 def _run(

@@ -254,7 +254,7 @@ def _pair_distance(
         "the network gives distances that are not finite",
         chance=float(np.mean(wrong)) if wrong and np.isfinite(wrong).all() else None,
         interval=statistics.mean_interval(values, subset.dependence, subset.seed),
-        baselines={n: float(v.mean()) for n, v in theirs.items() if np.isfinite(v).all()},
+        baselines={n: float(v.mean()) if np.isfinite(v).all() else None for n, v in theirs.items()},
         parameters=dict(stated),
     )
 
@@ -284,7 +284,7 @@ def _feature_distance(
         "features have no variance",
         chance=float(np.mean(means)) if means else None,
         interval=statistics.mean_interval(values, subset.dependence, subset.seed),
-        baselines={n: float(v[np.isfinite(v)].mean()) for n, v in theirs.items() if np.isfinite(v).any()},
+        baselines={n: float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else None for n, v in theirs.items()},
         parameters={**stated, "distance": "1 - Pearson over features"},
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
@@ -20,15 +19,12 @@ from remote_payload.reconstruct.measured import (
     metric,
     null_details,
     null_parameters,
+    spacing,
     unmeasured,
 )
+from remote_payload.reconstruct.products import Reordered, correlations
 from remote_payload.reconstruct.statistics import Floats, RowsLike
 
-_PRODUCTS = 20_000_000_000
-_ELEMENTS = 100_000_000
-_MOST_SAMPLES = 2000
-_FEWEST_SAMPLES = 20
-_COLUMNS = 8192
 _PAIRINGS = 60
 
 
@@ -66,6 +62,7 @@ def identification_metrics(
     parameters: Mapping[str, Any],
     centre: Optional[Floats] = None,
     top: tuple[int, ...] = (),
+    no_baselines: str = "it is undefined for every sample",
 ) -> list[Metric]:
     """`PREFIX_two_way` and a `PREFIX_top_K` for each of `top`: Pearson over elements, after `centre` is removed.
 
@@ -107,9 +104,10 @@ def identification_metrics(
                 "predictions have no variance",
                 chance=chance,
                 interval=statistics.mean_interval(_per_sample(own, k), block, evaluated.seed),
-                baselines={n: v for n, v in reached.items() if v is not None},
+                baselines=reached,
                 parameters={**stated, **null_parameters(null)},
                 details=null_details(null),
+                no_baselines=no_baselines,
             )
         )
     return found
@@ -118,8 +116,7 @@ def identification_metrics(
 def choose(evaluated: Evaluated, wanted: RowsLike) -> Candidates:
     """Evenly spaced samples, as many as the cost allows; equal targets are one, and neighbours no distractors."""
     count, width = wanted.shape
-    most = int(np.clip(min((_PRODUCTS / width) ** 0.5, _ELEMENTS / width), _FEWEST_SAMPLES, _MOST_SAMPLES))
-    step = -(-count // most)
+    step = spacing(count, width)
     rows = np.arange(0, count, step)
     first: dict[Any, int] = {}
     member = np.empty(len(rows), dtype=np.int64)
@@ -141,17 +138,8 @@ def choose(evaluated: Evaluated, wanted: RowsLike) -> Candidates:
 
 
 def similarities(given: RowsLike, wanted: RowsLike, candidates: Candidates, centre: Optional[Floats] = None) -> Floats:
-    """`(m, u)`: Pearson of each prediction with each target to choose from; float64, on the GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    left = _Normalised(given, candidates.rows, centre)
-    right = _Normalised(wanted, candidates.answers, centre)
-    total = torch.zeros((len(candidates.rows), len(candidates.answers)), dtype=torch.float64, device=device)
-    for start in range(0, wanted.shape[1], _COLUMNS):
-        columns = slice(start, start + _COLUMNS)
-        a, b = (torch.from_numpy(side.columns(columns)).to(device) for side in (left, right))
-        total += a @ b.T
-    products: Floats = total.cpu().numpy()
-    return products / (left.norms[:, None] * right.norms[None, :])
+    """`(m, u)`: Pearson of each prediction with each target to choose from."""
+    return correlations(Reordered(given, candidates.rows), Reordered(wanted, candidates.answers), centre)
 
 
 def identify(alike: Floats, candidates: Candidates, index: Optional[NDArray[np.int64]] = None) -> Identified:
@@ -170,30 +158,6 @@ def identify(alike: Floats, candidates: Candidates, index: Optional[NDArray[np.i
     comparable = np.isfinite(own[:, 0]) & (count > 0)
     rank = np.where(comparable, more + 0.5 * ties, np.nan)
     return Identified(np.where(comparable, 1.0 - rank / np.maximum(count, 1), np.nan), rank)
-
-
-class _Normalised:
-    """Chosen rows less `centre` and their own mean, a block of columns at a time; `norms` is NaN at zero variance."""
-
-    def __init__(self, rows: RowsLike, chosen: NDArray[np.int64], centre: Optional[Floats]) -> None:
-        # Float32 as it lies in the files; what is made of it in float64 exists only in blocks.
-        self._rows = np.asarray(rows[chosen])
-        self._centre = centre
-        self._means = np.empty(len(chosen))
-        self.norms = np.empty(len(chosen))
-        step = max(1, 4_000_000 // self._rows.shape[1])
-        for start in range(0, len(chosen), step):
-            block = slice(start, start + step)
-            wide = self._rows[block] - (np.float64(0.0) if centre is None else centre)
-            self._means[block] = wide.mean(axis=1)
-            self.norms[block] = statistics.norms_about_mean(wide)
-
-    def columns(self, columns: slice) -> Floats:
-        wide = self._rows[:, columns].astype(np.float64)
-        if self._centre is not None:
-            wide -= self._centre[columns]
-        wide -= self._means[:, None]
-        return wide
 
 
 def _near(evaluated: Evaluated, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

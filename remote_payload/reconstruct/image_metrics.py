@@ -9,7 +9,7 @@ from typing import Any, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-from remote_payload.reconstruct import ssim, statistics
+from remote_payload.reconstruct import products, ssim, statistics
 from remote_payload.reconstruct.identification import identification_metrics
 from remote_payload.reconstruct.measured import (
     HIGHER,
@@ -46,7 +46,15 @@ def latent_identification(evaluated: Evaluated) -> list[Metric]:
         reason = "the adapter gives no latents of targets and predictions"
         return [unmeasured(evaluated, f"{name}_two_way", "share of pairs", HIGHER, reason)]
     wanted, given = evaluated.latents
-    return identification_metrics(evaluated, name, given, wanted, {}, {"space": "the model's latent"})
+    return identification_metrics(
+        evaluated,
+        name,
+        given,
+        wanted,
+        {},
+        {"space": "the model's latent"},
+        no_baselines="the model's latents are had of its own outputs alone",
+    )
 
 
 def frames_of(modality: Modality, rows: Rows) -> NDArray[Any]:
@@ -120,8 +128,9 @@ class _Differences:
         return len(self.starts)
 
     def __getitem__(self, index: Any, /) -> Any:
-        starts = self.starts[index]
-        return np.asarray(self.rows[starts + 1]).astype(np.float64) - self.rows[starts]
+        chosen, columns = index if isinstance(index, tuple) else (index, slice(None))
+        starts = self.starts[chosen]
+        return np.asarray(self.rows[starts + 1, columns]).astype(np.float64) - self.rows[starts, columns]
 
 
 def _psnr(evaluated: Evaluated) -> Metric:
@@ -130,13 +139,20 @@ def _psnr(evaluated: Evaluated) -> Metric:
         return unmeasured(evaluated, "psnr", "dB", HIGHER, "no range is declared, so there is no peak value")
     peak = bounds[1] - bounds[0]
 
-    def score(given: Rows, wanted: Rows) -> Floats:
+    def decibels(errors: Floats) -> Floats:
         with np.errstate(divide="ignore"):
-            values = 10.0 * np.log10(peak**2 / statistics.squared_errors(given, wanted))
+            values = 10.0 * np.log10(peak**2 / errors)
         return np.where(np.isfinite(values), values, np.nan)
 
     return sample_metric(
-        evaluated, "psnr", score, "dB", HIGHER, "every sample is exact: infinite", {"peak": peak}
+        evaluated,
+        "psnr",
+        lambda given, wanted: decibels(statistics.squared_errors(given, wanted)),
+        "dB",
+        HIGHER,
+        "every sample is exact: infinite",
+        {"peak": peak},
+        pairwise=lambda given, wanted: decibels(products.mean_squared_errors(given, wanted)),
     ).metric
 
 

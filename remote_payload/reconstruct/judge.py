@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Optional
 
-from remote_payload.reconstruct.measured import Evidence, Metric
+from remote_payload.reconstruct.measured import NEAREST, RIDGE, Evidence, Metric
 from remote_payload.reconstruct.protocol import Kind, Role
 from remote_payload.wire.results import Dimension, Finding, Outcome, Severity
 
 SIGNIFICANCE = 0.05
 _CONSTANT_SPREAD = 1e-3
+_RIVAL_WORDS = {RIDGE: "ridge regression", NEAREST: "the nearest training stimulus"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Judgement:
 def judge(evidence: Evidence) -> Judgement:
     """Pass only if the model clearly beats the train mean and chance; fail if it is worse, constant or at chance.
 
-    Above chance without being told from the train mean is a warning; without a baseline, or with too few samples to
-    say, it is not measured.
+    Above chance without being told from the train mean is a warning, and so is being worse than a linear regression or
+    the nearest training sample, unless those may copy the targets from the inputs; without a baseline, or with too few
+    samples to say, it is not measured.
     """
     name, role = _name(evidence), evidence.modality.role
     if evidence.spread is not None and evidence.spread < _CONSTANT_SPREAD and evidence.n > 1:
@@ -43,7 +45,13 @@ def judge(evidence: Evidence) -> Judgement:
         return Judgement(evidence.modality.name, role, Outcome.FAIL, f"{name}: constant output", (finding,))
     better, above = _against_baseline(evidence), _above_chance(evidence)
     outcome = _outcome(better, above)
-    sentence = f"{name}: {_baseline_words(evidence, better)}; {_chance_words(evidence, above)}"
+    losing = _losing_to(evidence)
+    if losing and outcome is Outcome.PASS and not evidence.copies:
+        outcome = Outcome.WARN
+    told = filter(
+        None, [_baseline_words(evidence, better), _rival_words(evidence, losing), _chance_words(evidence, above)]
+    )
+    sentence = f"{name}: {'; '.join(told)}"
     return Judgement(evidence.modality.name, role, outcome, sentence, tuple(_findings(evidence, better, above)))
 
 
@@ -75,6 +83,11 @@ def _against_baseline(evidence: Evidence) -> Optional[str]:
     return "better" if low > 0 else "worse" if high < 0 else "same"
 
 
+def _losing_to(evidence: Evidence) -> list[str]:
+    """The rivals that are better than the model beyond doubt."""
+    return [name for name, (_, high) in evidence.rivals.items() if high < 0]
+
+
 def _above_chance(evidence: Evidence) -> Optional[bool]:
     if evidence.similarity is not None and evidence.similarity.value is None:
         return False
@@ -102,6 +115,8 @@ def _findings(evidence: Evidence, better: Optional[str], above: Optional[bool]) 
                 f"Giving {_baseline_meaning(evidence)} for every sample would do better.",
             )
         )
+    for rival in _losing_to(evidence):
+        found.append(_rival_finding(evidence, rival))
     if above is False:
         null = evidence.null
         found.append(
@@ -120,6 +135,31 @@ def _findings(evidence: Evidence, better: Optional[str], above: Optional[bool]) 
             )
         )
     return found
+
+
+def _rival_finding(evidence: Evidence, rival: str) -> Finding:
+    error = evidence.error
+    numbers: dict[str, object] = {
+        "metric": error.id if error else None,
+        "value": error.value if error else None,
+        rival: error.baselines.get(rival) if error else None,
+        "gain_interval": list(evidence.rivals[rival]),
+        "n": evidence.n,
+        "targets_among_inputs": evidence.copies,
+    }
+    made = (
+        "A linear map from the inputs" if rival == RIDGE else "The target of the training sample with the nearest input"
+    )
+    why = "The targets are among the inputs, so a copy is within its reach." if evidence.copies else ""
+    found = _finding(
+        evidence,
+        f"task.worse_than_{rival}",
+        f"is worse than {_RIVAL_WORDS[rival]}",
+        numbers,
+        f"{made} does better. {why}",
+    )
+    decides = evidence.modality.role is Role.TARGET and not evidence.copies
+    return dataclasses.replace(found, severity=Severity.WARNING if decides else Severity.INFO)
 
 
 def _finding(evidence: Evidence, identifier: str, what: str, numbers: dict[str, object], explanation: str) -> Finding:
@@ -157,6 +197,17 @@ def _baseline_words(evidence: Evidence, better: Optional[str]) -> str:
     return f"{told} the {baseline}{numbers}"
 
 
+def _rival_words(evidence: Evidence, losing: Sequence[str]) -> str:
+    if not losing:
+        return ""
+    error = evidence.error
+    told = []
+    for rival in losing:
+        reached = error.baselines.get(rival) if error else None
+        told.append(_RIVAL_WORDS[rival] + ("" if reached is None else f" ({reached:.4g})"))
+    return f"is worse than {' and '.join(told)}"
+
+
 def _chance_words(evidence: Evidence, above: Optional[bool]) -> str:
     similarity = evidence.similarity
     if above is None:
@@ -169,9 +220,10 @@ def _chance_words(evidence: Evidence, above: Optional[bool]) -> str:
 
 
 def _numbers(error: Optional[Metric], baseline: str) -> str:
-    if error is None or error.value is None or baseline not in error.baselines:
+    reached = error.baselines.get(baseline) if error is not None else None
+    if error is None or error.value is None or reached is None:
         return ""
-    return f" ({_words(error.id)} {error.value:.4g} against {error.baselines[baseline]:.4g})"
+    return f" ({_words(error.id)} {error.value:.4g} against {reached:.4g})"
 
 
 def _baseline_meaning(evidence: Evidence) -> str:

@@ -9,16 +9,24 @@ from typing import Any, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-from remote_payload.reconstruct import statistics
+from remote_payload.reconstruct import products, statistics
+from remote_payload.reconstruct.products import Pairwise
 from remote_payload.reconstruct.protocol import Kind, Modality
 from remote_payload.reconstruct.statistics import Floats, Null, Rows, RowsLike, Score
 
 HIGHER, LOWER = "higher", "lower"
+NEAREST, RIDGE = "nearest_training_stimulus", "ridge"
+RIVALS = (NEAREST, RIDGE)
+"""Baselines that know the training data and the inputs: a model that loses to one has learnt less than it could."""
 _PAIRINGS = 60
 _FEWEST_PAIRINGS = 20
 _VERSION = 2
 """Of every metric here: raised when the same id comes to mean another number."""
 _ELEMENTS_FOR_NULL = 2_000_000_000
+_PRODUCTS = 20_000_000_000
+_ELEMENTS = 100_000_000
+_MOST_SAMPLES = 2000
+_FEWEST_SAMPLES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +34,8 @@ class Metric:
     """One number as results files hold it. `value` is None exactly if `reason` says why.
 
     `chance` is what predictions paired with the wrong targets come to; `baselines` what simple predictors reach on the
-    same samples. `parameters` decide what the number means: only runs with equal ones are compared. `details` came out
-    beside the value (p, how many were undefined) and differ between runs.
+    same samples, None where `details` say why not. `parameters` decide what the number means: only runs with equal ones
+    are compared. `details` came out beside the value (p, how many were undefined) and differ between runs.
     """
 
     id: str
@@ -40,7 +48,7 @@ class Metric:
     direction: str
     chance: Optional[float] = None
     interval: Optional[tuple[float, float]] = None
-    baselines: dict[str, float] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, Optional[float]] = dataclasses.field(default_factory=dict)
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -51,7 +59,9 @@ class Evaluated:
 
     `train_mean` `(d,)` and `commonest_codes` `(k,)` come from the training reference, None without one. `ordered`: the
     samples are consecutive in time, at most across a few cuts. `baselines` holds what simple predictors give for the
-    same samples `(n, d)`, by name. `latents` are the model's latents of targets and of predictions, each `(n, l)`.
+    same samples `(n, d)`, by name, `no_baselines` why others give nothing; `copies`: the targets lie among the model's
+    inputs, so that a linear baseline may copy them. `latents` are the model's latents of targets and of predictions,
+    each `(n, l)`.
     `groups`, `stimuli` and `subjects` name each row's group, what was presented and to whom, empty where nobody said:
     rows of one stimulus (and subject) are repeats.
     """
@@ -64,7 +74,9 @@ class Evaluated:
     ordered: bool
     dependence: int
     seed: int
-    baselines: Mapping[str, NDArray[Any]] = dataclasses.field(default_factory=dict)
+    baselines: Mapping[str, RowsLike] = dataclasses.field(default_factory=dict)
+    no_baselines: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    copies: bool = False
     latents: Optional[tuple[NDArray[Any], NDArray[Any]]] = None
     groups: tuple[str, ...] = ()
     stimuli: tuple[str, ...] = ()
@@ -76,6 +88,7 @@ class Evidence:
     """What the verdict on one modality rests on.
 
     `gain` is the 95 % interval of (baseline's error - model's error), sample by sample: above 0 the model is better.
+    `rivals` are the same intervals beside baselines that a trained model should beat too; `copies` as in `Evaluated`.
     `null` belongs to the metric `similarity`. `spread` is the predictions' variance over samples, relative to the
     targets'.
     """
@@ -88,6 +101,8 @@ class Evidence:
     similarity: Optional[Metric]
     null: Optional[Null]
     spread: Optional[float]
+    rivals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    copies: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,19 +117,43 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """A metric that is a mean over samples, with its null and each sample's own score `(n,)` (NaN: undefined)."""
+    """A metric that is a mean over samples, with its null and each sample's own score `(n,)` (NaN: undefined), the
+    model's and by baseline."""
 
     metric: Metric
     null: Optional[Null]
     values: Floats
+    theirs: Mapping[str, Floats] = dataclasses.field(default_factory=dict)
 
 
 def evidence_beside_mean(
-    evaluated: Evaluated, error: Metric, gain: Optional[tuple[float, float]], similarity: Metric, null: Optional[Null]
+    evaluated: Evaluated, error: Scored, gain: Optional[tuple[float, float]], similarity: Metric, null: Optional[Null]
 ) -> Evidence:
     """Evidence whose baseline is the train mean; the spread is not known yet."""
-    count = len(evaluated.targets)
-    return Evidence(evaluated.modality, count, error, "train_mean", gain, similarity, null, None)
+    return Evidence(
+        evaluated.modality,
+        len(evaluated.targets),
+        error.metric,
+        "train_mean",
+        gain,
+        similarity,
+        null,
+        None,
+        rival_gains(evaluated, error, -1.0),
+        evaluated.copies,
+    )
+
+
+def rival_gains(evaluated: Evaluated, scored: Scored, sign: float) -> dict[str, tuple[float, float]]:
+    """The interval of what the model gains on each rival, sample by sample; `sign` -1 for errors, 1 for scores."""
+    found = {}
+    for name in RIVALS:
+        if name in scored.theirs:
+            gained = sign * (scored.values - scored.theirs[name])
+            interval = statistics.mean_interval(gained, evaluated.dependence, evaluated.seed)
+            if interval is not None:
+                found[name] = interval
+    return found
 
 
 def source_of(evaluated: Evaluated) -> Source:
@@ -139,21 +178,25 @@ def sample_metric(
     parameters: Optional[Mapping[str, Any]] = None,
     source: Optional[Source] = None,
     null_elements: int = _ELEMENTS_FOR_NULL,
+    pairwise: Optional[Pairwise] = None,
 ) -> Scored:
     """The mean over samples of `score`, with every baseline's, the null of wrong pairings and a bootstrap interval.
 
-    The null looks at no more than `null_elements` elements: of a large split it takes spaced samples and says so.
+    The null looks at no more than `null_elements` elements: of a large split it takes spaced samples and says so. Where
+    `pairwise` gives the same score of all pairs at once, the null comes from that.
     """
     source = source or source_of(evaluated)
     count = len(source.wanted)
     values = statistics.scores(score, source.given, source.wanted)
     kept = defined(values)
-    null, more = _null_of_score(evaluated, score, source, values, direction, null_elements) if len(kept) else (None, {})
-    baselines = {}
-    for baseline, rows in source.baselines.items():
-        theirs = defined(statistics.scores(score, rows, source.wanted))
-        if len(theirs):
-            baselines[baseline] = float(theirs.mean())
+    null: Optional[Null] = None
+    more: dict[str, Any] = {}
+    if len(kept) and pairwise is not None:
+        null, more = _null_of_pairs(evaluated, pairwise, source, values, direction)
+    elif len(kept):
+        null, more = _null_of_score(evaluated, score, source, values, direction, null_elements)
+    theirs = {name: statistics.scores(score, rows, source.wanted) for name, rows in source.baselines.items()}
+    baselines = {name: float(defined(found).mean()) if len(defined(found)) else None for name, found in theirs.items()}
     found = metric(
         evaluated,
         name,
@@ -168,12 +211,19 @@ def sample_metric(
         parameters={**(parameters or {}), **null_parameters(null), **more},
         details={**null_details(null), **({"undefined_samples": count - len(kept)} if len(kept) < count else {})},
     )
-    return Scored(found, null, values)
+    return Scored(found, null, values, theirs)
 
 
 def error_metric(evaluated: Evaluated, name: str) -> tuple[Scored, Optional[tuple[float, float]]]:
     """Mean squared error, and the interval of what it gains on the train mean sample by sample."""
-    scored = sample_metric(evaluated, name, statistics.squared_errors, f"{evaluated.modality.unit}²", LOWER)
+    scored = sample_metric(
+        evaluated,
+        name,
+        statistics.squared_errors,
+        f"{evaluated.modality.unit}²",
+        LOWER,
+        pairwise=products.mean_squared_errors,
+    )
     gain = None
     if evaluated.train_mean is not None:
         of_mean = statistics.row_errors(evaluated.targets, evaluated.train_mean)
@@ -198,7 +248,18 @@ def similarity_metric(
         "prediction or target has zero variance in every sample",
         parameters,
         source,
+        pairwise=pairwise_alike(evaluated.modality.kind, centre),
     )
+
+
+def pairwise_alike(kind: Kind, centre: Optional[Floats] = None) -> Pairwise:
+    """`alike` of all pairs at once."""
+    compare = products.cosines if kind is Kind.TEXT_EMBEDDING else products.correlations
+
+    def score(given: RowsLike, wanted: RowsLike) -> Floats:
+        return compare(given, wanted, centre)
+
+    return score
 
 
 def alike(kind: Kind, centre: Optional[Floats] = None) -> Score:
@@ -238,6 +299,35 @@ def _null_of_score(
     return null, {} if rows is None else {"samples_in_null": len(rows)}
 
 
+def _null_of_pairs(
+    evaluated: Evaluated, pairwise: Pairwise, source: Source, values: Floats, direction: str
+) -> tuple[Optional[Null], dict[str, Any]]:
+    count, width = source.wanted.shape
+    step = spacing(count, width)
+    rows = np.arange(0, count, step)
+    near = -(-evaluated.dependence // step)
+    how, indices = statistics.pairings(len(rows), near, evaluated.ordered, _PAIRINGS, evaluated.seed)
+    kept = defined(values[rows])
+    if not indices or not len(kept):
+        return None, {}
+    pairs = pairwise(products.Reordered(source.given, rows), products.Reordered(source.wanted, rows))
+    sign = 1.0 if direction == HIGHER else -1.0
+    wrong = []
+    for index in indices:
+        paired = defined(pairs[np.arange(len(rows)), index])
+        wrong.append(sign * float(paired.mean()) if len(paired) else float("nan"))
+    null = statistics.null_from(wrong, sign * float(kept.mean()), how)
+    if null is not None:
+        null = dataclasses.replace(null, mean=sign * null.mean)
+    return null, {} if step == 1 else {"samples_in_null": len(rows)}
+
+
+def spacing(count: int, width: int) -> int:
+    """Every how many samples all pairs are looked at: as many as the cost allows."""
+    most = int(np.clip(min((_PRODUCTS / width) ** 0.5, _ELEMENTS / width), _FEWEST_SAMPLES, _MOST_SAMPLES))
+    return -(-count // most)
+
+
 def wrong_pairings(evaluated: Evaluated) -> tuple[str, list[NDArray[np.int64]]]:
     """How pairings are broken for statistics of all samples at once, and the index arrays."""
     wanted = int(np.clip(_ELEMENTS_FOR_NULL // max(1, evaluated.targets.size), _FEWEST_PAIRINGS, _PAIRINGS))
@@ -264,10 +354,19 @@ def metric(
     reason: str,
     chance: Optional[float] = None,
     interval: Optional[tuple[float, float]] = None,
-    baselines: Optional[Mapping[str, float]] = None,
+    baselines: Optional[Mapping[str, Optional[float]]] = None,
     parameters: Optional[Mapping[str, Any]] = None,
     details: Optional[Mapping[str, Any]] = None,
+    no_baselines: str = "it is undefined for every sample",
 ) -> Metric:
+    """The metric. Baselines that the rows have and `baselines` lacks, or holds as None, are listed with the reason."""
+    told: dict[str, Optional[float]] = {}
+    missing = {}
+    if baselines is not None:
+        for known in (*baseline_rows(evaluated), *evaluated.no_baselines, *baselines):
+            told[known] = baselines.get(known)
+            if told[known] is None:
+                missing[known] = evaluated.no_baselines.get(known, no_baselines)
     return Metric(
         id=name,
         version=_VERSION,
@@ -279,9 +378,9 @@ def metric(
         direction=direction,
         chance=chance,
         interval=interval,
-        baselines=dict(baselines or {}),
+        baselines=told,
         parameters=dict(parameters or {}),
-        details=dict(details or {}),
+        details={**(details or {}), **({"baselines_without_value": missing} if missing else {})},
     )
 
 

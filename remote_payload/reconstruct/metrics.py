@@ -20,7 +20,6 @@ from remote_payload.reconstruct.measured import (
     Evidence,
     Metric,
     alike,
-    baseline_rows,
     error_metric,
     evidence_beside_mean,
     finite,
@@ -72,8 +71,6 @@ def spread_ratio(evaluated: Evaluated) -> Optional[float]:
 
 
 def _spread_metric(evaluated: Evaluated, spread: Optional[float]) -> Metric:
-    wanted = statistics.variance_over_rows(evaluated.targets)
-    theirs = {n: statistics.variance_over_rows(rows) for n, rows in baseline_rows(evaluated).items()}
     return metric(
         evaluated,
         "output_variance_ratio",
@@ -82,8 +79,9 @@ def _spread_metric(evaluated: Evaluated, spread: Optional[float]) -> Metric:
         HIGHER,
         len(evaluated.targets),
         reason="the targets do not vary over samples",
-        baselines={n: v / wanted for n, v in theirs.items()} if wanted > 0 else {},
+        baselines={},
         parameters={"of": "variance over samples, mean over elements, predictions over targets"},
+        no_baselines="collapse is asked of the model alone",
     )
 
 
@@ -99,7 +97,7 @@ def _signals(evaluated: Evaluated, extractors: Sequence[Extractor]) -> tuple[lis
         metrics += waveform_metrics(evaluated)
     else:
         metrics += mel_metrics(evaluated)
-    evidence = evidence_beside_mean(evaluated, error.metric, gain, similarity.metric, similarity.null)
+    evidence = evidence_beside_mean(evaluated, error, gain, similarity.metric, similarity.null)
     return metrics, evidence
 
 

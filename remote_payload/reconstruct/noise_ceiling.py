@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
-from remote_payload.reconstruct.measured import HIGHER, Evaluated, Metric, metric, unmeasured
+from remote_payload.reconstruct.measured import HIGHER, Evaluated, Metric, baseline_rows, metric, unmeasured
 from remote_payload.reconstruct.statistics import Floats
 
 LOWEST_CEILING = 0.1
@@ -125,11 +125,10 @@ def _share(evaluated: Evaluated, name: str, told: tuple[Optional[Floats], str, s
         reason = f"no voxel that varies has a ceiling of {LOWEST_CEILING:g} or more"
         return unmeasured(evaluated, name, "share of the ceiling", HIGHER, reason)
     reached = float(ceiling[used].mean())
-    theirs = {}
-    for baseline, rows in evaluated.baselines.items():
+    theirs: dict[str, Optional[float]] = {}
+    for baseline, rows in baseline_rows(evaluated).items():
         r = statistics.column_correlations(rows, evaluated.targets)[used]
-        if np.isfinite(r).all():
-            theirs[baseline] = float(r.mean()) / reached
+        theirs[baseline] = float(r.mean()) / reached if np.isfinite(r).all() else None
     return metric(
         evaluated,
         name,

@@ -87,13 +87,16 @@ class Sample:
     """One sample. `inputs` is what `collate` stacks; `targets` maps modality names to what the model should give back.
 
     A modality that this sample does not have is left out of `targets`. Samples of one `group` that stand one after
-    another are consecutive in time; "" for data without an order.
+    another are consecutive in time; "" for data without an order. `stimulus` names what was presented and `subject` to
+    whom: samples with the same ones are repeats, from which noise ceilings come; "" where it is not known.
     """
 
     id: str
     inputs: Mapping[str, Any]
     targets: Mapping[str, Any]
     group: str = ""
+    stimulus: str = ""
+    subject: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

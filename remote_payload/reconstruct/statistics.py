@@ -31,7 +31,7 @@ Score = Callable[[Rows, Rows], Floats]
 """Predictions and targets `(b, d)` of a block to one number a row; NaN where it is undefined."""
 
 _CHUNK_ELEMENTS = 4_000_000
-_SHIFT_MARGIN = 15
+SHIFT_MARGIN = 15
 """Circular shifts of a time series stay at least this far from 0: nearer ones are still alike by autocorrelation."""
 FEWEST_SHUFFLES = 19
 """With fewer, p cannot fall below 0.05."""
@@ -75,13 +75,19 @@ def squared_errors(given: Rows, wanted: Rows) -> Floats:
     return np.asarray(np.einsum("ij,ij->i", difference, difference) / difference.shape[1])
 
 
-def variance_over_rows(rows: RowsLike) -> float:
-    """Variance over rows of each column, mean over columns; two passes in blocks."""
+def mean_over_rows(rows: RowsLike) -> Floats:
+    """`(d,)` in float64, a block of rows at a time."""
     count, width = rows.shape
     mean = np.zeros(width)
     for block in _chunks(count, width):
         mean += np.asarray(rows[block]).sum(axis=0, dtype=np.float64)
-    mean /= count
+    return mean / count
+
+
+def variance_over_rows(rows: RowsLike) -> float:
+    """Variance over rows of each column, mean over columns; two passes in blocks."""
+    count, width = rows.shape
+    mean = mean_over_rows(rows)
     total = 0.0
     for block in _chunks(count, width):
         centred = rows[block] - mean
@@ -102,7 +108,7 @@ def row_correlations(first: Rows, second: Rows) -> Floats:
     return result
 
 
-def column_correlations(first: Rows, second: Rows) -> Floats:
+def column_correlations(first: RowsLike, second: RowsLike) -> Floats:
     """Pearson's r between corresponding columns: voxels over time. NaN at zero variance."""
     result = np.empty(first.shape[1])
     for columns in _chunks(first.shape[1], first.shape[0]):
@@ -164,7 +170,7 @@ def pairings(count: int, dependence: int, ordered: bool, wanted: int, seed: int)
     if not ordered and dependence <= 1:
         generator = np.random.default_rng(seed)
         return "permutation", [generator.permutation(count) for _ in range(wanted)] if count > 3 else []
-    margin = max(_SHIFT_MARGIN, dependence)
+    margin = max(SHIFT_MARGIN, dependence)
     shifts = np.arange(margin, count - margin + 1)
     if len(shifts) > wanted:
         shifts = np.unique(np.linspace(shifts[0], shifts[-1], wanted).round().astype(np.int64))

@@ -36,5 +36,5 @@ def embedding_metrics(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
         centre,
         _TOP,
     )
-    evidence = evidence_beside_mean(evaluated, error.metric, gain, similarity.metric, similarity.null)
+    evidence = evidence_beside_mean(evaluated, error, gain, similarity.metric, similarity.null)
     return found, evidence

@@ -66,7 +66,7 @@ def measure_voxels(evaluated: Evaluated) -> tuple[list[Metric], Evidence]:
     )
     rest += ceiling_metrics(evaluated, over_time)
     leading = metrics[list(_SUMMARIES).index("mean")]
-    evidence = evidence_beside_mean(evaluated, error.metric, gain, leading, nulls["mean"])
+    evidence = evidence_beside_mean(evaluated, error, gain, leading, nulls["mean"])
     return [*metrics, *rest], evidence
 
 
@@ -125,7 +125,7 @@ def _summaries(
     has_variance = np.isfinite(over_time)
     theirs = {
         name: defined(statistics.column_correlations(rows, evaluated.targets))
-        for name, rows in evaluated.baselines.items()
+        for name, rows in baseline_rows(evaluated).items()
     }
     metrics: list[Metric] = []
     nulls: dict[str, Optional[Null]] = {}
@@ -148,7 +148,7 @@ def _summaries(
                 reason="no voxel varies over time in both prediction and target",
                 chance=null.mean if null else None,
                 interval=interval if value is not None else None,
-                baselines={name: function(r) for name, r in theirs.items() if len(r)},
+                baselines={name: function(r) if len(r) else None for name, r in theirs.items()},
                 parameters={
                     "correlation": "of each voxel over time",
                     "summary_over_voxels": summary,
@@ -190,7 +190,9 @@ def _significant_share(evaluated: Evaluated, over_time: Floats, shifted: Floats,
         "",
         chance=float(by_chance.mean()),
         parameters=stated,
+        baselines={},
         details={"voxels": int(np.isfinite(q).sum()), **null_details(null)},
+        no_baselines="significance is asked of the model alone",
     )
 
 
@@ -215,7 +217,7 @@ def _explained(evaluated: Evaluated, error: Scored) -> Metric:
         reason="",
         chance=None if chance is None else 1.0 - chance / total,
         interval=None if interval is None else (1.0 - interval[1], 1.0 - interval[0]),
-        baselines={n: 1.0 - v / total for n, v in error.metric.baselines.items()},
+        baselines={n: None if v is None else 1.0 - v / total for n, v in error.metric.baselines.items()},
         parameters={"over": "all volumes and voxels together", **null_parameters(error.null)},
         details={"p": error.null.p} if error.null else {},
     )

@@ -70,6 +70,9 @@ def metric(value: float | None, direction: str | None = "higher", **over: object
         (metric(0.5, baselines={"train_mean": 0.4}), ("good", "Beats every baseline")),
         (metric(0.4, baselines={"train_mean": 0.4}), ("bad", "Does not beat train mean")),
         (metric(0.3, None, chance=0.1, baselines={"train_mean": 0.4}), ("plain", "")),
+        (metric(0.5, baselines={"previous_sample": 0.9}), ("plain", "")),
+        (metric(0.5, baselines={"train_mean": 0.4, "previous_sample": 0.9}), ("good", "Beats every baseline")),
+        (metric(0.5, baselines={"train_mean": None, "ridge": 0.6}), ("bad", "Does not beat ridge")),
     ],
 )
 def test_a_metric_is_judged_by_its_numbers_alone(given: dict, expected: tuple[str, str]) -> None:
@@ -83,6 +86,17 @@ def test_a_bars_marks_lie_on_one_scale_within_the_bar() -> None:
     assert 0 <= at["chance"] < at["value"] < at["baseline"] <= 100
     assert row.bar.start is not None
     assert row.bar.start < at["value"] < row.bar.start + (row.bar.width or 0)
+
+
+def test_a_baseline_without_a_value_is_shown_with_its_reason() -> None:
+    told = {"baselines_without_value": {"ridge": "inputs are no numbers"}, "p": 0.01}
+    row = metric_row(metric(0.5, baselines={"train_mean": 0.4, "ridge": None, "odd": None}, details=told))
+    assert row.baselines == (
+        ("Train mean", "0.4"),
+        ("Ridge", "not measured: inputs are no numbers"),
+        ("Odd", "not measured"),
+    )
+    assert row.parameters == "p 0.01"
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308])
