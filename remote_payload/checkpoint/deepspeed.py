@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+from remote_payload.checkpoint.deepspeed_parameters import MASTER, Assembled, assemble
 from remote_payload.checkpoint.errors import CheckpointError, MalformedCheckpointError, TruncatedCheckpointError
 from remote_payload.checkpoint.limits import Limits
 from remote_payload.checkpoint.parts import Parts, path_inside, reason
@@ -20,7 +21,10 @@ OPTIMIZER_KEY = "optimizer_partitions"
 
 
 class DeepSpeedReader:
-    """Reads the weights of ZeRO 0 to 2, and every partition of the optimizer as the flat tensors that it is."""
+    """Reads the weights as they are served, and the optimizer's partitions put together by parameter where they fit.
+
+    Of ZeRO 3, whose served weights lie in no file, the float32 weights of the partitions are the model.
+    """
 
     def recognises(self, folder: Folder) -> bool:
         if any(_MODEL.match(name) for name in folder.names):
@@ -47,10 +51,25 @@ class DeepSpeedReader:
                 raise MalformedCheckpointError(f"{models[0][1]} holds no model states")
             partitions = sorted((_ranks(m), m.group()) for m in map(_OPTIMIZER.match, names) if m)
             shards = _read_partitions(parts, [name for _, name in partitions])
-            parts.raw.notes.extend(_notes(root, shards, [ranks for ranks, _ in models]))
             _check_count(parts.raw, shards)
-            # Placeholders for what the partitions hold would hide a real optimizer's state elsewhere in the file.
-            return parts.finish({**root, OPTIMIZER_KEY: shards} if shards else root)
+            stage = next((s for s in (_field(p, "zero_stage") for p in shards.values()) if type(s) is int), None)
+            slices = len({model_rank for (model_rank, _), _ in models})
+            if slices > 1:
+                parts.raw.notes.append(
+                    f"The model is cut into {slices} tensor-parallel slices; only the first is read, none are joined."
+                )
+            if isinstance(root.get("frozen_param_fragments"), dict):
+                parts.raw.notes.append("Fragments of frozen parameters are listed as they are and not joined.")
+            if not shards:
+                return parts.finish(root)
+            assembled: Union[Assembled, str] = "a partition is missing or of unknown stage"
+            if stage is not None and not parts.raw.problems:
+                own = [shards[n] for (model_rank, _), n in partitions if model_rank == models[0][0][0]]
+                assembled = assemble(root, own, stage)
+            if isinstance(assembled, str):
+                parts.raw.notes.append(_not_assembled(stage, assembled))
+                return parts.finish({**root, OPTIMIZER_KEY: shards})
+            return parts.finish(_with_parameters(root, assembled, stage, parts.raw))
 
 
 def _read_partitions(parts: Parts, names: list[str]) -> dict[str, object]:
@@ -89,26 +108,37 @@ def _check_count(raw: RawCheckpoint, shards: dict[str, object]) -> None:
         )
 
 
-def _notes(root: dict[Any, Any], shards: dict[str, object], models: list[tuple[int, int]]) -> list[str]:
-    notes = []
-    stage = next((s for s in (_field(p, "zero_stage") for p in shards.values()) if type(s) is int), None)
-    slices = len({model_rank for model_rank, _ in models})
-    if slices > 1:
-        notes.append(f"The model is cut into {slices} tensor-parallel slices; only the first is read, none are joined.")
-    if stage == 3:
-        notes.append(
-            "ZeRO stage 3: the weights lie in the flat partitions and the model states hold placeholders; parameters "
-            "are not put together again. DeepSpeed's own zero_to_fp32.py in the folder writes them to one file."
+def _with_parameters(
+    root: dict[Any, Any], assembled: Assembled, stage: Optional[int], raw: RawCheckpoint
+) -> dict[Any, Any]:
+    raw.optimizer_key = "optimizer"
+    made = {**root, "optimizer": assembled.optimizer}
+    if stage != 3:
+        raw.notes.append(
+            f"ZeRO stage {stage}: float32 weights and moments were put together from the partitions, by parameter."
         )
-    elif shards:
-        shown = "of unknown stage" if stage is None else f"stage {stage}"
-        notes.append(
-            f"ZeRO {shown}: the optimizer's moments and 32-bit weights are read as the flat partitions that they are; "
-            "they are not matched to parameters."
-        )
-    if isinstance(root.get("frozen_param_fragments"), dict):
-        notes.append("Fragments of frozen parameters are listed as they are and not joined.")
-    return notes
+        return made
+    weights = root.get("module")
+    named = dict(weights) if isinstance(weights, dict) else {}
+    named.update(assembled.masters)
+    shared = root.get("shared_params")
+    for alias, name in shared.items() if isinstance(shared, dict) else ():
+        if isinstance(alias, str) and isinstance(name, str) and name in assembled.masters:
+            named[alias] = assembled.masters[name]
+    for entry in assembled.optimizer["state"].values():
+        # Here they are the model's own.
+        del entry[MASTER]
+    raw.notes.append("ZeRO stage 3: the model is the float32 weights, put together from the partitions of all ranks.")
+    return {**made, "module": named}
+
+
+def _not_assembled(stage: Optional[int], why: str) -> str:
+    shown = "of unknown stage" if stage is None else f"stage {stage}"
+    told = " The model states hold placeholders; DeepSpeed's own zero_to_fp32.py writes the weights to one file."
+    return (
+        f"ZeRO {shown}: the optimizer's moments and 32-bit weights are read as flat partitions and "
+        f"not matched to parameters: {why}." + (told if stage == 3 else "")
+    )
 
 
 def _field(partition: object, name: str) -> Any:

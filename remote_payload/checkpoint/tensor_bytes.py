@@ -83,8 +83,22 @@ def readable(header: CheckpointHeader, name: str) -> TensorEntry:
     return tensor
 
 
+def pieces_are_flat(tensor: TensorEntry) -> bool:
+    """Whether a tensor's pieces are ranges of its elements in row-major order, cut without regard to its rows."""
+    at = 0
+    for piece in tensor.pieces:
+        if len(piece.shape) != 1 or piece.offsets != (at,) or piece.stride != (1,):
+            return False
+        at += piece.shape[0]
+    return at == tensor.numel and tensor.stride == contiguous_stride(tensor.shape)
+
+
 def pieces_are_row_ranges(tensor: TensorEntry) -> bool:
     """Whether a tensor's pieces, one after the other, are its elements in row-major order."""
+    if pieces_are_flat(tensor):
+        return True
+    if any(len(p.shape) != len(tensor.shape) for p in tensor.pieces):
+        return False
     in_order = is_in_row_order(tensor.shape, [(p.offsets, p.shape) for p in tensor.pieces])
     return in_order and all(p.stride == contiguous_stride(p.shape) for p in tensor.pieces)
 

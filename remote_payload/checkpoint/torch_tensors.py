@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Union
 from remote_payload.checkpoint.errors import UnsupportedCheckpointError
 from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry, TensorPiece
 from remote_payload.checkpoint.source import Source
-from remote_payload.checkpoint.tensor_bytes import MAX_BLOCK_BYTES, MappedTensor, map_tensor, readable
+from remote_payload.checkpoint.tensor_bytes import (
+    MAX_BLOCK_BYTES,
+    MappedTensor,
+    map_tensor,
+    pieces_are_flat,
+    readable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +50,10 @@ def load_tensor(
         loaded = _load_part(header, part, dtype, target, swap)
         return loaded if tensor.is_dense else loaded.contiguous()
     whole = torch.empty(tensor.shape, dtype=dtype, device=target)
+    target_view = whole.view(-1) if pieces_are_flat(tensor) else whole
     for piece in tensor.pieces:
         box = tuple(slice(start, start + extent) for start, extent in zip(piece.offsets, piece.shape))
-        whole[box].copy_(_load_part(header, piece, dtype, target, swap))
+        target_view[box].copy_(_load_part(header, piece, dtype, target, swap))
     return whole
 
 

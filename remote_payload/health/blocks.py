@@ -10,6 +10,7 @@ from typing import Optional
 
 from remote_payload.checkpoint.dtypes import ITEM_BYTES
 from remote_payload.checkpoint.header import CheckpointHeader, TensorEntry
+from remote_payload.checkpoint.placement import is_dense
 from remote_payload.checkpoint.tensor_bytes import pieces_are_row_ranges
 from remote_payload.health.joint import Trio, find_trios
 from remote_payload.health.stats import Misalignment
@@ -23,7 +24,8 @@ made to be slow could lay 100,000 over each other."""
 class Group:
     """Tensors that are the same dense span of bytes read as the same type, or the same part of one: measured once.
 
-    A tensor in pieces is `parts` groups of the same names; each begins `base` bytes into the tensor.
+    A tensor in pieces is `parts` groups of the same names; each begins `base` bytes into the tensor, where its pieces
+    stand one behind the other.
     """
 
     index: int
@@ -272,8 +274,8 @@ def _inside_one(spans: list[tuple[int, int, int]], file: int, offset: int, lengt
 def _unfit_pieces(spans: list[tuple[int, int, int]], tensor: TensorEntry) -> Optional[str]:
     if not tensor.numel:
         return "it has no elements"
-    if not pieces_are_row_ranges(tensor):
-        return "its pieces are no ranges of its rows"
+    if not pieces_are_row_ranges(tensor) and not all(is_dense(p.shape, p.stride) for p in tensor.pieces):
+        return "a piece of it is no dense span"
     if any(not _inside_one(spans, p.file, p.file_offset, p.span_bytes) for p in tensor.pieces):
         return "a record of its pieces overlaps another"
     return None

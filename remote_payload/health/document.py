@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from remote_payload.checkpoint.errors import CheckpointError
+from remote_payload.checkpoint.header import TensorEntry
 from remote_payload.checkpoint.plain import json_number
+from remote_payload.checkpoint.tensor_bytes import pieces_are_row_ranges
 from remote_payload.health.classes import classes
 from remote_payload.health.facts import HealthFacts
 from remote_payload.health.verdict import unreadable_verdict
@@ -104,4 +106,11 @@ def _tensor(facts: HealthFacts, index: int) -> dict[str, Any]:
         "value": tensor.value,
         "statistics": stats.to_json() if stats else None,
         "not_measured": reason,
+        "rows_not_measured": _why_no_rows(tensor) if stats else None,
     }
+
+
+def _why_no_rows(tensor: TensorEntry) -> Optional[str]:
+    if len(tensor.shape) >= 2 and tensor.pieces and not pieces_are_row_ranges(tensor):
+        return "its pieces are no ranges of its rows"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import Callable, Optional
 
@@ -11,7 +12,7 @@ import numpy as np
 from remote_payload.checkpoint.dtypes import ITEM_BYTES, is_floating
 from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.checkpoint.header import CheckpointHeader, Role, TensorEntry
-from remote_payload.checkpoint.tensor_bytes import map_tensor
+from remote_payload.checkpoint.tensor_bytes import map_tensor, pieces_are_row_ranges
 from remote_payload.checkpoint.torch_tensors import tensor_from_map
 from remote_payload.health import kernels
 from remote_payload.health.blocks import Block, Group, ScanPlan, Span
@@ -244,8 +245,8 @@ class _OpenGroup:
         moments, spread = self._read()
         stats = finish(
             moments,
-            tuple(index_of(p, tensor.shape, tensor.stride) for p in self.nan),
-            tuple(index_of(p, tensor.shape, tensor.stride) for p in self.inf),
+            tuple(_index_in(tensor, p) for p in self.nan),
+            tuple(_index_in(tensor, p) for p in self.inf),
             is_floating(self._dtype),
         )
         value, share = spread.most_frequent()
@@ -259,6 +260,18 @@ class _OpenGroup:
             rows=self.rows.finish() if self.rows is not None else None,
             init=init_distances(spread, stats.mean, stats.std, tensor.shape) if is_matrix else (),
         )
+
+
+def _index_in(tensor: TensorEntry, position: int) -> tuple[int, ...]:
+    """Of the element at `position` of a tensor's bytes, or of its pieces one behind the other."""
+    if tensor.pieces and not pieces_are_row_ranges(tensor):
+        for piece in tensor.pieces:
+            count = math.prod(piece.shape)
+            if position < count:
+                inside = index_of(position, piece.shape, piece.stride)
+                return tuple(start + at for start, at in zip(piece.offsets, inside))
+            position -= count
+    return index_of(position, tensor.shape, tensor.stride)
 
 
 def _row_shapes(header: CheckpointHeader, plan: ScanPlan) -> dict[int, RowShape]:

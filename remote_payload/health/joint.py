@@ -10,11 +10,14 @@ from typing import Any, Optional
 import numpy as np
 
 from remote_payload.checkpoint.header import CheckpointHeader, OptimizerFacts, TensorEntry
+from remote_payload.checkpoint.tensor_bytes import pieces_are_row_ranges
 from remote_payload.health.distribution import Array, Distribution
 from remote_payload.health.run_config import as_number
 from remote_payload.health.stats import AdamSettings, JointStats, Misalignment
 from remote_payload.health.training_record import training_record
 
+MASTER_KEYS = ("master_param", "master_params", "master_weight")
+"""What optimizers call the float32 weights that they keep beside the moments."""
 JOINT_TYPES = ("bfloat16", "float16", "float32")
 
 
@@ -26,10 +29,12 @@ class Trio:
     first_moment: str
     second_moment: str
     settings: AdamSettings
+    master: Optional[str] = None
+    """The float32 weights that the optimizer keeps and steps, where the model's own are a copy of them in 16 bits."""
 
     @property
     def names(self) -> tuple[str, str, str]:
-        return self.parameter, self.first_moment, self.second_moment
+        return self.master or self.parameter, self.first_moment, self.second_moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +90,8 @@ def find_trios(header: CheckpointHeader) -> tuple[list[Trio], dict[str, str], tu
     for optimizer, index, name in ((o, i, n) for o in header.optimizers for i, n in o.parameters.items()):
         place = f"{optimizer.path}/state/{index}" if optimizer.path else f"state/{index}"
         moments = [tensors.get(f"{place}/{k}") for k in ("exp_avg", "exp_avg_sq")]
-        parameter = tensors.get(name)
+        master = next((tensors[m] for m in (f"{place}/{k}" for k in MASTER_KEYS) if m in tensors), None)
+        parameter = master or tensors.get(name)
         first, second = moments
         if parameter is None or first is None or second is None:
             continue
@@ -94,7 +100,7 @@ def find_trios(header: CheckpointHeader) -> tuple[list[Trio], dict[str, str], tu
         settings = _settings(optimizer, index, tensors.get(f"{place}/step"), peak)
         reason = "a moment's shape is not the parameter's" if wrong else _unfit(parameter, first, second, settings)
         if reason is None and settings is not None:
-            trios.append(Trio(name, first.name, second.name, settings))
+            trios.append(Trio(name, first.name, second.name, settings, master.name if master else None))
         else:
             reasons[name] = reason or "the optimizer's numbers are incomplete"
     return trios, reasons, tuple(misaligned)
@@ -108,9 +114,15 @@ def _unfit(
         return "the file does not give the optimizer's learning rate, betas and eps"
     if any(t.dtype not in JOINT_TYPES for t in three):
         return "a type that is not read together: " + ", ".join(t.dtype for t in three)
+    if any(not pieces_are_row_ranges(t) for t in three if t.pieces) and len({_cut(t) for t in three}) > 1:
+        return "its pieces are not cut as those of its moments are"
     if any(t.stride != parameter.stride for t in three):
         return "the moments lie in another order than the parameter"
     return None
+
+
+def _cut(tensor: TensorEntry) -> tuple[Any, ...]:
+    return tuple((p.offsets, p.shape, p.stride) for p in tensor.pieces)
 
 
 def _settings(

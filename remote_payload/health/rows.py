@@ -9,6 +9,7 @@ from typing import Any, Optional
 import numpy as np
 
 from remote_payload.checkpoint.header import Role, Section, TensorEntry
+from remote_payload.checkpoint.tensor_bytes import pieces_are_row_ranges
 from remote_payload.health.stats import MAX_LOCATIONS, RowStats
 
 MAX_ROWS = 1 << 22
@@ -51,6 +52,8 @@ def row_shape(tensor: TensorEntry) -> Optional[RowShape]:
     if tensor.role not in _ROW_ROLES or tensor.section not in (Section.MODEL, Section.AVERAGE):
         return None
     if len(tensor.shape) < 2 or not tensor.numel or tensor.dtype not in _ROW_TYPES or not _is_row_major(tensor):
+        return None
+    if tensor.pieces and not pieces_are_row_ranges(tensor):
         return None
     rows, columns = tensor.shape[0], tensor.numel // tensor.shape[0]
     if rows > MAX_ROWS or columns > MAX_COLUMNS:

@@ -26,15 +26,21 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 
-def work(rank, folder):
+def work(rank, folder, columns):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}.rendezvous", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
-    fully_shard(model, mesh=mesh)
+    if columns:
+        style = RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(model, mesh, {"0": style, "2": style})
+    else:
+        fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model(torch.randn(8, 6)).square().sum().backward()
     optimizer.step()
@@ -46,16 +52,24 @@ def work(rank, folder):
 
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(sys.argv[1],), nprocs=2)
+    mp.spawn(work, args=(sys.argv[1], len(sys.argv) > 2), nprocs=2)
 """
 
 
-def write_fsdp2_checkpoint(folder: Path) -> None:
-    """What two ranks of FSDP2 save: every parameter in two row ranges, buffers whole."""
+def write_fsdp2_checkpoint(folder: Path, columns: bool = False) -> None:
+    """What two ranks of FSDP2 save: every parameter in two row ranges, buffers whole.
+
+    `columns`: of tensor parallelism instead, where each rank has some of the matrices' columns.
+    """
     script = folder.with_suffix(".py")
     script.write_text(_TWO_RANKS)
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, str(script), str(folder)], timeout=120, capture_output=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), *(["columns"] if columns else [])],
+        timeout=120,
+        capture_output=True,
+        env=environment,
+    )
     if done.returncode:
         raise RuntimeError(f"two ranks could not save: {done.stderr[-3000:].decode(errors='replace')}")
 
@@ -117,14 +131,36 @@ def write_torch_shards(folder: Path, state: dict[str, torch.Tensor], shards: int
     return weight_map
 
 
+def deepspeed_run() -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """float32 weights after real steps, and Adam's moments of each, by the names that DeepSpeed's engine saves."""
+    torch.manual_seed(1)
+    model = SmallNet()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    named = {f"module.{n}": p for n, p in model.named_parameters()}
+    weights = {n: p.detach().clone() for n, p in named.items()}
+    return weights, {n: {k: v for k, v in optimizer.state[p].items() if k != "step"} for n, p in named.items()}
+
+
+def _partitions(tensors: list[torch.Tensor], stage: int, ranks: int) -> list[torch.Tensor]:
+    """What each rank keeps: a range of all of them, or with stage 3 a range of each, the last padded."""
+    if stage == 3:
+        return [torch.cat(parts) for parts in zip(*(_partitions([t], 2, ranks) for t in tensors), strict=True)]
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    return list(torch.cat([flat, flat.new_zeros(-len(flat) % ranks)]).chunk(ranks))
+
+
 def write_deepspeed_checkpoint(folder: Path, stage: int = 2, ranks: int = 2) -> dict[str, torch.Tensor]:
-    """DeepSpeed's layout by its published names: `latest`, model states, one optimizer partition for each rank."""
+    """DeepSpeed's layout: `latest`, model states, one optimizer partition for each rank. Returns the served weights."""
     step = folder / "global_step30"
     step.mkdir(parents=True)
     (folder / "latest").write_text("global_step30")
     (folder / "zero_to_fp32.py").write_text("raise SystemExit('never run')\n")
-    torch.manual_seed(1)
-    weights = {f"module.{n}": p.detach().clone().bfloat16() for n, p in SmallNet().named_parameters()}
+    masters, moments = deepspeed_run()
+    weights = {n: p.bfloat16() for n, p in masters.items()}
     shapes = OrderedDict((n, p.shape) for n, p in weights.items())
     placeholders = {n: torch.empty(0, dtype=p.dtype) for n, p in weights.items()}
     model = {
@@ -141,20 +177,20 @@ def write_deepspeed_checkpoint(folder: Path, stage: int = 2, ranks: int = 2) -> 
         "ds_config": {"train_batch_size": 8, "zero_optimization": {"stage": stage}},
         "ds_version": "0.16.4",
     }
-    flat = torch.cat([p.float().reshape(-1) for p in weights.values()])
-    flat = torch.cat([flat, flat.new_zeros(-len(flat) % ranks)])
-    for rank, part in enumerate(flat.chunk(ranks)):
+    kept = {k: _partitions([m[k] for m in moments.values()], stage, ranks) for k in ("exp_avg", "exp_avg_sq")}
+    for rank, part in enumerate(_partitions(list(masters.values()), stage, ranks)):
         name = f"zero_pp_rank_{rank}_mp_rank_00"
         if stage == 3 or rank == 0:
             torch.save(model, step / (f"{name}_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"))
-        moments = {"step": 30, "exp_avg": torch.zeros_like(part), "exp_avg_sq": torch.ones_like(part)}
+        group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "params": [0]}
+        state = {"state": {0: {"step": 5, **{k: v[rank].clone() for k, v in kept.items()}}}, "param_groups": [group]}
         optimizer: dict[str, Any] = {"zero_stage": stage, "partition_count": ranks, "loss_scaler": None}
         if stage == 3:
             optimizer["fp32_flat_groups"] = [part.clone()]
-            optimizer["optimizer_state_dict"] = {"state": {0: moments}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+            optimizer["optimizer_state_dict"] = state
         else:
             optimizer["single_partition_of_fp32_groups"] = [part.clone()]
-            optimizer["base_optimizer_state"] = {"state": {0: moments}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+            optimizer["base_optimizer_state"] = state
         prefix = "bf16_" if stage < 3 else ""
         torch.save(
             {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.16.4"},

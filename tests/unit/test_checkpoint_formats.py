@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.support.agent_node import interpreters
 from tests.support.checkpoints import SmallNet, trained_small_checkpoint
 from tests.support.formats import (
     all_fixture_folders_and_files,
+    deepspeed_run,
     lightning_checkpoint,
     write_dcp_checkpoint,
     write_deepspeed_checkpoint,
@@ -279,27 +281,92 @@ def test_an_averaged_model_is_a_section_of_its_own(tmp_path: Path) -> None:
 # DeepSpeed
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_weights_are_read_and_the_rest_is_said_not_to_be(tmp_path: Path, stage: int) -> None:
-    weights = write_deepspeed_checkpoint(tmp_path / "run", stage)
+def test_deepspeeds_partitions_are_put_together_beside_the_served_weights(
+    tmp_path: Path, stage: int, ranks: int
+) -> None:
+    weights = write_deepspeed_checkpoint(tmp_path / "run", stage, ranks)
+    masters, moments = deepspeed_run()
     for folder in (tmp_path / "run", tmp_path / "run" / "global_step30"):
         header = read_header(folder)
         assert (header.format, header.state_path) == ("deepspeed", "module")
         for name, tensor in weights.items():
             assert load_tensor(header, name.replace("module.", "", 1)).equal(tensor)
+            assert load_tensor(header, f"optimizer/state/{name}/master_param").equal(masters[name])
+            for moment, value in moments[name].items():
+                assert load_tensor(header, f"optimizer/state/{name}/{moment}").equal(value)
         assert header.config["train_batch_size"] == 8
         assert header.scalars["global_steps"] == 30
-        flat = [t for t in header.tensors if t.section is Section.OPTIMIZER]
-        assert len(flat) == 2 * 3
-        assert any("not matched to parameters" in note for note in header.notes)
+        assert header.optimizer is not None
+        assert (header.optimizer.kind, header.optimizer.mapping, header.optimizer.steps) == (
+            "Adam or AdamW",
+            "by_name",
+            (5,),
+        )
         assert header_findings(header) == []
 
 
-def test_zero_stage_3_says_that_its_weights_are_not_put_together(tmp_path: Path) -> None:
-    write_deepspeed_checkpoint(tmp_path / "run", stage=3)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_model_of_zero_stage_3_is_put_together_from_all_ranks(tmp_path: Path, ranks: int) -> None:
+    write_deepspeed_checkpoint(tmp_path / "run", 3, ranks)
+    masters, moments = deepspeed_run()
     header = read_header(tmp_path / "run")
-    assert header.parameter_count == 0
-    assert any("stage 3" in note for note in header.notes)
+    assert {f"module.{t.name}": t.shape for t in header.model_tensors()} == {n: t.shape for n, t in masters.items()}
+    for name, tensor in masters.items():
+        own = name.replace("module.", "", 1)
+        assert load_tensor(header, own).equal(tensor)
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert b"".join(iter_tensor_bytes(header, own, 16)) == raw
+        for moment, value in moments[name].items():
+            assert load_tensor(header, f"optimizer/state/{name}/{moment}").equal(value)
+    assert header.parameter_count == sum(t.numel() for t in masters.values())
+    assert header_findings(header) == []
+
+
+def edited(folder: Path, pattern: str, change: Callable[[Any], None]) -> Path:
+    """The checkpoint after `change` on every file of a pattern."""
+    for path in folder.rglob(pattern):
+        loaded = torch.load(path, weights_only=True)
+        change(loaded)
+        torch.save(loaded, path)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(param_shapes=[{n: (*s, 2) for n, s in m["param_shapes"][0].items()}]),
+        lambda m: m.update(param_shapes=[dict(list(m["param_shapes"][0].items())[1:])]),
+        lambda m: m.update(param_shapes=[dict.fromkeys(m["param_shapes"][0], (1 << 40, 1 << 40))]),
+        lambda m: m.update(param_shapes=[dict.fromkeys(m["param_shapes"][0], (-1,))]),
+        lambda m: m.update(param_shapes=None),
+        lambda m: m.update(param_shapes=[[], 5]),
+        lambda m: m.pop("param_shapes"),
+    ],
+)
+def test_partitions_that_do_not_fit_the_shapes_stay_flat_and_say_why(
+    tmp_path: Path, stage: int, change: Callable[[Any], None]
+) -> None:
+    write_deepspeed_checkpoint(tmp_path / "run", stage)
+    header = read_header(edited(tmp_path / "run", "*_model_states.pt", change))
+    flat = [t for t in header.tensors if t.section is Section.OPTIMIZER]
+    assert len(flat) == 2 * 3
+    assert any("not matched to parameters" in note for note in header.notes)
+    assert (header.parameter_count == 0) is (stage == 3)
+
+
+def test_moments_that_a_rank_lacks_are_left_out_and_the_weights_are_not(tmp_path: Path) -> None:
+    write_deepspeed_checkpoint(tmp_path / "run", 3)
+
+    def without(partition: Any) -> None:
+        del partition["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["exp_avg_sq"]
+
+    header = read_header(edited(tmp_path / "run", "*rank_1*_optim_states.pt", without))
+    assert header.parameter_count > 0
+    assert [t for t in header.tensors if t.name.endswith("exp_avg_sq")] == []
+    assert [t for t in header.tensors if t.name.endswith("exp_avg")] != []
 
 
 def test_a_missing_partition_of_the_optimizer_is_found(tmp_path: Path) -> None:

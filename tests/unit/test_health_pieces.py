@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from remote_payload.checkpoint import read_header
 from remote_payload.health.blocks import plan_scan
 from remote_payload.health.scan import scan
-from tests.support.formats import write_fsdp2_checkpoint
+from tests.support.formats import deepspeed_run, write_deepspeed_checkpoint, write_fsdp2_checkpoint
 from tests.support.hard_values import differing, flat
-from tests.support.health_plants import examined
+from tests.support.health_plants import examined, findings_of
 
 
 def test_numerics_do_not_pass_where_a_view_was_not_measured(tmp_path: Path) -> None:
@@ -82,18 +82,96 @@ def test_a_piece_that_cannot_be_read_takes_its_tensor_with_it(sharded: tuple[Pat
     assert "became shorter" in result.not_measured[tensor.name]
 
 
-def test_pieces_that_are_no_ranges_of_rows_are_said_not_to_be_measured(sharded: tuple[Path, Path]) -> None:
-    header = read_header(str(sharded[0]))
-    tensor = next(t for t in header.model_tensors() if len(t.pieces) == 2 and len(t.shape) == 2)
-    rows, columns = tensor.shape
-    turned = dataclasses.replace(
-        tensor,
-        shape=(columns, rows),
-        stride=(rows, 1),
-        pieces=tuple(
-            dataclasses.replace(p, offsets=p.offsets[::-1], shape=p.shape[::-1], stride=(p.shape[0], 1))
-            for p in tensor.pieces
-        ),
+@pytest.fixture(scope="module")
+def by_columns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What two ranks of tensor parallelism saved, each some columns of the matrices, and the same in one file."""
+    folder = tmp_path_factory.mktemp("columns") / "tensor_parallel"
+    write_fsdp2_checkpoint(folder, columns=True)
+    one = folder.with_suffix(".pt")
+    dcp_to_torch_save(str(folder), str(one))
+    return folder, one
+
+
+@pytest.mark.parametrize("block_bytes", [None, 16, 48])
+@pytest.mark.parametrize("by_native", [False, True])
+def test_a_matrix_cut_by_columns_has_all_its_numbers_but_those_of_its_rows(
+    by_columns: tuple[Path, Path], block_bytes: int | None, by_native: bool
+) -> None:
+    in_pieces, in_one = (
+        scan(read_header(str(path)), "cpu", lambda _done, _total: None, block_bytes, by_native) for path in by_columns
     )
-    changed = dataclasses.replace(header, tensors=tuple(turned if t is tensor else t for t in header.tensors))
-    assert plan_scan(changed).not_measured == {tensor.name: "its pieces are no ranges of its rows"}
+    assert in_pieces.not_measured == {}
+    assert in_pieces.stats["0.weight"].rows is None
+    assert in_one.stats["0.weight"].rows is not None
+    for result in (in_pieces, in_one):
+        for name, stats in result.stats.items():
+            result.stats[name] = dataclasses.replace(stats, rows=None)
+    for part in ("stats", "joint"):
+        assert differing(dataclasses.asdict(in_pieces)[part], dataclasses.asdict(in_one)[part], 1e-12) == []
+    assert in_pieces.joint.keys() == in_one.joint.keys()
+    assert len(in_pieces.joint) == 6
+
+
+def test_a_matrix_cut_by_columns_says_that_its_rows_were_not_measured(by_columns: tuple[Path, Path]) -> None:
+    reasons = {t["name"]: t["rows_not_measured"] for t in examined(by_columns[0])["tensors"]}
+    assert reasons["0.weight"] == reasons["2.weight"] == "its pieces are no ranges of its rows"
+    assert reasons["0.bias"] is None
+
+
+def test_a_bad_element_of_a_matrix_cut_by_columns_is_found_where_it_is(
+    by_columns: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(by_columns[0], tmp_path / "tensor_parallel"))
+    header = read_header(str(folder))
+    second = header.tensor("0.weight").pieces[1]
+    path = Path(header.files[second.file].path)
+    data = bytearray(path.read_bytes())
+    data[second.file_offset + 16 : second.file_offset + 20] = struct.pack("<f", float("nan"))
+    path.write_bytes(data)
+    result = scan(read_header(str(folder)), "cpu", lambda _done, _total: None)
+    assert result.stats["0.weight"].first_nan == ((1, 4),), "element 4 of 3 columns from column 3 on"
+
+
+def test_moments_that_are_cut_otherwise_are_not_read_with_their_parameter(by_columns: tuple[Path, Path]) -> None:
+    header = read_header(str(by_columns[0]))
+    moment = header.tensor("optim/state/0.weight/exp_avg")
+    rows = tuple(
+        dataclasses.replace(p, offsets=(0, 0) if n == 0 else (2, 3), shape=p.shape) for n, p in enumerate(moment.pieces)
+    )
+    other = dataclasses.replace(moment, pieces=rows)
+    changed = dataclasses.replace(header, tensors=tuple(other if t is moment else t for t in header.tensors))
+    plan = plan_scan(changed)
+    assert plan.joint_not_measured == {"0.weight": "its pieces are not cut as those of its moments are"}
+
+
+@pytest.mark.parametrize("block_bytes", [None, 16, 48])
+def test_zero_3_puts_together_what_one_file_would_say(tmp_path: Path, block_bytes: int | None) -> None:
+    write_deepspeed_checkpoint(tmp_path / "run", stage=3, ranks=3)
+    masters, _ = deepspeed_run()
+    torch.save({"model": masters}, tmp_path / "one.pt")
+    in_ranks, in_one = (
+        scan(read_header(str(tmp_path / name)), "cpu", lambda _done, _total: None, block_bytes)
+        for name in ("run", "one.pt")
+    )
+    assert in_ranks.not_measured == {}
+    for name, stats in in_one.stats.items():
+        found, expected = dataclasses.asdict(in_ranks.stats[name]), dataclasses.asdict(stats)
+        assert differing(found, expected, 1e-12) == []
+    assert any(s.rows for s in in_one.stats.values())
+    assert len(in_ranks.joint) + len(in_ranks.joint_not_measured) == len(masters)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_healthy_run_of_zero_raises_no_alarm_and_a_dead_layer_does(tmp_path: Path, stage: int) -> None:
+    write_deepspeed_checkpoint(tmp_path / "run", stage)
+    document = examined(tmp_path / "run")
+    assert [(f["id"], f["title"]) for f in document["findings"] if f["severity"] != "info"] == []
+    for path in (tmp_path / "run").rglob("*_optim_states.pt"):
+        partition = torch.load(path, weights_only=True)
+        inner = partition["optimizer_state_dict"]["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
+        inner["state"][0]["exp_avg_sq"].zero_()
+        torch.save(partition, path)
+    found = findings_of(examined(tmp_path / "run"), "optimizer.zero_gradient")
+    assert [f["severity"] for f in found] == ["error"]
+    weights = {n.removeprefix("module.") for n in deepspeed_run()[0]}
+    assert set(found[0]["where"]) == weights
