@@ -59,12 +59,17 @@ def simple_predictors(
     ]
 
 
-def with_baselines(evaluated: Evaluated, predictors: Sequence[Predictor]) -> Evaluated:
-    """The same rows with what the predictors give, and why others give nothing."""
+def with_baselines(
+    evaluated: Evaluated, predictors: Sequence[Predictor], training: Optional[Baselines] = None
+) -> Evaluated:
+    """The same rows with what the predictors give, why others give nothing, and the training targets that are kept."""
+    name = evaluated.modality.name
+    kept = None if training is None else Reordered(training.targets[name], np.flatnonzero(training.has[name]))
     return dataclasses.replace(
         evaluated,
         baselines={p.name: p.rows for p in predictors if p.rows is not None},
         no_baselines={p.name: p.reason for p in predictors if p.rows is None},
+        training_targets=kept,
         copies=any(p.facts.get("targets_among_inputs") for p in predictors),
     )
 

@@ -172,7 +172,7 @@ def judge_modality(
     if blocking is not None:
         failed = blocking.id == "task.non_finite_output"
         return _unmeasured(modality, blocking.title, [blocking], Outcome.FAIL if failed else Outcome.NOT_MEASURED)
-    evaluated = with_baselines(rows.evaluated(baselines, ordered, dependence, seed), predictors)
+    evaluated = with_baselines(rows.evaluated(baselines, ordered, dependence, seed), predictors, baselines)
     suspicion = prediction_finding(modality, targets, predictions)
     if suspicion is None or suspicion.severity is not Severity.ERROR:
         suspicion = arrangement_finding(modality, targets, predictions, evaluated.train_mean) or suspicion

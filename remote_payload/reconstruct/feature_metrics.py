@@ -156,6 +156,7 @@ def _subset(evaluated: Evaluated, rows: NDArray[np.int64], step: int) -> Evaluat
         predictions=evaluated.predictions[::step],
         baselines={},
         latents=None,
+        training_targets=None,
         dependence=-(-evaluated.dependence // step),
         groups=of(evaluated.groups),
         stimuli=of(evaluated.stimuli),

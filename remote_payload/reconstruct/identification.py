@@ -62,7 +62,7 @@ def identification_metrics(
     parameters: Mapping[str, Any],
     centre: Optional[Floats] = None,
     top: tuple[int, ...] = (),
-    no_baselines: str = "it is undefined for every sample",
+    no_baselines: str = "",
 ) -> list[Metric]:
     """`PREFIX_two_way` and a `PREFIX_top_K` for each of `top`: Pearson over elements, after `centre` is removed.
 

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Optional
 
+from remote_payload.reconstruct.collapse import Collapse
 from remote_payload.reconstruct.measured import NEAREST, RIDGE, Evidence, Metric
 from remote_payload.reconstruct.protocol import Kind, Role
 from remote_payload.wire.results import Dimension, Finding, Outcome, Severity
 
 SIGNIFICANCE = 0.05
 _CONSTANT_SPREAD = 1e-3
+_ALIKE = 0.02
+"""Outputs are alike if what keeps their mean correlation from 1 is less than this share of the targets'."""
+_COPIED = 0.05
 _RIVAL_WORDS = {RIDGE: "ridge regression", NEAREST: "the nearest training stimulus"}
 
 
@@ -29,30 +33,36 @@ class Judgement:
 def judge(evidence: Evidence) -> Judgement:
     """Pass only if the model clearly beats the train mean and chance; fail if it is worse, constant or at chance.
 
-    Above chance without being told from the train mean is a warning, and so is being worse than a linear regression or
-    the nearest training sample, unless those may copy the targets from the inputs; without a baseline, or with too few
-    samples to say, it is not measured.
+    Above chance without being told from the train mean is a warning. So are outputs that are all alike or copies of
+    training samples, and being worse than a linear regression or the nearest training sample, unless those may copy
+    the targets from the inputs. Without a baseline, or with too few samples to say, it is not measured.
     """
     name, role = _name(evidence), evidence.modality.role
-    if evidence.spread is not None and evidence.spread < _CONSTANT_SPREAD and evidence.n > 1:
+    collapse = evidence.collapse or Collapse(None, None, None)
+    if collapse.spread is not None and collapse.spread < _CONSTANT_SPREAD and evidence.n > 1:
         finding = _finding(
             evidence,
             "task.constant_predictor",
             "gives the same output whatever the input",
-            {"output_variance_ratio": evidence.spread, "n": evidence.n},
+            {"output_variance_ratio": collapse.spread, "n": evidence.n},
             "The outputs' variance over samples is next to nothing of the targets': the model has collapsed.",
         )
         return Judgement(evidence.modality.name, role, Outcome.FAIL, f"{name}: constant output", (finding,))
     better, above = _against_baseline(evidence), _above_chance(evidence)
     outcome = _outcome(better, above)
     losing = _losing_to(evidence)
-    if losing and outcome is Outcome.PASS and not evidence.copies:
+    collapsing = _collapse_findings(evidence, collapse)
+    if outcome is Outcome.PASS and (collapsing or (losing and not evidence.copies)):
         outcome = Outcome.WARN
-    told = filter(
-        None, [_baseline_words(evidence, better), _rival_words(evidence, losing), _chance_words(evidence, above)]
-    )
-    sentence = f"{name}: {'; '.join(told)}"
-    return Judgement(evidence.modality.name, role, outcome, sentence, tuple(_findings(evidence, better, above)))
+    told = [
+        _baseline_words(evidence, better),
+        _rival_words(evidence, losing),
+        *(words for _, words in collapsing),
+        _chance_words(evidence, above),
+    ]
+    findings = [*_findings(evidence, better, above), *(finding for finding, _ in collapsing)]
+    sentence = f"{name}: {'; '.join(filter(None, told))}"
+    return Judgement(evidence.modality.name, role, outcome, sentence, tuple(findings))
 
 
 def overall(judgements: Sequence[Judgement]) -> tuple[Outcome, str]:
@@ -135,6 +145,33 @@ def _findings(evidence: Evidence, better: Optional[str], above: Optional[bool]) 
             )
         )
     return found
+
+
+def _collapse_findings(evidence: Evidence, collapse: Collapse) -> list[tuple[Finding, str]]:
+    """Findings on the outputs as a set, each with its words in the headline."""
+    found = []
+    if collapse.alike is not None:
+        given, wanted = collapse.alike
+        if wanted < 1.0 and 1.0 - given < _ALIKE * (1.0 - wanted):
+            finding = _finding(
+                evidence,
+                "task.outputs_alike",
+                "gives nearly the same output whatever the input",
+                {"output_pairwise_similarity": given, "targets": wanted, "n": evidence.n},
+                "Two outputs are far more alike than two targets are.",
+            )
+            found.append((finding, f"outputs hardly differ (correlation {given:.4f}, of targets {wanted:.4f})"))
+    if collapse.copied is not None and collapse.copied > _COPIED:
+        finding = _finding(
+            evidence,
+            "task.copies_training",
+            "gives training samples back",
+            {"training_copies_share": collapse.copied, "n": evidence.n},
+            "Outputs lie on training targets, and far from their own.",
+        )
+        found.append((finding, f"{collapse.copied:.0%} of the outputs copy a training sample"))
+    severity = Severity.WARNING if evidence.modality.role is Role.TARGET else Severity.INFO
+    return [(dataclasses.replace(finding, severity=severity), words) for finding, words in found]
 
 
 def _rival_finding(evidence: Evidence, rival: str) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from remote_payload.reconstruct import products, statistics
 from remote_payload.reconstruct.products import Pairwise
 from remote_payload.reconstruct.protocol import Kind, Modality
 from remote_payload.reconstruct.statistics import Floats, Null, Rows, RowsLike, Score
+
+if TYPE_CHECKING:
+    from remote_payload.reconstruct.collapse import Collapse
 
 HIGHER, LOWER = "higher", "lower"
 NEAREST, RIDGE = "nearest_training_stimulus", "ridge"
@@ -60,7 +63,8 @@ class Evaluated:
     `train_mean` `(d,)` and `commonest_codes` `(k,)` come from the training reference, None without one. `ordered`: the
     samples are consecutive in time, at most across a few cuts. `baselines` holds what simple predictors give for the
     same samples `(n, d)`, by name, `no_baselines` why others give nothing; `copies`: the targets lie among the model's
-    inputs, so that a linear baseline may copy them. `latents` are the model's latents of targets and of predictions,
+    inputs, so that a linear baseline may copy them. `training_targets` `(k, d)` are some of training's.
+    `latents` are the model's latents of targets and of predictions,
     each `(n, l)`.
     `groups`, `stimuli` and `subjects` name each row's group, what was presented and to whom, empty where nobody said:
     rows of one stimulus (and subject) are repeats.
@@ -77,6 +81,7 @@ class Evaluated:
     baselines: Mapping[str, RowsLike] = dataclasses.field(default_factory=dict)
     no_baselines: Mapping[str, str] = dataclasses.field(default_factory=dict)
     copies: bool = False
+    training_targets: Optional[RowsLike] = None
     latents: Optional[tuple[NDArray[Any], NDArray[Any]]] = None
     groups: tuple[str, ...] = ()
     stimuli: tuple[str, ...] = ()
@@ -89,8 +94,7 @@ class Evidence:
 
     `gain` is the 95 % interval of (baseline's error - model's error), sample by sample: above 0 the model is better.
     `rivals` are the same intervals beside baselines that a trained model should beat too; `copies` as in `Evaluated`.
-    `null` belongs to the metric `similarity`. `spread` is the predictions' variance over samples, relative to the
-    targets'.
+    `null` belongs to the metric `similarity`. `collapse` is None until outputs were looked at as a set.
     """
 
     modality: Modality
@@ -100,7 +104,7 @@ class Evidence:
     gain: Optional[tuple[float, float]]
     similarity: Optional[Metric]
     null: Optional[Null]
-    spread: Optional[float]
+    collapse: Optional[Collapse] = None
     rivals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     copies: bool = False
 
@@ -129,7 +133,7 @@ class Scored:
 def evidence_beside_mean(
     evaluated: Evaluated, error: Scored, gain: Optional[tuple[float, float]], similarity: Metric, null: Optional[Null]
 ) -> Evidence:
-    """Evidence whose baseline is the train mean; the spread is not known yet."""
+    """Evidence whose baseline is the train mean; collapse is not known yet."""
     return Evidence(
         evaluated.modality,
         len(evaluated.targets),
@@ -357,16 +361,19 @@ def metric(
     baselines: Optional[Mapping[str, Optional[float]]] = None,
     parameters: Optional[Mapping[str, Any]] = None,
     details: Optional[Mapping[str, Any]] = None,
-    no_baselines: str = "it is undefined for every sample",
+    no_baselines: str = "",
 ) -> Metric:
-    """The metric. Baselines that the rows have and `baselines` lacks, or holds as None, are listed with the reason."""
+    """The metric. Baselines that the rows have and `baselines` lacks, or holds as None, are listed with the reason.
+
+    `no_baselines` says why the metric has none at all.
+    """
     told: dict[str, Optional[float]] = {}
     missing = {}
-    if baselines is not None:
+    if baselines is not None and not no_baselines:
         for known in (*baseline_rows(evaluated), *evaluated.no_baselines, *baselines):
             told[known] = baselines.get(known)
             if told[known] is None:
-                missing[known] = evaluated.no_baselines.get(known, no_baselines)
+                missing[known] = evaluated.no_baselines.get(known, "it is undefined for every sample")
     return Metric(
         id=name,
         version=_VERSION,
@@ -380,7 +387,11 @@ def metric(
         interval=interval,
         baselines=told,
         parameters=dict(parameters or {}),
-        details={**(details or {}), **({"baselines_without_value": missing} if missing else {})},
+        details={
+            **(details or {}),
+            **({"baselines_without_value": missing} if missing else {}),
+            **({"no_baselines": no_baselines} if no_baselines else {}),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
 from remote_payload.reconstruct.audio_metrics import code_metrics, mel_metrics, waveform_metrics
+from remote_payload.reconstruct.collapse import collapse_metrics
 from remote_payload.reconstruct.feature_metrics import Extractor, feature_metrics
 from remote_payload.reconstruct.image_metrics import image_metrics
 from remote_payload.reconstruct.measured import (
@@ -23,7 +24,6 @@ from remote_payload.reconstruct.measured import (
     error_metric,
     evidence_beside_mean,
     finite,
-    metric,
     similarity_metric,
     similarity_name,
 )
@@ -46,9 +46,8 @@ def measure(evaluated: Evaluated, extractors: Sequence[Extractor] = ()) -> tuple
         metrics, evidence = embedding_metrics(evaluated)
     else:
         metrics, evidence = _signals(evaluated, extractors)
-    spread = spread_ratio(evaluated)
-    metrics.append(_spread_metric(evaluated, spread))
-    return metrics, dataclasses.replace(evidence, spread=spread)
+    as_a_set, collapse = collapse_metrics(evaluated)
+    return metrics + as_a_set, dataclasses.replace(evidence, collapse=collapse)
 
 
 def sample_rows(evaluated: Evaluated) -> list[dict[str, Optional[float]]]:
@@ -62,27 +61,6 @@ def sample_rows(evaluated: Evaluated) -> list[dict[str, Optional[float]]]:
     centre = evaluated.train_mean if modality.kind in (Kind.VOXELS, Kind.TEXT_EMBEDDING) else None
     similar = statistics.scores(alike(modality.kind, centre), evaluated.predictions, evaluated.targets)
     return [{"mse": finite(e), name: finite(r)} for e, r in zip(mse, similar)]
-
-
-def spread_ratio(evaluated: Evaluated) -> Optional[float]:
-    """Variance of the predictions over samples relative to the targets', None if those do not vary."""
-    wanted = statistics.variance_over_rows(evaluated.targets)
-    return statistics.variance_over_rows(evaluated.predictions) / wanted if wanted > 0 else None
-
-
-def _spread_metric(evaluated: Evaluated, spread: Optional[float]) -> Metric:
-    return metric(
-        evaluated,
-        "output_variance_ratio",
-        spread,
-        "1",
-        HIGHER,
-        len(evaluated.targets),
-        reason="the targets do not vary over samples",
-        baselines={},
-        parameters={"of": "variance over samples, mean over elements, predictions over targets"},
-        no_baselines="collapse is asked of the model alone",
-    )
 
 
 def _signals(evaluated: Evaluated, extractors: Sequence[Extractor]) -> tuple[list[Metric], Evidence]:

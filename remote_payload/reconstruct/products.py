@@ -98,9 +98,7 @@ def _moments(rows: RowsLike, centre: Optional[Floats]) -> tuple[Floats, Floats]:
     """Each row's mean and norm about it, NaN at zero variance."""
     means, norms = np.empty(len(rows)), np.empty(len(rows))
     for block in _rows(rows):
-        wide = _wide(rows, slice(None), centre, None, block)
-        means[block] = wide.mean(axis=1)
-        norms[block] = statistics.norms_about_mean(wide)
+        means[block], norms[block] = statistics.centre_rows(_wide(rows, slice(None), centre, None, block))
     return means, norms
 
 

@@ -246,17 +246,23 @@ def block_indices(count: int, block: int, seed: int, resamples: int) -> Optional
     return np.asarray(indices, dtype=np.int64)
 
 
-def norms_about_mean(wide: Floats) -> Floats:
-    """Each row's norm about its mean; NaN for a row that is constant but for rounding."""
-    centred = wide - wide.mean(axis=1, keepdims=True)
-    norms = np.sqrt(np.einsum("ij,ij->i", centred, centred))
-    rounding = np.abs(wide).max(axis=1, initial=0.0) * np.sqrt(wide.shape[1]) * 1e-12
-    return np.asarray(np.where(norms > rounding, norms, np.nan))
+def centre_rows(wide: Floats) -> tuple[Floats, Floats]:
+    """Take each row's mean from it, in place; gives the means and the norms that are left.
+
+    The norm is NaN for a row that is constant but for rounding.
+    """
+    largest = np.maximum(wide.max(axis=1, initial=0.0), -wide.min(axis=1, initial=0.0))
+    means = wide.mean(axis=1)
+    wide -= means[:, None]
+    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    rounding = largest * np.sqrt(wide.shape[1]) * 1e-12
+    return means, np.where(norms > rounding, norms, np.nan)
 
 
 def _centred(rows: Rows) -> tuple[Floats, Floats]:
-    wide = rows.astype(np.float64)
-    return wide - wide.mean(axis=1, keepdims=True), norms_about_mean(wide)
+    wide = np.array(rows, dtype=np.float64, order="C")
+    _, norms = centre_rows(wide)
+    return wide, norms
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:

@@ -190,7 +190,6 @@ def _significant_share(evaluated: Evaluated, over_time: Floats, shifted: Floats,
         "",
         chance=float(by_chance.mean()),
         parameters=stated,
-        baselines={},
         details={"voxels": int(np.isfinite(q).sum()), **null_details(null)},
         no_baselines="significance is asked of the model alone",
     )

@@ -259,5 +259,5 @@ def test_an_auxiliary_modality_is_told_and_decides_nothing() -> None:
 
 def test_a_simulated_modality_is_called_simulated_in_the_headline() -> None:
     modality = Modality("fmri", Kind.VOXELS, "V", (4,), None, "z", label="simulated BOLD")
-    sentence = judge(Evidence(modality, 10, None, "train_mean", None, None, None, 0.5)).sentence
+    sentence = judge(Evidence(modality, 10, None, "train_mean", None, None, None)).sentence
     assert sentence.startswith("fmri (simulated)")
