@@ -26,8 +26,9 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import ByteStream, CommandResult, Transport
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.codec import WireError, from_json, to_json
+from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.layout import MARKER_NAME, NodeLayout
-from remote_payload.wire.messages import Hello, HelloRequest, RemoteFailure
+from remote_payload.wire.messages import Hello, HelloRequest
 from remote_payload.wire.names import printable
 
 T = TypeVar("T")

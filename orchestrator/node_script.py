@@ -80,7 +80,8 @@ def call_script(python: PythonProfile, root: str, payload_sha256: str, nonce: st
 
 def stream_script(python: PythonProfile, root: str, payload_sha256: str, nonce: str, request: str) -> str:
     """Run `agent stream`, whose standard input is the channel's own."""
-    return _script(python, root, payload_sha256, nonce, f'py "$payload" agent stream {shlex.quote(request)}\n')
+    # The stream verbs need the standard library alone; what `site` brings in an old environment takes a second.
+    return _script(python, root, payload_sha256, nonce, f'py -S "$payload" agent stream {shlex.quote(request)}\n')
 
 
 def install_script(

@@ -47,9 +47,17 @@ def refuse():
         return 2
 
 
+def use_bytecode():
+    from importlib.util import MAGIC_NUMBER
+
+    # What `remote_payload.agent.bytecode` made; where it is missing or no archive, the import goes on to the next.
+    sys.path.insert(0, "%s.%s" % (sys.path[0], MAGIC_NUMBER.hex()))
+
+
 if __name__ == "__main__":
     if sys.version_info < (3, 9):
         sys.exit(refuse())
+    use_bytecode()
     from remote_payload.__main__ import main
 
     sys.exit(main())

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.codec import WireError, to_json
-from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.names import check_nonce
 
 _USAGE = "usage: payload agent call <base64 | -> | stream <base64 | -> | supervise <attempt folder> <nonce>"
@@ -53,10 +52,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         failure = RemoteFailure("usage", f"the request has another form than this agent expects: {error}")
     except OSError as error:
         kind = "unfit" if error.errno in _NODE_IS_UNFIT else "internal"
-        failure = RemoteFailure(kind, f"on the node: {error}", detail=traceback.format_exc())
+        failure = RemoteFailure(kind, f"on the node: {error}", detail=_trace())
     except Exception as error:  # noqa: BLE001 - the outermost boundary: the client is told of our own mistakes too
-        failure = RemoteFailure("internal", f"{type(error).__name__}: {error}", detail=traceback.format_exc())
+        failure = RemoteFailure("internal", f"{type(error).__name__}: {error}", detail=_trace())
     return {"error": to_json(failure)}
+
+
+def _trace() -> str:
+    import traceback
+
+    return traceback.format_exc()
 
 
 def check_protocol(request: dict[str, Any]) -> None:

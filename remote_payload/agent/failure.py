@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.failures import RemoteFailure
 
 
 class AgentError(Exception):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from remote_payload.agent import attempts, own_code, root
+from remote_payload.agent.bytecode import compiled_path
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
@@ -93,20 +94,21 @@ def _is_finished(layout: NodeLayout, run_id: str, dry_run: bool, idle: bool) -> 
 
 def _referenced(layout: NodeLayout, doomed_runs: set[str]) -> set[str]:
     """Stored paths that a remaining run's plan needs. A plan that cannot be read keeps everything."""
-    used = {path for path in (own_code.archive(),) if path is not None}
+    payloads = {path for path in (own_code.archive(),) if path is not None}
+    used: set[str] = set()
     for run in _items(layout.runs):
         if run.path in doomed_runs:
             continue
         plan = _plan_of(layout, os.path.basename(run.path))
         if plan is None:
             continue
-        used.add(layout.payload(plan.payload_sha256))
+        payloads.add(layout.payload(plan.payload_sha256))
         if plan.code is not None:
             used.add(layout.code_folder(plan.code.archive_sha256))
         if plan.checkpoint_digest is not None:
             used.add(layout.checkpoint_folder(plan.checkpoint_digest))
         used.add(os.path.dirname(plan.checkpoint_path))
-    return used
+    return used | payloads | {compiled_path(path) for path in payloads}
 
 
 def _plan_of(layout: NodeLayout, run_id: str) -> Optional[NodePlan]:

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 
-from remote_payload.agent import machine, own_code, quota, root
+from remote_payload.agent import bytecode, machine, own_code, quota, root
 from remote_payload.wire import PROTOCOL_VERSION
 from remote_payload.wire.messages import Hello, HelloRequest
 
@@ -17,6 +17,7 @@ def hello(request: HelloRequest) -> Hello:
     """Facts of this node; creates the root where asked. Raises `AgentError` for a root that is not ours to use."""
     wanted = root.expand(request.root, "node root")
     layout = root.make_root(wanted) if request.create else root.open_root(wanted)
+    bytecode.compile_archive(own_code.archive(), layout.payloads)
     return Hello(
         protocol=PROTOCOL_VERSION,
         payload_sha256=own_code.archive_sha256(),

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Optional
 
 import remote_payload
+from remote_payload.agent.bytecode import source_archive
 
 
 def archive() -> Optional[str]:
     """The absolute path of the zipapp we run from, or None when we run from source."""
     spec = remote_payload.__spec__
     loader = spec.loader if spec is not None else None
-    return os.path.abspath(loader.archive) if isinstance(loader, zipimport.zipimporter) else None
+    return source_archive(os.path.abspath(loader.archive)) if isinstance(loader, zipimport.zipimporter) else None
 
 
 def archive_sha256() -> Optional[str]:

@@ -14,7 +14,7 @@ from remote_payload.agent.receive import serve_receive
 from remote_payload.agent.send import serve_send
 from remote_payload.wire import PROTOCOL_VERSION
 from remote_payload.wire.codec import WireError, from_json
-from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.names import check_nonce
 from remote_payload.wire.stream import DamagedStreamError, FrameKind, ReceiveRequest, SendRequest, StreamFailure
 

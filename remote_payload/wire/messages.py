@@ -1,7 +1,8 @@
 """Requests and replies of the agent's verbs.
 
-A call is `{"verb", "nonce", "protocol", "params"}`; a reply is `{"ok": ...}` or `{"error": RemoteFailure}`. Params and
-results are the dataclasses below through `codec`. Every path in them is absolute on the node.
+A call is `{"verb", "nonce", "protocol", "params"}`; a reply is `{"ok": ...}` or `{"error": …}` with a
+`failures.RemoteFailure`. Params and results are the dataclasses below through `codec`. Every path in them is absolute
+on the node.
 
 | verb | params | result | repeatable |
 | --- | --- | --- | --- |
@@ -29,17 +30,6 @@ from typing import Any, Optional
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Finding
 from remote_payload.wire.states import AttemptStatus, Decision, ProcessIdentity
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteFailure:
-    """Why the agent could not do it. `kind` maps to the client's exception tree:
-    usage, unfit, integrity, conflict, not_found, internal."""
-
-    kind: str
-    message: str
-    action: str = ""
-    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

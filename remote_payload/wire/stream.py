@@ -51,7 +51,7 @@ from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
 from remote_payload.wire.codec import WireError, from_json, to_json
-from remote_payload.wire.messages import RemoteFailure
+from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.names import FILE_DIGEST_PREFIX
 
 T = TypeVar("T")

@@ -1,0 +1,16 @@
+"""How the agent says that it could not; apart from `messages`, which the stream verbs need nothing of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFailure:
+    """Why the agent could not do it. `kind` maps to the client's exception tree:
+    usage, unfit, integrity, conflict, not_found, internal."""
+
+    kind: str
+    message: str
+    action: str = ""
+    detail: str = ""
