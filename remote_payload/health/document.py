@@ -32,6 +32,7 @@ def health_document(facts: HealthFacts, findings: list[Finding], verdict: Verdic
         "drift": _without_infinities(to_json(facts.drift)),
         "spectra": _without_infinities(to_json(facts.spectra)),
         "device": device,
+        "compiled_kernels": to_json(facts.scan.native),
         "bytes_read": facts.scan.bytes_read,
     }
 
@@ -60,6 +61,7 @@ def unreadable_document(error: CheckpointError) -> dict[str, Any]:
             "misaligned": [],
             "checksums": None,
             "device": None,
+            "compiled_kernels": None,
             "bytes_read": 0,
         }
     )

@@ -33,6 +33,14 @@ class ChecksumFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class NativeUse:
+    """Whether the pass ran by kernels compiled for this CPU, and why not: torch's own give the same numbers."""
+
+    used: bool
+    why_not: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ScanResult:
     """The pass over a file: statistics by tensor name, or why there are none.
 
@@ -48,6 +56,7 @@ class ScanResult:
     joint: dict[str, JointStats] = dataclasses.field(default_factory=dict)
     joint_not_measured: dict[str, str] = dataclasses.field(default_factory=dict)
     misaligned: tuple[Misalignment, ...] = ()
+    native: Optional[NativeUse] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -23,6 +24,7 @@ KINDS = {"bfloat16": 0, "float16": 1, "float32": 2}
 
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_LIMIT_S = 60.0
+_MOST_WORDS = 300
 # Contraction would round a step once where Adam's arithmetic rounds twice.
 _FLAGS = (
     "-std=gnu11",
@@ -115,9 +117,17 @@ class NativeKernels:
         return int(self._checksum(data.ctypes.data, data.nbytes))
 
 
+@dataclasses.dataclass(frozen=True)
+class NativeFound:
+    """The kernels, or in a sentence why there are none."""
+
+    kernels: Optional[NativeKernels] = None
+    why_not: str = ""
+
+
 @functools.lru_cache(maxsize=1)
-def load_native() -> Optional[NativeKernels]:
-    """Compile if need be, and load; None where there is no compiler or what it makes does not load.
+def find_native() -> NativeFound:
+    """Compile if need be, and load; without kernels where there is no compiler or what it makes does not load.
 
     What was compiled is kept in a folder that only this user can write to, under a name that holds the source, the
     compiler and the processor: homes are shared between unlike machines.
@@ -125,7 +135,7 @@ def load_native() -> Optional[NativeKernels]:
     found = (shutil.which(name) for name in _COMPILERS)
     compiler = next((c for c in found if c is not None), None)
     if compiler is None:
-        return None
+        return NativeFound(why_not=f"no C compiler was found: none of {', '.join(_COMPILERS)}")
     folder = own_folder()
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="remote-eval-native-") as temporary:
@@ -136,12 +146,20 @@ def load_native() -> Optional[NativeKernels]:
     return loaded
 
 
-def _load(compiler: str, path: str) -> Optional[NativeKernels]:
+def load_native() -> Optional[NativeKernels]:
+    """The kernels of `find_native`."""
+    return find_native().kernels
+
+
+def _load(compiler: str, path: str) -> NativeFound:
     kept = _load_kept(path) if is_ours(path) else None
+    if kept is not None:
+        return NativeFound(kept)
     try:
-        return kept or (NativeKernels(path) if _compile(compiler, path) else None)
-    except (OSError, AttributeError):
-        return None
+        failed = _compile(compiler, path)
+        return NativeFound(why_not=failed) if failed else NativeFound(NativeKernels(path))
+    except (OSError, AttributeError) as error:
+        return NativeFound(why_not=f"what {compiler} made does not load: {str(error)[:_MOST_WORDS]}")
 
 
 def _load_kept(path: str) -> Optional[NativeKernels]:
@@ -152,31 +170,37 @@ def _load_kept(path: str) -> Optional[NativeKernels]:
         return None
 
 
-def _compile(compiler: str, path: str) -> bool:
-    """Make `path` at once as a whole. Another process that does the same makes the same."""
+def _compile(compiler: str, path: str) -> str:
+    """Make `path` at once as a whole; why not, if not. Another process that does the same makes the same."""
+    failed = ""
     with tempfile.TemporaryDirectory(prefix=".native-", dir=os.path.dirname(path)) as folder:
         code, made = os.path.join(folder, "native.c"), os.path.join(folder, "native.so")
         with open(code, "w", encoding="utf-8") as file:
             file.write(source.SOURCE)
         for flags in (_NATIVE, ()):
-            if _runs([compiler, *_FLAGS, *flags, "-o", made, code, "-lm"]):
+            failed = _failure([compiler, *_FLAGS, *flags, "-o", made, code, "-lm"])
+            if not failed:
                 os.replace(made, path)
-                return True
-    return False
+                break
+    return failed
 
 
-def _runs(command: Sequence[str]) -> bool:
+def _failure(command: Sequence[str]) -> str:
+    """Run a compiler: empty if it made what it was asked for, else what went wrong."""
     try:
         done = subprocess.run(
             list(command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             timeout=_COMPILE_LIMIT_S,
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} took more than {_COMPILE_LIMIT_S:.0f} s"
+    except OSError as error:
+        return f"{command[0]} cannot be run: {error.strerror}"
+    words = done.stderr.decode("utf-8", "replace").strip()[:_MOST_WORDS]
+    return f"{command[0]} ended with {done.returncode}: {words}" if done.returncode else ""
 
 
 def _key(compiler: str) -> str:

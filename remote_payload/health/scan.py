@@ -6,6 +6,7 @@ same from run to run. Memory is bounded by threads times block, whatever the fil
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections import deque
@@ -21,9 +22,9 @@ from remote_payload.checkpoint.source import Source
 from remote_payload.health.ask_ahead import AskAhead
 from remote_payload.health.blocks import Block, iter_blocks, plan_scan
 from remote_payload.health.distribution import Array
-from remote_payload.health.facts import ScanResult
+from remote_payload.health.facts import NativeUse, ScanResult
 from remote_payload.health.joiner import Joiner
-from remote_payload.health.native import MIN_BYTES, load_native
+from remote_payload.health.native import MIN_BYTES, NativeFound, find_native
 from remote_payload.health.native_worker import NATIVE_BLOCK_BYTES, NativeWorker
 from remote_payload.health.worker import BATCH_BLOCKS, BATCH_BYTES, BlockOutcome, CpuWorker, ScanState
 
@@ -72,7 +73,7 @@ def scan(
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
         ahead = stack.enter_context(AskAhead(header, plan, sources))
-        worker, size = _make_worker(state, device, threads, readers, block_bytes, by_native)
+        worker, size, native = _make_worker(state, device, threads, readers, block_bytes, by_native)
         joiner.take_counts = worker.take_counts
         done = 0
         for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
@@ -87,7 +88,7 @@ def scan(
             torch.cuda.empty_cache()
     for tensor in plan.strided:
         joiner.add_strided(tensor)
-    return joiner.result()
+    return dataclasses.replace(joiner.result(), native=native)
 
 
 def _nothing_kept(_group: int) -> Optional[Array]:
@@ -96,19 +97,22 @@ def _nothing_kept(_group: int) -> Optional[Array]:
 
 def _make_worker(
     state: ScanState, device: str, threads: int, readers: int, block_bytes: Optional[int], by_native: Optional[bool]
-) -> tuple[Worker, int]:
-    """The worker and the size of the blocks that it takes."""
+) -> tuple[Worker, int, NativeUse]:
+    """The worker, the size of the blocks that it takes, and whether it uses the kernels compiled for a CPU."""
     if torch.device(device).type == "cuda":
         from remote_payload.health.cuda_worker import CudaWorker
 
         size = block_bytes or CUDA_BLOCK_BYTES
-        return CudaWorker(state, torch.device(device), threads, readers, size), size
+        worker = CudaWorker(state, torch.device(device), threads, readers, size)
+        return worker, size, NativeUse(False, "the GPU's own kernels were used")
     if by_native is None:
         by_native = state.plan.total_bytes >= MIN_BYTES
-    kernels = load_native() if by_native else None
-    size = block_bytes or (CPU_BLOCK_BYTES if kernels is None else NATIVE_BLOCK_BYTES)
-    worker = CpuWorker(state, threads, size)
-    return (worker if kernels is None else NativeWorker(state, kernels, threads, worker)), size
+    found = find_native() if by_native else NativeFound(why_not="a file this small is read before a compiler has ended")
+    size = block_bytes or (CPU_BLOCK_BYTES if found.kernels is None else NATIVE_BLOCK_BYTES)
+    by_torch = CpuWorker(state, threads, size)
+    if found.kernels is None:
+        return by_torch, size, NativeUse(False, found.why_not)
+    return NativeWorker(state, found.kernels, threads, by_torch), size, NativeUse(True)
 
 
 def _in_order(

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from remote_payload.checkpoint import read_header
 from remote_payload.health import native
 from remote_payload.health.kept import CACHE_VARIABLE, MOST_KEPT, forget_old, read_kept, write_kept
-from remote_payload.health.native import NativeKernels, load_native
+from remote_payload.health.native import NativeKernels, find_native, load_native
 from remote_payload.health.scan import scan
 from tests.support.hard_values import differing, flat, hard_checkpoint
+from tests.support.health_plants import examined
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def kernels() -> NativeKernels:
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What `load_native` found for other tests is not found again for this one, nor this one's for them."""
-    load_native.cache_clear()
+    find_native.cache_clear()
     yield
-    load_native.cache_clear()
+    find_native.cache_clear()
 
 
 def differences(path: Path, block_bytes: int | None) -> list[tuple[str, Any, Any]]:
@@ -124,7 +125,7 @@ def test_what_was_compiled_is_kept_for_the_next_process(
     assert load_native() is not None
     (made,) = (tmp_path / "cache").iterdir()
     before = made.stat().st_mtime_ns
-    load_native.cache_clear()
+    find_native.cache_clear()
     assert load_native() is not None
     assert [p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()] == [before]
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
@@ -153,7 +154,7 @@ def test_a_damaged_library_in_the_cache_is_made_again(tmp_path: Path) -> None:
         made.write_bytes(b"no library")
 
 
-@pytest.mark.parametrize("script", ["exit 1", "exit 0"])
+@pytest.mark.parametrize("script", ["echo no such option >&2; exit 1", "exit 0"])
 def test_a_compiler_that_makes_nothing_means_torchs_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None, script: str
 ) -> None:
@@ -166,12 +167,17 @@ def test_a_compiler_that_makes_nothing_means_torchs_kernels(
     assert load_native() is None
     path = tmp_path / "small.pt"
     torch.save({"state_dict": {"a.weight": torch.randn(30, 30)}}, path)
-    assert len(scan(read_header(str(path)), "cpu", lambda _d, _t: None, None, True).stats) == 1
+    result = scan(read_header(str(path)), "cpu", lambda _d, _t: None, None, True)
+    assert len(result.stats) == 1
+    assert result.native is not None
+    assert (result.native.used, str(compiler) in result.native.why_not) == (False, True)
+    assert ("ended with 1: no such option" in result.native.why_not) is ("exit 1" in script)
 
 
 def test_no_compiler_means_torchs_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert load_native() is None
+    assert find_native().why_not == "no C compiler was found: none of cc, gcc, clang"
 
 
 def test_a_compiler_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
@@ -182,6 +188,17 @@ def test_a_compiler_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(native, "_COMPILE_LIMIT_S", 0.2)
     assert load_native() is None
+    assert "took more than" in find_native().why_not
+
+
+def test_the_document_says_whether_compiled_kernels_were_used_and_why_not(tmp_path: Path) -> None:
+    path = tmp_path / "small.pt"
+    torch.save({"state_dict": {"a.weight": torch.randn(30, 30)}}, path)
+    said = examined(path)["compiled_kernels"]
+    assert said == {"used": False, "why_not": "a file this small is read before a compiler has ended"}
+    result = scan(read_header(str(path)), "cpu", lambda _d, _t: None, None, True)
+    assert result.native is not None
+    assert (result.native.used, result.native.why_not) == (True, "")
 
 
 def test_a_large_checkpoint_gets_compiled_kernels_by_itself(tmp_path: Path) -> None:
