@@ -208,7 +208,7 @@ def compare_devices(path: Path) -> dict[str, Any]:
     header = read_header(str(path))
     results = [scan(header, d, ignore_progress, b) for d, b in (("cpu", None), ("cuda", None), ("cuda", 1 << 20))]
     again = scan(header, "cuda", ignore_progress)
-    flat = [flat(dataclasses.asdict(r)) for r in results]
+    flat = [flat(dataclasses.asdict(dataclasses.replace(r, native=None))) for r in results]
     differences, largest = [], 0.0
     for other in flat[1:]:
         for key in flat[0].keys() | other.keys():

@@ -12,6 +12,7 @@ from orchestrator.report.untrusted import mapping, number, objects, text
 MAX_ROWS = 40
 MAX_COLUMNS = 11
 MAX_TENSORS = 20
+MAX_SPECTRA = 40
 MAX_TABLES = 12
 FP16_MAX = 65504
 _COUNTERS = ("counter", "optimizer step")
@@ -34,9 +35,12 @@ def job_tables(job: str, numbers: Mapping[str, Any], document: Mapping[str, Any]
     tensors = objects(document.get("tensors"))
     if tensors:
         tables.append(tensor_table(tensors))
+    spectra = mapping(document.get("spectra"))
+    if spectra:
+        tables.append(spectrum_table(spectra))
     plain: dict[str, Any] = {}
     for key, value in numbers.items():
-        if key == "tensors":
+        if key in ("tensors", "spectra"):
             continue
         rows = objects(value)
         if rows and len(rows) == len(value):
@@ -90,6 +94,30 @@ def tensor_table(tensors: Sequence[Mapping[str, Any]]) -> Table:
     table = object_table("Tensors that stand out", [_tensor_row(t) for t in ranked[:MAX_TENSORS]])
     total = f"{min(len(tensors), MAX_TENSORS)} of {len(tensors)} tensors, the most conspicuous first."
     return dataclasses.replace(table, note=total)
+
+
+def spectrum_table(spectra: Mapping[str, Any]) -> Table:
+    """Weights as matrices by their spectral norm, largest first, with stable rank and the power law of the tail."""
+    found = {name: mapping(facts) for name, facts in mapping(spectra.get("tensors")).items()}
+    ranked = sorted(found.items(), key=lambda f: -(number(f[1].get("spectral_norm")) or 0))
+    rows = [_spectrum_row(name, facts) for name, facts in ranked[:MAX_SPECTRA]]
+    note = f"{len(rows)} of {len(found)} weights, the largest spectral norm first."
+    if left_out := mapping(spectra.get("not_measured")):
+        note += f" {len(left_out)} were not measured."
+    return dataclasses.replace(object_table("Spectra of the weights", rows), note=note)
+
+
+def _spectrum_row(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    law = mapping(facts.get("power_law"))
+    row = {
+        "name": name,
+        "shape": f"{cell(facts.get('rows'))} × {cell(facts.get('columns'))}",
+        **{k: facts.get(k) for k in ("spectral_norm", "frobenius_norm", "stable_rank")},
+        "found by": "every singular value" if facts.get("iterations") == 0 else "power iteration",
+    }
+    if facts.get("iterations") != 0 and facts.get("converged") is False:
+        row["found by"] = "power iteration, not converged"
+    return {**row, "alpha": law.get("alpha"), "alpha_error": law.get("alpha_error"), "in the tail": law.get("tail")}
 
 
 def _tensor_row(tensor: Mapping[str, Any]) -> dict[str, Any]:

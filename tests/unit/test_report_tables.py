@@ -129,3 +129,27 @@ def test_a_long_history_keeps_its_lowest_and_its_last_entry(count: int) -> None:
 )
 def test_what_is_no_history_is_not_drawn(given: object) -> None:
     assert history_curves({"header": {"histories": given}}) == []
+
+
+def test_spectra_are_a_table_with_the_largest_norm_first() -> None:
+    law = {"alpha": 3.25, "alpha_error": 0.5, "x_min": 0.1, "tail": 20, "distance": 0.1}
+    small = {"rows": 8, "columns": 4, "spectral_norm": 1.5, "frobenius_norm": 2.0, "stable_rank": 1.78, "iterations": 9}
+    tensors = {
+        "a.weight": {**small, "converged": False, "power_law": None},
+        "b.weight": {**small, "spectral_norm": 7.5, "iterations": 0, "converged": True, "power_law": law},
+    }
+    document = {"spectra": {"tensors": tensors, "not_measured": {"c.weight": "it holds values that are not finite"}}}
+    (table,) = job_tables("health", document, document)
+    assert table.title == "Spectra of the weights"
+    assert table.note == "2 of 2 weights, the largest spectral norm first. 1 were not measured."
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert [(r["Name"], r["Shape"], r["Spectral norm"], r["Alpha"]) for r in rows] == [
+        ("b.weight", "8 × 4", "7.5", "3.25"),
+        ("a.weight", "8 × 4", "1.5", "—"),
+    ]
+    assert [r["Found by"] for r in rows] == ["every singular value", "power iteration, not converged"]
+
+
+@pytest.mark.parametrize("odd", [None, [], {"tensors": 5}, {"tensors": {"a": None}, "not_measured": []}])
+def test_odd_spectra_break_no_table(odd: object) -> None:
+    assert len(job_tables("health", {"spectra": odd}, {"spectra": odd})) <= 1
