@@ -52,13 +52,14 @@ _UNARRANGED = (Kind.VOXELS, Kind.CODES)
 
 @dataclasses.dataclass(frozen=True)
 class _Arrangement:
-    """`words` end the sentence "outputs fit their targets …"."""
+    """`words` end the sentence "outputs fit their targets …". `view` leaves of both what it is to be judged by."""
 
     finding_id: str
     words: str
     evidence: dict[str, Any]
     apply: Callable[[Array], Array]
     is_scale: bool = False
+    view: Optional[Callable[[Array], Array]] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,16 @@ def arrangement_finding(
         return None
     mean = wanted.mean(axis=0) if train_mean is None else train_mean.reshape(modality.shape)
     of_mean = float(np.square(wanted - mean).mean())
-    fits = ((a, _fit(wanted, a.apply(given))) for a in _arrangements(modality, wanted, given))
-    believed = [(a, f) for a, f in fits if _is_believed(a, declared, f, of_mean)]
+    believed = []
+    for arrangement in _arrangements(modality, wanted, given):
+        fit = _fit(wanted, arrangement.apply(given))
+        if arrangement.view is None:
+            is_better = _is_believed(arrangement, declared, fit, of_mean)
+        else:
+            seen = [arrangement.view(x) for x in (wanted, given, arrangement.apply(given))]
+            is_better = _is_believed(arrangement, _fit(seen[0], seen[1]), _fit(seen[0], seen[2]), of_mean)
+        if is_better:
+            believed.append((arrangement, fit))
     if not believed:
         return None
     arrangement, fit = min(believed, key=lambda pair: pair[1].error)
@@ -189,6 +198,8 @@ def _channel_orders(modality: Modality) -> Iterator[_Arrangement]:
                 f"with their channels in the order {_channel_words(order)}",
                 {"fitting_channel_order": list(order)},
                 lambda x, order=order, axis=axis + 1: np.take(x, order, axis=axis),  # type: ignore[misc]
+                # By colour alone: brightness is the same in every order, and most of what frames differ in.
+                view=lambda x, axis=axis + 1: x - x.mean(axis=axis, keepdims=True),  # type: ignore[misc]
             )
 
 

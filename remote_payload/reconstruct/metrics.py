@@ -47,7 +47,17 @@ def measure(evaluated: Evaluated, extractors: Sequence[Extractor] = ()) -> tuple
     else:
         metrics, evidence = _signals(evaluated, extractors)
     as_a_set, collapse = collapse_metrics(evaluated)
-    return metrics + as_a_set, dataclasses.replace(evidence, collapse=collapse)
+    return with_adjusted_p(metrics) + as_a_set, dataclasses.replace(evidence, collapse=collapse)
+
+
+def with_adjusted_p(metrics: Sequence[Metric]) -> list[Metric]:
+    """Each metric that has a p with its q beside it: Benjamini-Hochberg over these metrics as one family."""
+    p_values = np.array([float("nan") if m.details.get("p") is None else m.details["p"] for m in metrics])
+    adjusted = statistics.benjamini_hochberg(p_values)
+    return [
+        dataclasses.replace(m, details={**m.details, "q": float(q)}) if np.isfinite(q) else m
+        for m, q in zip(metrics, adjusted)
+    ]
 
 
 def sample_rows(evaluated: Evaluated) -> list[dict[str, Optional[float]]]:

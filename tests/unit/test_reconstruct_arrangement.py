@@ -54,6 +54,18 @@ def test_swapped_channels_are_found_and_named() -> None:
     assert "blue, green, red" in finding.title
 
 
+@pytest.mark.parametrize("order", [[1, 0, 2], [0, 2, 1], [1, 2, 0]])
+def test_any_order_of_channels_is_found_though_channels_are_much_alike(order: list[int]) -> None:
+    """Most of each channel is the same brightness: the error as a whole hardly changes."""
+    nearly_grey = 0.92 * scenes().mean(axis=-1, keepdims=True) + 0.08 * scenes()
+    given = blurred(nearly_grey, 0.003)
+    stored = np.empty_like(given)
+    stored[..., order] = given
+    finding = found(nearly_grey, stored)
+    assert finding.id == "reconstruct.channels_swapped"
+    assert finding.evidence["fitting_channel_order"] == order
+
+
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2), (2, 1, 0)])
 def test_a_buffer_with_other_axes_is_found_and_named(order: tuple[int, ...]) -> None:
     stored = blurred(scenes()).transpose(0, *(1 + axis for axis in order)).reshape(COUNT, -1)

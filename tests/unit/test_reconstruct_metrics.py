@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
 
 from remote_payload.reconstruct import metrics
 from remote_payload.reconstruct.judge import Judgement, judge, overall
@@ -133,6 +134,18 @@ def test_every_metric_is_json_with_unit_n_and_direction(kind: Kind) -> None:
         assert document["n"] == (60 if document["value"] is not None else 0)
         assert document["direction"] in ("higher", "lower")
         assert (document["value"] is None) == (document["reason"] is not None)
+
+
+def test_the_p_of_a_modalitys_metrics_are_adjusted_as_one_family() -> None:
+    generator = np.random.default_rng(3)
+    codes = generator.integers(0, 4, (60, 80))
+    given = np.where(generator.random((60, 80)) < 0.2, codes, generator.integers(0, 4, (60, 80)))
+    given[:, 40:] = generator.integers(0, 4, (60, 40))
+    found = [m for m in metrics.measure(evaluated(Kind.CODES, codes, given))[0] if m.details.get("p") is not None]
+    by_name = by_id(found)
+    assert by_name["code_accuracy_codebook_1"].details["p"] > 0.05 > by_name["code_accuracy_codebook_0"].details["q"]
+    ours = [m.details["q"] for m in found]
+    np.testing.assert_allclose(ours, false_discovery_control([m.details["p"] for m in found]))
 
 
 def test_mse_and_psnr_are_what_they_say() -> None:
