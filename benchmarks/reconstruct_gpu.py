@@ -132,7 +132,7 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
     from remote_payload.checkpoint import read_header
     from remote_payload.reconstruct.loading import choose_dtype, load_model
     from remote_payload.reconstruct.protocol import AdapterConfig
-    from remote_payload.reconstruct.runner import make_deterministic, predict, run_over, to_device
+    from remote_payload.reconstruct.runner import BatchRunner, cut, make_deterministic, predict, to_device
     from remote_payload.reference.adapter import ReferenceAdapter
 
     make_deterministic(0)
@@ -147,18 +147,9 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
     predict(adapter, loaded.model, [samples[0]], target, loaded.dtype)
 
     def ours() -> None:
-        taken: list[Any] = []
-        run_over(
-            adapter,
-            loaded.model,
-            samples,
-            range(len(samples)),
-            modalities,
-            target,
-            loaded.dtype,
-            _BATCH,
-            lambda _positions, _items, predicted: taken.append({n: t.float().cpu() for n, t in predicted.items()}),
-        )
+        runner = BatchRunner(adapter, loaded.model, samples, modalities, target, loaded.dtype, _BATCH)
+        taken = [runner.batch(batch).predicted for batch in cut(range(len(samples)), _BATCH)]
+        assert len(taken) == -(-len(samples) // _BATCH)
 
     def theirs() -> None:
         taken = []

@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -63,12 +64,14 @@ def _run(name: str, folder: str, progress: Optional[int], lifeline: Optional[int
     spec = resolve.find_spec(plan, name)
     artifacts = Path(layout.attempt(run_id, number).job_artifacts(name))
     artifacts.mkdir(parents=True, exist_ok=True)
-    context = JobContext(plan, name, artifacts, progress)
+    scratch, *earlier = (Path(layout.attempt(run_id, n).job_scratch(name)) for n in range(number, 0, -1))
+    context = JobContext(plan, name, artifacts, progress, scratch, earlier)
     context.progress(Phase.IMPORT)
     resolve.add_shipped_code(layout, plan, spec)
     returned = resolve.find_function(spec)(context)
     if isinstance(returned, dict) and spec.entry != "builtin":
         context.write_results(user_document(name, returned))
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _tell_supervisor(progress: Optional[int], sentence: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,12 +22,24 @@ class JobContext:
 
     Progress goes to the supervisor through a pipe where there is one; run by hand, `progress` does nothing. A
     supervisor that has gone away is not the job's failure: a broken pipe is ignored from then on.
+
+    `scratch` is for what a later attempt may go on from, None by hand; `earlier_scratch` are those of earlier attempts.
     """
 
-    def __init__(self, plan: NodePlan, job: str, artifacts: Path, progress_fd: Optional[int] = None) -> None:
+    def __init__(
+        self,
+        plan: NodePlan,
+        job: str,
+        artifacts: Path,
+        progress_fd: Optional[int] = None,
+        scratch: Optional[Path] = None,
+        earlier_scratch: Sequence[Path] = (),
+    ) -> None:
         self.plan = plan
         self.job = names.check_job_name(job)
         self.artifacts = artifacts
+        self.scratch = scratch
+        self.earlier_scratch = tuple(earlier_scratch)
         self._progress_fd = progress_fd
 
     def progress(self, phase: Phase, counter: int = 0, total: Optional[int] = None, message: str = "") -> None:

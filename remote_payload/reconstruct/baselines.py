@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct.adapters import calling
-from remote_payload.reconstruct.collect import allocate, as_array
+from remote_payload.reconstruct.collect import allocate
 from remote_payload.reconstruct.measured import NEAREST, RIDGE, Evaluated
+from remote_payload.reconstruct.prediction import as_array
 from remote_payload.reconstruct.products import Reordered
 from remote_payload.reconstruct.protocol import Sample
 from remote_payload.reconstruct.ridge import FEWEST, fit_ridge

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct.measured import Evaluated
+from remote_payload.reconstruct.prediction import as_array
 from remote_payload.reconstruct.protocol import AdapterError, Modality, Sample
 from remote_payload.reconstruct.ranges import check_shape
 
@@ -70,14 +70,7 @@ class Collected:
         pair = latents.get(self.modality.name)
         if pair is None:
             return
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise AdapterError(f"latents of {self.modality.name!r} are no pair of targets' and predictions'")
-        wanted, given = as_array(pair[0]), as_array(pair[1])
-        if wanted.shape != given.shape or wanted.ndim < 2 or len(wanted) != len(samples):
-            raise AdapterError(
-                f"latents of {self.modality.name!r} have shapes {wanted.shape} and {given.shape} "
-                f"for {len(samples)} samples"
-            )
+        wanted, given = latents_pair(self.modality.name, pair, len(samples))
         kept = [n for n, sample in enumerate(samples) if self.modality.name in sample.targets]
         if kept:
             width = int(np.prod(wanted.shape[1:]))
@@ -122,15 +115,14 @@ class Collected:
         return np.asarray(self._predictions[row].reshape(self.modality.shape))
 
 
-def as_array(value: Any) -> NDArray[Any]:
-    """A tensor or array on the host; 16-bit floats as float32, which NumPy has no other name for."""
-    if isinstance(value, torch.Tensor):
-        detached = value.detach()
-        if detached.dtype in (torch.bfloat16, torch.float16):
-            detached = detached.float()
-        host: NDArray[Any] = detached.cpu().numpy()
-        return host
-    return np.asarray(value)
+def latents_pair(name: str, pair: Any, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Latents of targets and predictions. Raises `AdapterError` unless there are two alike, a row a sample."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise AdapterError(f"latents of {name!r} are no pair of targets' and predictions'")
+    wanted, given = as_array(pair[0]), as_array(pair[1])
+    if wanted.shape != given.shape or wanted.ndim < 2 or len(wanted) != count:
+        raise AdapterError(f"latents of {name!r} have shapes {wanted.shape} and {given.shape} for {count} samples")
+    return wanted, given
 
 
 def check_predictions(predicted: Any, modalities: Sequence[Modality]) -> None:

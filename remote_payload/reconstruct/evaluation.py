@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Optional
 
 import torch
@@ -19,19 +19,20 @@ from remote_payload.reconstruct.baselines import Predictor, baseline_facts, simp
 from remote_payload.reconstruct.collect import Collected
 from remote_payload.reconstruct.feature_metrics import Extractor, extractors_of
 from remote_payload.reconstruct.judge import Judgement, judge, overall
-from remote_payload.reconstruct.loading import LoadedModel, choose_dtype, load_model
+from remote_payload.reconstruct.loading import FittedModel, choose_dtype, fit_model
 from remote_payload.reconstruct.measured import Evaluated, Metric
+from remote_payload.reconstruct.prediction import BatchResult
+from remote_payload.reconstruct.predictions import predict_batches, prediction_store
 from remote_payload.reconstruct.protocol import (
     Adapter,
     AdapterConfig,
-    AdapterError,
     Kind,
     Modality,
     Sample,
-    modality_problem,
 )
 from remote_payload.reconstruct.ranges import non_finite_finding, prediction_finding, target_finding
-from remote_payload.reconstruct.runner import RunFacts, choose_positions, make_deterministic, pick_device, run_over
+from remote_payload.reconstruct.runner import choose_positions, make_deterministic, pick_devices
+from remote_payload.reconstruct.split import declared_modalities, open_samples
 from remote_payload.reconstruct.training import Baselines, Shown, baselines_of, look_at_inputs
 from remote_payload.reconstruct.voxel_metrics import voxelwise_map
 from remote_payload.wire.codec import to_json
@@ -74,8 +75,9 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     config = adapter_config(settings, header.config)
     make_deterministic(settings.seed)
     context.progress(Phase.CUDA, message="asking torch for a device")
-    device = pick_device(context.plan.gpu.device)
-    loaded = _load(context, adapter, config, header, device)
+    devices = pick_devices(context.plan.gpu.device, context.plan.gpu.count)
+    context.progress(Phase.LOAD, message="building the model")
+    fitted = fit_model(adapter, config, header, choose_dtype(settings.dtype, header, devices[0]))
     modalities = declared_modalities(adapter, settings.data, config)
     samples = open_samples(adapter, settings.data, config)
     positions = choose_positions(len(samples), settings.metric_samples)
@@ -83,7 +85,9 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     shown = _shown(context, samples, positions) if reference is not None else None
     baselines = _baselines(context, reference, modalities, shown)
     collected = [Collected(m, len(positions), context.artifacts) for m in modalities]
-    ran = _run(context, adapter, loaded, samples, positions, collected, baselines)
+    with prediction_store(context, header, devices) as store:
+        results = predict_batches(context, adapter, fitted, header, devices, samples, positions, modalities, store)
+        ran = _run(context, adapter, results, len(positions), collected, baselines)
     ordered = bool(samples[positions[0]].group)
     judged = []
     compared: list[dict[str, Any]] = []
@@ -108,7 +112,7 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
         "pictures": drawn,
         "modalities": [_modality_facts(j) for j in judged],
         "baselines": compared,
-        "model": _model_facts(loaded, header),
+        "model": _model_facts(fitted, header, devices),
         "samples": {
             "split": adapter.split,
             "available": len(samples),
@@ -125,33 +129,6 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
         },
     }
     return EvaluationOutcome(headline, task, findings, facts)
-
-
-def declared_modalities(adapter: Adapter, data: dict[str, str], config: AdapterConfig) -> tuple[Modality, ...]:
-    """The adapter's modalities, checked. Raises `AdapterError`."""
-    with calling("modalities"):
-        modalities = tuple(adapter.modalities(data, config))
-    if not modalities:
-        raise AdapterError("the adapter declares no modality")
-    names = [m.name for m in modalities]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise AdapterError(f"the adapter declares {', '.join(twice)} twice")
-    for modality in modalities:
-        problem = modality_problem(modality)
-        if problem:
-            raise AdapterError(f"modality {modality.name!r}: {problem}")
-    return modalities
-
-
-def open_samples(adapter: Adapter, data: dict[str, str], config: AdapterConfig) -> Sequence[Sample]:
-    """The evaluated split's samples. Raises `AdapterError` if there are none."""
-    with calling("samples"):
-        samples = adapter.samples(adapter.split, data, config)
-        count = len(samples)
-    if not count:
-        raise AdapterError(f"the split {adapter.split!r} has no samples")
-    return samples
 
 
 def judge_modality(
@@ -196,18 +173,6 @@ def _unmeasured(
     return JudgedModality(modality, metrics.not_measured(modality, reason), judgement, findings)
 
 
-def _load(
-    context: JobContext, adapter: Adapter, config: AdapterConfig, header: CheckpointHeader, device: torch.device
-) -> LoadedModel:
-    dtype = choose_dtype(context.plan.settings.dtype, header, device)
-    context.progress(Phase.LOAD, message="building the model")
-
-    def told(done: int, total: int) -> None:
-        context.progress(Phase.LOAD, done, total, "weights")
-
-    return load_model(adapter, config, header, device, dtype, told)
-
-
 def _reference(context: JobContext, adapter: Adapter, config: AdapterConfig) -> Optional[Sequence[Sample]]:
     with calling("train_reference"):
         reference = adapter.train_reference(context.plan.settings.data, config)
@@ -234,53 +199,43 @@ def _baselines(
     return baselines_of(reference, modalities, shown, context.artifacts, told)
 
 
+@dataclasses.dataclass
+class RunFacts:
+    """What the run came to: the batch size it ended with and how often memory ran out."""
+
+    batch_size: int
+    halvings: int = 0
+
+
 def _run(
     context: JobContext,
     adapter: Adapter,
-    loaded: LoadedModel,
-    samples: Sequence[Sample],
-    positions: Sequence[int],
+    results: Iterable[BatchResult],
+    count: int,
     collected: Sequence[Collected],
     baselines: Optional[Baselines],
 ) -> RunFacts:
-    """Predict everything; each sample's numbers are written as they come."""
+    """Take in every batch; each sample's numbers are written as they come."""
     settings = context.plan.settings
     context.progress(Phase.FIRST_BATCH, message="first batch")
-    done = 0
-    path = context.artifacts / SAMPLES_NAME
-    with open(path, "w", encoding="utf-8") as file:
-
-        def take(chosen: Sequence[int], items: Sequence[Sample], predicted: dict[str, Any]) -> None:
-            nonlocal done
-            lines: dict[int, dict[str, Any]] = {p: {} for p in chosen}
+    done, ran = 0, RunFacts(max(1, settings.batch_size))
+    with open(context.artifacts / SAMPLES_NAME, "w", encoding="utf-8") as file:
+        for result in results:
+            lines: dict[int, dict[str, Any]] = {p: {} for p in result.positions}
             for rows in collected:
-                added = rows.add(chosen, items, predicted[rows.modality.name])
+                rows.add_latents(result.samples, result.latents)
+                added = rows.add(result.positions, result.samples, result.predicted[rows.modality.name])
                 part = rows.evaluated(baselines, False, adapter.dependence, settings.seed, added)
                 for row, numbers in zip(added, metrics.sample_rows(part)):
                     lines[rows.positions[row]][rows.modality.name] = numbers
-            for position, sample in zip(chosen, items):
-                line = {"index": position, "sample": str(sample.id), "modalities": lines[position]}
+            for position, sample in zip(result.positions, result.samples):
+                line = {"index": position, "sample": sample.id, "modalities": lines[position]}
                 file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
             file.flush()
-            done += len(chosen)
-            context.progress(Phase.RUN, done, len(positions), "samples")
-
-        def take_latents(items: Sequence[Sample], latents: Mapping[str, Any]) -> None:
-            for rows in collected:
-                rows.add_latents(items, latents)
-
-        ran = run_over(
-            adapter,
-            loaded.model,
-            samples,
-            positions,
-            [c.modality for c in collected],
-            loaded.device,
-            loaded.dtype,
-            settings.batch_size,
-            take,
-            take_latents,
-        )
+            ran.batch_size = min(ran.batch_size, result.step)
+            ran.halvings += result.halvings
+            done += len(result.positions)
+            context.progress(Phase.RUN, done, count, "samples")
         os.fsync(file.fileno())
     return ran
 
@@ -341,13 +296,13 @@ def _modality_facts(judged: JudgedModality) -> dict[str, Any]:
     }
 
 
-def _model_facts(loaded: LoadedModel, header: CheckpointHeader) -> dict[str, Any]:
+def _model_facts(fitted: FittedModel, header: CheckpointHeader, devices: Sequence[torch.device]) -> dict[str, Any]:
     return {
-        "entries": loaded.entries,
-        "parameters": loaded.parameters,
-        "tied_names": loaded.tied,
-        "dtype": str(loaded.dtype).replace("torch.", ""),
-        "device": loaded.device.type,
-        "dropped_entries": to_json(loaded.fit.dropped[:40]),
+        "entries": fitted.entries,
+        "parameters": fitted.parameters,
+        "tied_names": fitted.tied,
+        "dtype": str(fitted.dtype).replace("torch.", ""),
+        "device": devices[0].type,
+        "dropped_entries": to_json(fitted.fit.dropped[:40]),
         "state_path": header.state_path,
     }

@@ -29,16 +29,28 @@ class StructureError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """The model on its device, in evaluation mode. `tied` counts names that share another name's tensor."""
+class FittedModel:
+    """The model, on the meta device until it is filled, and how the checkpoint fits it.
+
+    `tied` counts names that share another name's tensor.
+    """
 
     model: nn.Module
     fit: Fit
+    expected: tuple[Expected, ...]
     dtype: torch.dtype
-    device: torch.device
-    entries: int
-    parameters: int
-    tied: int
+
+    @property
+    def entries(self) -> int:
+        return len(self.expected)
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def tied(self) -> int:
+        return len(self.expected) - len({e.tie for e in self.expected})
 
 
 def build_on_meta(adapter: Adapter, config: AdapterConfig) -> nn.Module:
@@ -78,27 +90,32 @@ def choose_dtype(setting: str, header: CheckpointHeader, device: torch.device) -
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
-def load_model(
-    adapter: Adapter,
-    config: AdapterConfig,
-    header: CheckpointHeader,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Optional[Progress] = None,
-) -> LoadedModel:
-    """Build on meta, check the fit, fill entry by entry.
-
-    Host memory holds one tensor at a time when the device is a GPU. Raises `StructureError` when anything is missing,
-    unexpected, misshapen or left uninitialised, `CheckpointError` for bytes that are not there, `AdapterError`.
-    """
+def fit_model(adapter: Adapter, config: AdapterConfig, header: CheckpointHeader, dtype: torch.dtype) -> FittedModel:
+    """Build on meta and check the fit. Raises `StructureError` when anything is missing, unexpected or misshapen,
+    `AdapterError`."""
     if not header.model_tensors():
         raise StructureError([_no_model(header)])
     model = build_on_meta(adapter, config)
     fit = fit_of(adapter, model, header)
     if not fit.is_sound:
         raise StructureError(fit_findings(fit))
-    expected = expected_entries(model)
-    _fill(model, expected, fit, header, device, dtype, progress)
+    return FittedModel(model, fit, tuple(expected_entries(model)), dtype)
+
+
+def fill_model(
+    fitted: FittedModel,
+    adapter: Adapter,
+    header: CheckpointHeader,
+    device: torch.device,
+    progress: Optional[Progress] = None,
+) -> nn.Module:
+    """Fill the model on the device, entry by entry, and put it into evaluation mode.
+
+    Host memory holds one tensor at a time when the device is a GPU. Raises `StructureError` when anything is left
+    uninitialised, `CheckpointError` for bytes that are not there, `AdapterError`.
+    """
+    model = fitted.model
+    _fill(fitted, header, device, progress)
     with calling("finish_model"):
         adapter.finish_model(model)
     left = uninitialised(model)
@@ -107,9 +124,21 @@ def load_model(
     model.to(device)
     model.eval()
     model.requires_grad_(False)
-    distinct = len({e.tie for e in expected})
-    parameters = sum(p.numel() for p in model.parameters())
-    return LoadedModel(model, fit, dtype, device, len(expected), parameters, len(expected) - distinct)
+    return model
+
+
+def load_model(
+    adapter: Adapter,
+    config: AdapterConfig,
+    header: CheckpointHeader,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Optional[Progress] = None,
+) -> FittedModel:
+    """`fit_model`, then `fill_model`."""
+    fitted = fit_model(adapter, config, header, dtype)
+    fill_model(fitted, adapter, header, device, progress)
+    return fitted
 
 
 def uninitialised(model: nn.Module) -> list[str]:
@@ -123,25 +152,18 @@ def uninitialised(model: nn.Module) -> list[str]:
     return sorted(set(names))
 
 
-def _fill(
-    model: nn.Module,
-    expected: Sequence[Expected],
-    fit: Fit,
-    header: CheckpointHeader,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Optional[Progress],
-) -> None:
+def _fill(fitted: FittedModel, header: CheckpointHeader, device: torch.device, progress: Optional[Progress]) -> None:
     loaded: dict[int, torch.Tensor] = {}
-    source_of_tie = {e.tie: fit.sources[e.name] for e in reversed(expected) if e.name in fit.sources}
-    for position, entry in enumerate(expected):
+    sources = fitted.fit.sources
+    source_of_tie = {e.tie: sources[e.name] for e in reversed(fitted.expected) if e.name in sources}
+    for position, entry in enumerate(fitted.expected):
         if entry.tie not in loaded:
             tensor = load_tensor(header, source_of_tie[entry.tie], device)
-            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            tensor = tensor.to(fitted.dtype) if tensor.is_floating_point() else tensor
             loaded[entry.tie] = nn.Parameter(tensor, requires_grad=False) if entry.is_parameter else tensor
-        _assign(model, entry.name, loaded[entry.tie])
+        _assign(fitted.model, entry.name, loaded[entry.tie])
         if progress is not None:
-            progress(position + 1, len(expected))
+            progress(position + 1, len(fitted.expected))
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

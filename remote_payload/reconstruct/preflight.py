@@ -16,9 +16,9 @@ from torch import nn
 from remote_payload.checkpoint import CheckpointHeader
 from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.reconstruct.adapters import AdapterCallError, adapter_config, resolve_adapter
-from remote_payload.reconstruct.collect import as_array, check_predictions
-from remote_payload.reconstruct.evaluation import declared_modalities, open_samples
+from remote_payload.reconstruct.collect import check_predictions
 from remote_payload.reconstruct.loading import StructureError, build_on_meta, choose_dtype, fit_of, load_model
+from remote_payload.reconstruct.prediction import as_array
 from remote_payload.reconstruct.protocol import (
     Adapter,
     AdapterConfig,
@@ -29,6 +29,7 @@ from remote_payload.reconstruct.protocol import (
 )
 from remote_payload.reconstruct.ranges import check_shape, prediction_finding, target_finding
 from remote_payload.reconstruct.runner import predict
+from remote_payload.reconstruct.split import declared_modalities, open_samples
 from remote_payload.reconstruct.structure import fit_findings
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Dimension, Finding, Severity

@@ -1,4 +1,4 @@
-"""Runs the model over the split, batch by batch. Knows nothing of verdicts and pictures."""
+"""Runs the model on one device, batch by batch. Knows nothing of verdicts and pictures."""
 
 from __future__ import annotations
 
@@ -6,35 +6,23 @@ import dataclasses
 import os
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from torch import nn
 
 from remote_payload.reconstruct.adapters import calling, is_out_of_memory
-from remote_payload.reconstruct.collect import check_predictions
+from remote_payload.reconstruct.collect import check_predictions, latents_pair
+from remote_payload.reconstruct.prediction import BatchResult, as_array, without_inputs
 from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
-
-OnBatch = Callable[[Sequence[int], Sequence[Sample], dict[str, Any]], None]
-OnLatents = Callable[[Sequence[Sample], Mapping[str, Any]], None]
-
-
-@dataclasses.dataclass
-class RunFacts:
-    """What the run came to: the batch size it ended with and how often memory ran out."""
-
-    batch_size: int
-    halvings: int = 0
 
 
 def make_deterministic(seed: int) -> None:
     """Fix every seed and ask for algorithms that give the same numbers each time. Before the first CUDA call."""
     # cuBLAS reads it when its first handle is made; without it two runs on one GPU may differ in the last bits.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_all(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -42,17 +30,29 @@ def make_deterministic(seed: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def pick_device(wanted: str) -> torch.device:
-    """cpu, cuda, or auto: CUDA where there is one. Raises `RuntimeError` when CUDA is wanted and there is none."""
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and torch's generators, those of GPUs included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def pick_devices(wanted: str, count: int) -> list[torch.device]:
+    """Where samples are evaluated: every visible CUDA device, or the CPU, `count` times if it is asked for by name.
+
+    `wanted` is cpu, cuda, or auto. Raises `RuntimeError` when CUDA is wanted and there is none.
+    """
     if wanted == "cpu":
-        return torch.device("cpu")
+        return [torch.device("cpu")] * max(1, count)
     if torch.cuda.is_available():
-        device = torch.device("cuda", 0)
-        torch.zeros(1, device=device)
-        return device
+        found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        if len(found) == 1:
+            # One that does not work is seen here; several are used by processes of their own.
+            torch.zeros(1, device=found[0])
+        return found
     if wanted == "cuda":
         raise RuntimeError("a CUDA device is wanted, and torch finds none on this node")
-    return torch.device("cpu")
+    return [torch.device("cpu")]
 
 
 def choose_positions(available: int, wanted: Optional[int]) -> list[int]:
@@ -62,51 +62,88 @@ def choose_positions(available: int, wanted: Optional[int]) -> list[int]:
     return [int(i) for i in np.unique(np.linspace(0, available - 1, wanted).round().astype(int))]
 
 
-def run_over(
-    adapter: Adapter,
-    model: nn.Module,
-    samples: Sequence[Sample],
-    positions: Sequence[int],
-    modalities: Sequence[Modality],
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_size: int,
-    on_batch: OnBatch,
-    on_latents: Optional[OnLatents] = None,
-) -> RunFacts:
-    """Predict the samples at `positions` in order and hand each batch to `on_batch`.
+def cut(positions: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
+    """Batches of the positions, in order: the same ones on however many devices they are evaluated."""
+    size = max(1, batch_size)
+    return [tuple(positions[start : start + size]) for start in range(0, len(positions), size)]
 
-    Where the adapter has latents, `on_latents` gets each batch's before `on_batch` does.
 
-    When the device's memory runs out the batch is halved, down to one sample, and the run goes on.
+class BatchRunner:
+    """The model on one device. Each batch begins with the seeds of its first position, wherever and whenever it runs.
+
+    When the device's memory runs out, this batch and all later ones go through the model in halves, down to one sample.
     """
-    facts = RunFacts(max(1, batch_size))
-    done = 0
-    while done < len(positions):
-        chosen = positions[done : done + facts.batch_size]
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        model: nn.Module,
+        samples: Sequence[Sample],
+        modalities: Sequence[Modality],
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        self._adapter, self._model, self._samples = adapter, model, samples
+        self._modalities = modalities
+        self._device, self._dtype = device, dtype
+        self._seed = seed
+        self._step = max(1, batch_size)
+
+    def batch(self, positions: Sequence[int]) -> BatchResult:
+        """Raises what the adapter raises, told as its own, and out of memory for a single sample as torch does."""
+        seed_all(self._seed + positions[0])
         with calling("samples"):
-            items = [samples[p] for p in chosen]
-        ran: Optional[tuple[dict[str, Any], Optional[Mapping[str, Any]]]]
-        try:
-            ran = _forward(adapter, model, items, device, dtype, on_latents is not None)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or facts.batch_size == 1:
-                raise
-            facts.batch_size //= 2
-            facts.halvings += 1
-            ran = None
-        if ran is None:
-            # Outside the handler: its traceback would keep the failed batch's tensors alive.
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        predicted, latents = ran
-        check_predictions(predicted, modalities)
-        if on_latents is not None and latents is not None:
-            on_latents(items, latents)
-        on_batch(chosen, items, predicted)
-        done += len(chosen)
-    return facts
+            items = [self._samples[p] for p in positions]
+        parts: list[_Part] = []
+        done = halvings = 0
+        while done < len(items):
+            chosen = items[done : done + self._step]
+            part: Optional[_Part]
+            try:
+                part = self._forward(chosen)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error) or self._step == 1:
+                    raise
+                part = None
+            if part is None:
+                # Outside the handler: its traceback would keep the failed batch's tensors alive.
+                self._step //= 2
+                halvings += 1
+                if self._device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            parts.append(part)
+            done += len(chosen)
+        names = [m.name for m in self._modalities]
+        with calling("samples"):
+            bare = tuple(without_inputs(item, names) for item in items)
+        predicted = {name: _joined([p.predicted[name] for p in parts]) for name in names}
+        latents = {
+            name: (_joined([p.latents[name][0] for p in parts]), _joined([p.latents[name][1] for p in parts]))
+            for name in parts[0].latents
+            if all(name in p.latents for p in parts)
+        }
+        return BatchResult(tuple(positions), bare, predicted, latents, self._step, halvings)
+
+    def _forward(self, items: Sequence[Sample]) -> _Part:
+        predicted, latents = _forward(self._adapter, self._model, items, self._device, self._dtype, True)
+        check_predictions(predicted, self._modalities)
+        pairs = {
+            name: latents_pair(name, pair, len(items)) for name, pair in (latents or {}).items() if pair is not None
+        }
+        return _Part({m.name: as_array(predicted[m.name]) for m in self._modalities}, pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    predicted: dict[str, Any]
+    latents: dict[str, tuple[Any, Any]]
+
+
+def _joined(arrays: Sequence[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:

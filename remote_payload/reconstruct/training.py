@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct.adapters import calling
-from remote_payload.reconstruct.collect import allocate, as_array
+from remote_payload.reconstruct.collect import allocate
 from remote_payload.reconstruct.metrics import commonest_codes
+from remote_payload.reconstruct.prediction import as_array
 from remote_payload.reconstruct.products import mean_squared_errors
 from remote_payload.reconstruct.protocol import Kind, Modality, Sample
 from remote_payload.reconstruct.ranges import check_shape

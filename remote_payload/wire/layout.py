@@ -78,6 +78,10 @@ class AttemptLayout:
     def job_artifacts(self, job: str) -> str:
         return posixpath.join(self.artifacts, names.check_job_name(job))
 
+    def job_scratch(self, job: str) -> str:
+        """What a job keeps for a later attempt, until it has ended well. Never collected."""
+        return posixpath.join(self._at("scratch"), names.check_job_name(job))
+
     @property
     def diagnostics(self) -> tuple[str, ...]:
         """What explains a failure; collected before any artifact, and from failed attempts too."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from remote_payload.reconstruct.collect import Collected
 from remote_payload.reconstruct.protocol import AdapterBase, AdapterError, Kind, Modality, Sample
-from remote_payload.reconstruct.runner import run_over
+from remote_payload.reconstruct.runner import BatchRunner, cut
 
 _MODALITY = Modality("image", Kind.IMAGE, "HW", (2, 2), None, "1")
 
@@ -28,27 +28,16 @@ class OneLatent(Doubles):
         return {"image": (batch["image"][:1].sum(1), predicted["image"][:1].sum(1))}
 
 
-def take(rows: Collected, chosen: Any, items: Any, predicted: Any) -> None:
-    rows.add(chosen, items, predicted["image"])
-
-
 def collected(adapter: Any, folder: Path) -> Collected:
     images = torch.arange(20.0).reshape(5, 2, 2)
     # The third sample has no target, so it takes no row and no latent.
     samples = [Sample(str(n), {"image": i}, {"image": i} if n != 2 else {}) for n, i in enumerate(images)]
     rows = Collected(_MODALITY, 5, folder)
-    run_over(
-        adapter,
-        nn.Identity(),
-        samples,
-        range(5),
-        [_MODALITY],
-        torch.device("cpu"),
-        torch.float32,
-        2,
-        lambda chosen, items, predicted: take(rows, chosen, items, predicted),
-        rows.add_latents,
-    )
+    runner = BatchRunner(adapter, nn.Identity(), samples, [_MODALITY], torch.device("cpu"), torch.float32, batch_size=2)
+    for batch in cut(range(5), 2):
+        result = runner.batch(batch)
+        rows.add(result.positions, result.samples, result.predicted["image"])
+        rows.add_latents(result.samples, result.latents)
     return rows
 
 
