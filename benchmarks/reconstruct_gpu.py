@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         "load cold": lambda: {name: cold(lambda n=name: child([*again, n])) for name in ("ours", "theirs")},
         "rate": lambda: child([*again, "rate"]),
         "evaluate": lambda: evaluate(options.path, options.scale, options.device),
+        "devices": lambda: compare_devices(options.path, options.scale),
     }
     for name in options.steps.split(","):
         began = time.perf_counter()
@@ -159,7 +160,7 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
                 taken.append({n: t.float().cpu() for n, t in out.items()})
 
     seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(3):
+    for _ in range(5):
         for name, loop in (("ours", ours), ("theirs", theirs)):
             began = time.perf_counter()
             loop()
@@ -169,9 +170,27 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
     return {"samples": count, **{f"{n}_samples_per_s": [round(count / s, 2) for s in v] for n, v in seconds.items()}}
 
 
-def evaluate(path: Path, scale: int, device: str) -> dict[str, Any]:
+def compare_devices(path: Path, scale: int) -> dict[str, Any]:
+    """The whole job by hand on one of the visible GPUs and on all of them; whether every artifact is the same."""
+    import torch
+
+    count = torch.cuda.device_count()
+    found: dict[str, Any] = {"gpus": count}
+    artifacts = []
+    for visible in ("0", ",".join(str(n) for n in range(count))):
+        out = path.parent / f"on-{len(visible.split(','))}"
+        found[f"on {visible}"] = evaluate(path, scale, "cuda", out, {"CUDA_VISIBLE_DEVICES": visible})
+        artifacts.append({str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+    first, second = artifacts
+    names = first.keys() | second.keys()
+    return {**found, "files": len(names), "different": sorted(n for n in names if first.get(n) != second.get(n))}
+
+
+def evaluate(
+    path: Path, scale: int, device: str, out: Path | None = None, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """The whole job by hand over the demonstration's test split."""
-    config, out = path.parent / "eval.json", path.parent / "reconstruct"
+    config, out = path.parent / "eval.json", out or path.parent / "reconstruct"
     adapter = "remote_payload.reference.adapter:ReferenceAdapter"
     settings = {"adapter": adapter, "data": {"film": str(data_folder(path))}, "batch_size": _BATCH}
     config.write_text(json.dumps({"remote_eval": {**settings, "user_config": {"scale": scale}}}))
@@ -181,8 +200,9 @@ def evaluate(path: Path, scale: int, device: str) -> dict[str, Any]:
         [sys.executable, *command, "--out", str(out), "--device", device],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         stdin=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
     )
     found: dict[str, Any] = {"seconds": time.perf_counter() - began, "status": done.returncode}
     if done.returncode:

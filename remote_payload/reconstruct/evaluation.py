@@ -266,6 +266,8 @@ def _run_findings(ran: RunFacts, wanted_batch: int, baselines: Optional[Baseline
                 severity=Severity.INFO,
                 title=f"Memory ran out at a batch of {wanted_batch}; the run went on with {ran.batch_size}",
                 evidence={"wanted": wanted_batch, "used": ran.batch_size, "times": ran.halvings},
+                explanation="Where and when memory runs out is chance; numbers may differ in their last bits from those "
+                "of whole batches.",
             )
         )
     if baselines is None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save({"model_state_dict": Small().state_dict()}, path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _threads_of_a_new_process() -> Iterator[None]:
+    """Sums come out in another order with another number of threads, and other tests set theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
