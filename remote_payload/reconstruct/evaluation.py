@@ -266,7 +266,7 @@ def _run_findings(ran: RunFacts, wanted_batch: int, baselines: Optional[Baseline
                 severity=Severity.INFO,
                 title=f"Memory ran out at a batch of {wanted_batch}; the run went on with {ran.batch_size}",
                 evidence={"wanted": wanted_batch, "used": ran.batch_size, "times": ran.halvings},
-                explanation="Where and when memory runs out is chance; numbers may differ in their last bits from those "
+                explanation="Where and when memory runs out is chance; numbers may differ in last bits from those "
                 "of whole batches.",
             )
         )
