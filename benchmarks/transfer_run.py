@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -127,12 +128,17 @@ def kill_ours_at(site: Site, file: Path, moved_bytes: int) -> int:
 
 @contextlib.contextmanager
 def _our_process(site: Site, file: Path, jobs: str) -> Iterator[subprocess.Popen[str]]:
+    # As an installed program does, it finds bytecode of itself: of the run before, which is not measured.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(site.folder / "bytecode")
     facts = site.folder / "site.json"
     facts.write_text(json.dumps(transfer_ours.describe(site)))
     command = [*site.link.near, sys.executable, "-m", "benchmarks.transfer_ours", str(facts), str(file), "--jobs", jobs]
     with (
         (site.folder / "ours.log").open("w") as log,
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
     ):
         try:
             yield process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import threading
@@ -19,17 +20,20 @@ from orchestrator.errors import (
     NodeUnfitError,
     ProtocolMismatchError,
     RemoteEvalError,
+    UnreachableError,
     UsageError,
 )
 from orchestrator.payload import Payload
 from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import ByteStream, CommandResult, Transport
+from orchestrator.standby import Standby
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.layout import MARKER_NAME, NodeLayout
 from remote_payload.wire.messages import Hello, HelloRequest
 from remote_payload.wire.names import printable
+from remote_payload.wire.stream import FrameKind, StandbyRequest, StreamCall, encode_json_frame
 
 T = TypeVar("T")
 _SHOWN_BYTES = 2000
@@ -37,6 +41,8 @@ CLOCK_OFFSET_WARNING_S = 120.0
 BULK_BYTES = 32 * 1024 * 1024
 """What is smaller goes over the connection that is there: another login would take longer than it saves."""
 _READY_LIMIT_BYTES = 1024 * 1024
+_STANDBY_S = 900.0
+_STANDBY_IDLE_S = 60.0
 
 _ENVIRONMENT_PROBLEMS = {
     scripts.PYTHON_MISSING: (
@@ -99,14 +105,17 @@ class Node:
         self._connect = connect
         self._transport: Transport | None = None
         self._hello: Hello | None = None
+        self._standby: Standby | None = None
         self._lock = threading.RLock()
+        self._hello_lock = threading.Lock()
 
     @property
     def hello(self) -> Hello:
         """What the agent says of its node; asked once. Installs the payload where it is missing."""
-        if self._hello is None:
-            self._hello = self.call("hello", HelloRequest(self.profile.node_root), Hello)
-        return self._hello
+        with self._hello_lock:
+            if self._hello is None:
+                self._hello = self.call("hello", HelloRequest(self.profile.node_root), Hello)
+            return self._hello
 
     def clock_offset_s(self) -> float:
         """The node's clock minus ours, in seconds; asked anew."""
@@ -163,20 +172,30 @@ class Node:
 
         For `expected_bytes` that are worth a login, or unknown, on a connection of its own where one can be had.
         """
-        self._ensure_payload()
-        nonce = secrets.token_hex(16)
-        text = self._encode(verb, nonce, to_json(request))
-        script = scripts.stream_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, text)
-        transport = self._ensure_transport()
         is_bulk = expected_bytes is None or expected_bytes >= BULK_BYTES
-        start = transport.open_bulk_stream if is_bulk else transport.open_stream
-        stream = start(script, idle_timeout_s=idle_timeout_s)
-        try:
-            self._await_ready(stream, nonce)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
+        if is_bulk and idle_timeout_s == _STANDBY_IDLE_S:
+            stream = self._from_standby(StreamCall(verb, to_json(request)))
+            if stream is not None:
+                return stream
+        self._ensure_payload()
+        return self._start_stream(verb, request, idle_timeout_s, is_bulk)
+
+    def prepare_stream(self) -> None:
+        """Begin to open, in the background, the bulk stream that will be asked for next. Where that fails, whoever asks
+        opens one and hears why. For a node that is connected, so that no login asks a person from a thread."""
+        self.drop_prepared_stream()
+        self._standby = Standby(self._open_standby)
+        threading.Thread(target=self._learn, name="hello", daemon=True).start()
+
+    def drop_prepared_stream(self) -> None:
+        """Close the stream of `prepare_stream` that nobody asked for."""
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.close()
+
+    def connect(self) -> None:
+        """Log in unless that is done, within the profile's patience."""
+        self._ensure_transport()
 
     def reconnect(self) -> None:
         """Drop the connection and log in again, within the profile's patience."""
@@ -184,6 +203,7 @@ class Node:
         self._ensure_transport()
 
     def disconnect(self) -> None:
+        self.drop_prepared_stream()
         with self._lock:
             if self._transport is not None:
                 self._transport.close()
@@ -238,6 +258,42 @@ class Node:
         if "error" in value:
             raise remote_error(from_json(RemoteFailure, value["error"]))
         return value["ok"]
+
+    def _learn(self) -> None:
+        """Ask what `hello` tells, so that it is known when it is wanted; whoever wants it hears why it cannot be."""
+        with contextlib.suppress(RemoteEvalError, OSError):
+            _ = self.hello
+
+    def _start_stream(self, verb: str, request: object, idle_timeout_s: float, is_bulk: bool) -> ByteStream:
+        nonce = secrets.token_hex(16)
+        text = self._encode(verb, nonce, to_json(request))
+        script = scripts.stream_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, text)
+        transport = self._ensure_transport()
+        start = transport.open_bulk_stream if is_bulk else transport.open_stream
+        stream = start(script, idle_timeout_s=idle_timeout_s)
+        try:
+            self._await_ready(stream, nonce)
+            if verb == "standby":
+                self._await_ready(stream, nonce)  # said once more by an agent that knows the verb
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _open_standby(self) -> ByteStream:
+        return self._start_stream("standby", StandbyRequest(_STANDBY_S), _STANDBY_IDLE_S, is_bulk=True)
+
+    def _from_standby(self, call: StreamCall) -> ByteStream | None:
+        standby, self._standby = self._standby, None
+        stream = standby.take(self.profile.command_timeout_s) if standby is not None else None
+        if stream is None:
+            return None
+        try:
+            stream.write(encode_json_frame(FrameKind.PERFORM, call))
+        except UnreachableError:
+            stream.close()
+            return None
+        return stream
 
     def _ensure_payload(self) -> None:
         """A stream cannot install the payload on its way: make sure by the first call."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import CheckpointError, ConfigurationError
+from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
-from orchestrator.transfer.fingerprints import digest_local_file, sample_spans
+from orchestrator.transfer.fingerprints import LocalFile, digest_local_file, sample_spans
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Located, LocateRequest, Unpacked, UnpackRequest
@@ -38,7 +39,7 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     if path.is_dir():
         # Of a folder nobody computes a digest: it is used where it is, and its files' names and times stand for it.
         return _synced(_locate(context, LocateRequest(context.node.layout.root, path=str(path))), digest=None)
-    local = digest_local_file(path, context.services.layout)
+    local = _digest_while_connecting(context, path)
     manifest = local.manifest
     if context.profile.embedded:
         # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
@@ -55,6 +56,7 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
         ),
     )
     if found.found:
+        context.node.drop_prepared_stream()
         context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
         return _synced(found, digest=manifest.digest)
     try:
@@ -84,6 +86,20 @@ def sync_code(context: RunContext) -> None:
     sent = upload_file(context.node, archive.path, local.manifest, on_progress=lambda _: None)
     request = UnpackRequest(context.node.layout.root, sent.path_on_node, archive.sha256)
     context.node.call("unpack_code", request, Unpacked)
+
+
+def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
+    """A large file that is not remembered is likely to be sent: a stream for it comes up while it is read."""
+    context.node.connect()  # before any thread: a login may ask a person
+    is_prepared = False
+
+    def prepare(_count: int) -> None:
+        nonlocal is_prepared
+        if not is_prepared and not context.profile.embedded and path.stat().st_size >= BULK_BYTES:
+            context.node.prepare_stream()
+        is_prepared = True
+
+    return digest_local_file(path, context.services.layout, prepare)
 
 
 def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadResult:

@@ -13,10 +13,20 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.receive import serve_receive
 from remote_payload.agent.send import serve_send
 from remote_payload.wire import PROTOCOL_VERSION
-from remote_payload.wire.codec import WireError, from_json
+from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.names import check_nonce
-from remote_payload.wire.stream import DamagedStreamError, FrameKind, ReceiveRequest, SendRequest, StreamFailure
+from remote_payload.wire.stream import (
+    DamagedStreamError,
+    FrameKind,
+    FrameReader,
+    ReceiveRequest,
+    SendRequest,
+    StandbyRequest,
+    StreamCall,
+    StreamFailure,
+    decode_json,
+)
 
 PEER_GONE_STATUS = 75
 """Exit status when the client left in the middle: whatever was done stays done, and another stream goes on."""
@@ -38,8 +48,9 @@ def main_stream(request: dict[str, Any], nonce: str) -> int:
 def serve_stream(channel: FdChannel, request: dict[str, Any], nonce: str) -> int:
     """As `main_stream`, over any channel."""
     try:
-        channel.send(f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode())
-        failure = _perform(channel, request)
+        ready = f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode()
+        channel.send(ready)
+        failure = _perform(channel, request, ready)
         if failure is not None:
             channel.send_json(FrameKind.FAILURE, failure)
     except PeerGoneError:
@@ -47,8 +58,13 @@ def serve_stream(channel: FdChannel, request: dict[str, Any], nonce: str) -> int
     return 0
 
 
-def _perform(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFailure]:
+def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optional[StreamFailure]:
     try:
+        if request.get("verb") == "standby":
+            request = {
+                **request,
+                **to_json(_stand_by(channel, from_json(StandbyRequest, request.get("params")), ready)),
+            }
         _verb(request)(channel, request.get("params"))
     except AgentError as error:
         return StreamFailure(error.failure)
@@ -61,6 +77,16 @@ def _perform(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFail
         reason = error.strerror or errno.errorcode.get(error.errno or 0, "unknown error")
         return StreamFailure(RemoteFailure("unfit", f"{what}{reason}"))
     return None
+
+
+def _stand_by(channel: FdChannel, request: StandbyRequest, ready: bytes) -> StreamCall:
+    channel.idle_s = request.wait_s
+    channel.send(ready)
+    reader = FrameReader(channel.fill)
+    header = reader.header()
+    if header.kind is not FrameKind.PERFORM:
+        raise DamagedStreamError(f"a {header.kind.name} frame arrived on a stand-by stream")
+    return decode_json(StreamCall, reader.body(header))
 
 
 def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:

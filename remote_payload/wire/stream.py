@@ -35,6 +35,10 @@ waiting for earlier answers:
                      DATA      argument: offset; several, in order, unless the want is for a digest only
                      END       JSON `SpanEnd`, with the SHA-256 of the span
                      FAILURE   instead of any of them, or amid DATA; the next want is served all the same
+
+`standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then
+
+    client → agent   PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
 """
 
 from __future__ import annotations
@@ -89,10 +93,26 @@ class FrameKind(enum.IntEnum):
     WANT = 11
     SPAN = 12
     END = 13
+    PERFORM = 14
 
 
 class DamagedStreamError(WireError):
     """Bytes that are no frame, or a frame out of turn. The stream is of no further use; a new one is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StandbyRequest:
+    """`wait_s`: the agent gives up after so long without being told what for."""
+
+    wait_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamCall:
+    """Another stream verb and its params, which a stand-by stream goes on as."""
+
+    verb: str
+    params: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.errors import UnreachableError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
 from orchestrator.payload import build_payload
 from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.settings import ConnectionSettings
 from orchestrator.ssh.transport import ByteStream, Transport
+from orchestrator.standby import Standby
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.download import Download, download_files
 from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import TransferProgress
+from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
 from tests.support.agent_streams import WatchedStream, Wrap
 from tests.support.relay import relay_to
@@ -37,6 +40,24 @@ class WatchedNode(Node):
     """A node whose next streams can be watched: one wrap each, in order."""
 
     wraps: tuple[Wrap, ...] = ()
+
+    @property
+    def started(self) -> list[str]:
+        """The verbs of all streams that were started, in order."""
+        return self.__dict__.setdefault("_started", [])
+
+    def _start_stream(self, verb: str, request: object, idle_timeout_s: float, is_bulk: bool) -> ByteStream:
+        self.started.append(verb)
+        return super()._start_stream(verb, request, idle_timeout_s, is_bulk)
+
+    def prepared_stream(self) -> ByteStream:
+        """The stream of `prepare_stream`, once it is up, which stays prepared."""
+        standby = self._standby
+        assert standby is not None
+        stream = standby.take(60.0)
+        assert stream is not None
+        self._standby = Standby(lambda: stream)
+        return stream
 
     def open_agent_stream(
         self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
@@ -170,3 +191,39 @@ def test_a_link_that_goes_silent_is_noticed_and_the_transfer_goes_on_over_a_new_
         node.wraps = (lambda inner: WatchedReads(inner, 10 * MIB, relay.hold),)
         fetch(node, sent.path_on_node, tmp_path / "back", idle_timeout_s=1.5)
         assert node.counts.logins == 3
+
+
+def test_a_prepared_stream_carries_the_next_upload(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, layout: LocalLayout, local: Path
+) -> None:
+    node = make_node(settings)
+    _ = node.hello  # installs the payload, without which no stream comes up
+    node.prepare_stream()
+    sent = upload_file(node, local, digest_local_file(local, layout).manifest, streams=StreamPolicy(fixed=1))
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    assert node.started == ["standby"]
+
+
+def test_a_prepared_stream_that_was_lost_is_done_without(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, layout: LocalLayout, local: Path
+) -> None:
+    node = make_node(settings)
+    _ = node.hello  # installs the payload, without which no stream comes up
+    node.prepare_stream()
+    node.prepared_stream().close()
+    manifest = digest_local_file(local, layout).manifest
+    sent = upload_file(node, local, manifest, streams=StreamPolicy(fixed=1), retry=NEXT_TIME)
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    assert set(node.started) == {"standby", "receive"}
+
+
+def test_a_prepared_stream_that_nobody_asks_for_ends_with_the_connection(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings
+) -> None:
+    node = make_node(settings)
+    _ = node.hello  # installs the payload, without which no stream comes up
+    node.prepare_stream()
+    stream = node.prepared_stream()
+    node.disconnect()
+    with pytest.raises(UnreachableError):
+        stream.write(b"x" * MIB)

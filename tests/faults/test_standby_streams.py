@@ -1,0 +1,101 @@
+"""A stream that is opened before it is known what for: it serves as any other, and is missed by nobody."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import ConnectionLostError, IntegrityError, UsageError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.standby import Standby
+from orchestrator.transfer.channel import FrameChannel
+from remote_payload.wire.codec import to_json
+from remote_payload.wire.stream import FrameKind, SendRequest, StandbyRequest, StreamCall, Want
+from tests.support.agent_streams import ThreadOpener, make_node_root
+
+CONTENT = random.Random(3).randbytes(3_000_000)
+
+
+@pytest.fixture
+def opener(tmp_path: Path) -> ThreadOpener:
+    return ThreadOpener(make_node_root(tmp_path))
+
+
+def stand_by(opener: ThreadOpener, wait_s: float = 20.0) -> ByteStream:
+    stream = opener.open_agent_stream("standby", StandbyRequest(wait_s), idle_timeout_s=20)
+    seen = b""
+    while not seen.endswith(b"=ready=\n"):
+        seen += stream.read(1)
+    return stream
+
+
+def test_a_stand_by_stream_goes_on_as_the_verb_it_is_told(opener: ThreadOpener, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    with stand_by(opener) as stream:
+        channel = FrameChannel(stream)
+        channel.send_json(FrameKind.PERFORM, StreamCall("send", to_json(SendRequest(opener.layout.root))))
+        channel.send_json(FrameKind.WANT, Want(str(tmp_path / "file"), 0, len(CONTENT), digest_only=True))
+        channel.receive(FrameKind.SPAN)
+        channel.receive(FrameKind.END)
+
+
+@pytest.mark.parametrize(
+    "call", [StreamCall("rm -rf", {}), StreamCall("receive", None), StreamCall("standby", {"wait_s": 1})]
+)
+def test_a_verb_that_is_none_is_answered_with_a_failure(opener: ThreadOpener, call: StreamCall) -> None:
+    with stand_by(opener) as stream:
+        channel = FrameChannel(stream)
+        channel.send_json(FrameKind.PERFORM, call)
+        with pytest.raises(UsageError):
+            channel.receive(FrameKind.HAVE)
+
+
+def test_another_frame_than_the_verb_ends_the_stream(opener: ThreadOpener) -> None:
+    with stand_by(opener) as stream:
+        channel = FrameChannel(stream)
+        channel.send(FrameKind.FINISH)
+        with pytest.raises(IntegrityError):
+            channel.receive(FrameKind.HAVE)
+
+
+def test_an_agent_that_is_told_nothing_ends(opener: ThreadOpener) -> None:
+    with stand_by(opener, wait_s=0.2) as stream:
+        assert stream.read(1) == b""
+        assert stream.finish(20.0).exit_status == 75
+
+
+def test_a_stream_that_comes_too_late_is_closed(opener: ThreadOpener) -> None:
+    may_open, opened = threading.Event(), []
+
+    def open_late() -> ByteStream:
+        assert may_open.wait(20)
+        opened.append(stand_by(opener))
+        return opened[0]
+
+    standby = Standby(open_late)
+    standby.close()
+    may_open.set()
+    assert standby.take(20.0) is None
+    with pytest.raises(ConnectionLostError):
+        opened[0].read(1)
+
+
+def test_a_stream_that_does_not_come_up_is_none() -> None:
+    def refuse() -> ByteStream:
+        raise ConnectionLostError("refused")
+
+    assert Standby(refuse).take(20.0) is None
+
+
+def test_a_stream_is_taken_once(opener: ThreadOpener) -> None:
+    standby = Standby(lambda: stand_by(opener))
+    stream = standby.take(20.0)
+    assert stream is not None
+    assert standby.take(20.0) is None
+    standby.close()
+    stream.close_write()
+    assert stream.finish(20.0).exit_status == 75
+    stream.close()
