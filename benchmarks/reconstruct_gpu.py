@@ -148,7 +148,7 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
     predict(adapter, loaded.model, [samples[0]], target, loaded.dtype)
 
     def ours() -> None:
-        runner = BatchRunner(adapter, loaded.model, samples, modalities, target, loaded.dtype, _BATCH)
+        runner = BatchRunner(adapter, loaded.model, samples, modalities, target, loaded.dtype)
         taken = [runner.batch(batch).predicted for batch in cut(range(len(samples)), _BATCH)]
         assert len(taken) == -(-len(samples) // _BATCH)
 

@@ -19,7 +19,7 @@ from remote_payload.reconstruct.adapters import adapter_config, resolve_adapter
 from remote_payload.reconstruct.devices import describe_error
 from remote_payload.reconstruct.loading import choose_dtype, load_model
 from remote_payload.reconstruct.prediction import PredictionStore
-from remote_payload.reconstruct.runner import BatchRunner, make_deterministic
+from remote_payload.reconstruct.runner import BatchRunner, MemoryRanOutError, make_deterministic
 from remote_payload.reconstruct.split import declared_modalities, open_samples
 from remote_payload.wire.codec import from_json
 from remote_payload.wire.plan import NodePlan
@@ -57,12 +57,16 @@ def _work(setup: Mapping[str, Any], answers: int, orders: queue.SimpleQueue[Orde
     )
     modalities = declared_modalities(adapter, settings.data, config)
     samples = open_samples(adapter, settings.data, config)
-    runner = BatchRunner(adapter, loaded.model, samples, modalities, device, dtype, settings.batch_size, settings.seed)
+    runner = BatchRunner(adapter, loaded.model, samples, modalities, device, dtype, settings.seed)
     store = PredictionStore(Path(setup["store"]), setup["key"])
     _tell(answers, {"ready": True})
     while (order := orders.get()) is not None:
-        store.write(order["batch"], runner.batch(order["positions"]))
-        _tell(answers, {"done": order["batch"]})
+        try:
+            store.write(runner.batch(order["positions"]))
+        except MemoryRanOutError:
+            _tell(answers, {"ran_out": order["order"]})
+        else:
+            _tell(answers, {"done": order["order"]})
 
 
 def _read_orders(orders: queue.SimpleQueue[Order]) -> None:

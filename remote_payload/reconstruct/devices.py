@@ -24,6 +24,7 @@ from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.reconstruct.loading import StructureError
 from remote_payload.reconstruct.prediction import BatchResult, PredictionStore
 from remote_payload.reconstruct.protocol import AdapterError
+from remote_payload.reconstruct.runner import MemoryRanOutError
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Finding
@@ -61,6 +62,7 @@ class DeviceProcesses:
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         self._loaded: dict[str, tuple[int, int]] = {}
+        self._ordered = 0
         try:
             for number, device in enumerate(devices):
                 worker = _Worker(plan, f"{device}" if device.type == "cuda" else f"cpu process {number}", device, store)
@@ -70,34 +72,36 @@ class DeviceProcesses:
             self.close()
             raise
 
-    def results(self, batches: Mapping[int, Sequence[int]]) -> Iterator[BatchResult]:
-        """The results of these batches, positions by number, in the order of their numbers.
+    def results(self, batches: Sequence[Sequence[int]]) -> Iterator[BatchResult]:
+        """The results of these batches of positions, in their order.
 
-        Raises as `BatchRunner.batch` does, and `DeviceProcessError` for a process that ended.
+        Raises as `BatchRunner.batch` does, and `DeviceProcessError` for a process that ended. What was ordered before
+        and has not come is forgotten.
         """
-        numbers = sorted(batches)
+        first = self._ordered
         done: set[int] = set()
-        given = 0
-        for taken, number in enumerate(numbers):
-            while number not in done:
+        for taken, batch in enumerate(batches):
+            while first + taken not in done:
                 for worker in self._workers:
-                    if worker.is_idle and given < len(numbers) and given - taken < BATCHES_AHEAD * len(self._workers):
-                        worker.give(numbers[given], batches[numbers[given]])
-                        given += 1
-                done.update(self._await_some())
-            result = self._store.read(number, batches[number])
+                    given = self._ordered - first
+                    if worker.is_idle and given < len(batches) and given - taken < BATCHES_AHEAD * len(self._workers):
+                        worker.give(self._ordered, batches[given])
+                        self._ordered += 1
+                done.update(self._await_some(first))
+            result = self._store.read(batch)
             if result is None:
-                raise DeviceProcessError(f"the result of batch {number} is not what was written")
+                raise DeviceProcessError(f"the result of the batch from {batch[0]} on is not what was written")
             yield result
 
-    def _await_some(self) -> list[int]:
-        """Numbers of batches that came to be done, once something was heard."""
+    def _await_some(self, first: int) -> list[int]:
+        """Orders, from `first` on, that came to be done, once something was heard."""
         begun, has_asked = time.monotonic(), False
         while True:
             ready = self._selector.select(1.0)
             done = []
             for key, _ in ready:
-                done += [n for n in (self._take(key.data, message) for message in key.data.read()) if n is not None]
+                taken = (self._take(key.data, message, first) for message in key.data.read())
+                done += [order for order in taken if order is not None]
             if ready:
                 return done
             if not has_asked and time.monotonic() - begun > STACKS_AFTER_S:
@@ -105,7 +109,7 @@ class DeviceProcesses:
                 for worker in self._workers:
                     worker.ask_for_stacks()
 
-    def _take(self, worker: _Worker, message: Mapping[str, Any]) -> Optional[int]:
+    def _take(self, worker: _Worker, message: Mapping[str, Any], first: int) -> Optional[int]:
         if "error" in message:
             raise _error_of(worker.name, message)
         if "loaded" in message:
@@ -115,9 +119,13 @@ class DeviceProcesses:
                 self._told(sum(n for n, _ in every), max(t for _, t in every) * len(self._workers))
             return None
         worker.is_idle = True
+        if int(message.get("ran_out", -1)) >= first:
+            raise MemoryRanOutError(worker.samples)
         return int(message["done"]) if "done" in message else None
 
     def close(self) -> None:
+        for worker in self._workers:
+            worker.dismiss()
         for worker in self._workers:
             worker.end()
         self._selector.close()
@@ -140,6 +148,7 @@ class _Worker:
     def __init__(self, plan: NodePlan, name: str, device: torch.device, store: PredictionStore) -> None:
         self.name = name
         self.is_idle = False
+        self.samples = 0
         self.answers, writing = os.pipe()
         self._pending = b""
         os.set_blocking(self.answers, False)
@@ -162,9 +171,9 @@ class _Worker:
         }
         self._tell(setup)
 
-    def give(self, number: int, positions: Sequence[int]) -> None:
-        self.is_idle = False
-        self._tell({"batch": number, "positions": list(positions)})
+    def give(self, order: int, positions: Sequence[int]) -> None:
+        self.is_idle, self.samples = False, len(positions)
+        self._tell({"order": order, "positions": list(positions)})
 
     def read(self) -> list[dict[str, Any]]:
         """Whole messages that have come. Raises `DeviceProcessError` at the end of the process."""
@@ -181,10 +190,13 @@ class _Worker:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
 
-    def end(self) -> None:
+    def dismiss(self) -> None:
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
+
+    def end(self) -> None:
+        """Wait until it has left, having been dismissed; kill it if it does not."""
         try:
             self._process.wait(_LEAVE_S)
         except subprocess.TimeoutExpired:

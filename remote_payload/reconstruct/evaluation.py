@@ -22,7 +22,7 @@ from remote_payload.reconstruct.judge import Judgement, judge, overall
 from remote_payload.reconstruct.loading import FittedModel, choose_dtype, fit_model
 from remote_payload.reconstruct.measured import Evaluated, Metric
 from remote_payload.reconstruct.prediction import BatchResult
-from remote_payload.reconstruct.predictions import predict_batches, prediction_store
+from remote_payload.reconstruct.predictions import Predictions, prediction_store
 from remote_payload.reconstruct.protocol import (
     Adapter,
     AdapterConfig,
@@ -31,7 +31,13 @@ from remote_payload.reconstruct.protocol import (
     Sample,
 )
 from remote_payload.reconstruct.ranges import non_finite_finding, prediction_finding, target_finding
-from remote_payload.reconstruct.runner import choose_positions, make_deterministic, pick_devices
+from remote_payload.reconstruct.runner import (
+    ARITHMETIC,
+    MemoryRanOutError,
+    choose_positions,
+    make_deterministic,
+    pick_devices,
+)
 from remote_payload.reconstruct.split import declared_modalities, open_samples
 from remote_payload.reconstruct.training import Baselines, Shown, baselines_of, look_at_inputs
 from remote_payload.reconstruct.voxel_metrics import voxelwise_map
@@ -84,10 +90,11 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     reference = _reference(context, adapter, config)
     shown = _shown(context, samples, positions) if reference is not None else None
     baselines = _baselines(context, reference, modalities, shown)
-    collected = [Collected(m, len(positions), context.artifacts) for m in modalities]
-    with prediction_store(context, header, devices) as store:
-        results = predict_batches(context, adapter, fitted, header, devices, samples, positions, modalities, store)
-        ran = _run(context, adapter, results, len(positions), collected, baselines)
+    with (
+        prediction_store(context, header, devices) as store,
+        Predictions(context, adapter, fitted, header, devices, samples, positions, modalities, store) as predictions,
+    ):
+        collected, ran = _predict(context, adapter, predictions, modalities, len(positions), baselines)
     ordered = bool(samples[positions[0]].group)
     judged = []
     compared: list[dict[str, Any]] = []
@@ -124,8 +131,10 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
         "policy": {
             "dtype": settings.dtype,
             "batch_size": settings.batch_size,
-            "tf32": False,
-            "deterministic_algorithms": True,
+            "weights_and_inputs": str(fitted.dtype).replace("torch.", ""),
+            "predictions": ran.dtypes,
+            "metrics": "float64",
+            **ARITHMETIC,
         },
     }
     return EvaluationOutcome(headline, task, findings, facts)
@@ -199,30 +208,57 @@ def _baselines(
     return baselines_of(reference, modalities, shown, context.artifacts, told)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class RunFacts:
-    """What the run came to: the batch size it ended with and how often memory ran out."""
+    """What the run came to: the size of batches that memory held, and the type in which each modality was given."""
 
     batch_size: int
-    halvings: int = 0
+    dtypes: dict[str, str]
 
 
-def _run(
+def _predict(
+    context: JobContext,
+    adapter: Adapter,
+    predictions: Predictions,
+    modalities: Sequence[Modality],
+    count: int,
+    baselines: Optional[Baselines],
+) -> tuple[list[Collected], RunFacts]:
+    """All results. Where memory did not hold a batch everything is predicted anew in smaller ones.
+
+    So all samples come from batches of one size: it decides the last bits of numbers, which may not depend on which
+    device ran out, or when.
+    """
+    batch_size = max(1, context.plan.settings.batch_size)
+    while True:
+        collected = [Collected(m, count, context.artifacts) for m in modalities]
+        try:
+            dtypes = _take_in(context, adapter, predictions.results(batch_size), count, collected, baselines)
+        except MemoryRanOutError:
+            batch_size //= 2
+            context.progress(Phase.FIRST_BATCH, message=f"memory ran out; anew in batches of {batch_size}")
+        else:
+            return collected, RunFacts(batch_size, dtypes)
+
+
+def _take_in(
     context: JobContext,
     adapter: Adapter,
     results: Iterable[BatchResult],
     count: int,
     collected: Sequence[Collected],
     baselines: Optional[Baselines],
-) -> RunFacts:
-    """Take in every batch; each sample's numbers are written as they come."""
+) -> dict[str, str]:
+    """Take in every batch; each sample's numbers are written as they come. Gives each prediction's element types."""
     settings = context.plan.settings
     context.progress(Phase.FIRST_BATCH, message="first batch")
-    done, ran = 0, RunFacts(max(1, settings.batch_size))
+    done = 0
+    dtypes: dict[str, set[str]] = {}
     with open(context.artifacts / SAMPLES_NAME, "w", encoding="utf-8") as file:
         for result in results:
             lines: dict[int, dict[str, Any]] = {p: {} for p in result.positions}
             for rows in collected:
+                dtypes.setdefault(rows.modality.name, set()).add(result.dtypes[rows.modality.name])
                 rows.add_latents(result.samples, result.latents)
                 added = rows.add(result.positions, result.samples, result.predicted[rows.modality.name])
                 part = rows.evaluated(baselines, False, adapter.dependence, settings.seed, added)
@@ -232,12 +268,10 @@ def _run(
                 line = {"index": position, "sample": sample.id, "modalities": lines[position]}
                 file.write(json.dumps(line, sort_keys=True, allow_nan=False) + "\n")
             file.flush()
-            ran.batch_size = min(ran.batch_size, result.step)
-            ran.halvings += result.halvings
             done += len(result.positions)
             context.progress(Phase.RUN, done, count, "samples")
         os.fsync(file.fileno())
-    return ran
+    return {name: ", ".join(sorted(found)) for name, found in dtypes.items()}
 
 
 def _draw(
@@ -259,15 +293,15 @@ def _draw(
 
 def _run_findings(ran: RunFacts, wanted_batch: int, baselines: Optional[Baselines]) -> list[Finding]:
     findings = []
-    if ran.halvings:
+    if ran.batch_size < wanted_batch:
         findings.append(
             Finding(
                 id="reconstruct.batch_halved",
                 severity=Severity.INFO,
                 title=f"Memory ran out at a batch of {wanted_batch}; the run went on with {ran.batch_size}",
-                evidence={"wanted": wanted_batch, "used": ran.batch_size, "times": ran.halvings},
-                explanation="Where and when memory runs out is chance; numbers may differ in last bits from those "
-                "of whole batches.",
+                evidence={"wanted": wanted_batch, "used": ran.batch_size},
+                explanation="All samples were predicted anew in batches of the smaller size: the numbers are those of "
+                f"a run with `batch_size: {ran.batch_size}`, whichever device ran out of memory and when.",
             )
         )
     if baselines is None:

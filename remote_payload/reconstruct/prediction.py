@@ -30,16 +30,14 @@ class BatchResult:
     """The model's outputs for the samples at `positions`, with what they are compared with.
 
     `samples` have their targets and no inputs. `predicted` has `(N, …)` for each modality, `latents` those of targets
-    and predictions. `step`: so many samples at most went through the model at once; `halvings`: how often memory ran
-    out on the way.
+    and predictions; `dtypes` are the predictions' element types as the adapter gave them.
     """
 
     positions: tuple[int, ...]
     samples: tuple[Sample, ...]
     predicted: dict[str, Array]
     latents: dict[str, tuple[Array, Array]]
-    step: int
-    halvings: int
+    dtypes: dict[str, str]
 
 
 class PredictionStore:
@@ -69,17 +67,17 @@ class PredictionStore:
                     with contextlib.suppress(OSError):
                         os.rename(path, target)
 
-    def read(self, number: int, positions: Sequence[int]) -> Optional[BatchResult]:
-        """The result of batch `number`, if a whole one of this key and these positions is there."""
+    def read(self, positions: Sequence[int]) -> Optional[BatchResult]:
+        """The result of the batch of these positions, if a whole one of this key is there."""
         try:
-            data = self._path(number).read_bytes()
+            data = self._path(positions).read_bytes()
         except OSError:
             return None
         return _decode(data, self._key, positions)
 
-    def write(self, number: int, result: BatchResult) -> None:
+    def write(self, result: BatchResult) -> None:
         """Put it in place at once as a whole. Raises `OSError`."""
-        path = self._path(number)
+        path = self._path(result.positions)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with open(temporary, "wb") as file:
@@ -94,8 +92,9 @@ class PredictionStore:
                 os.unlink(temporary)
             raise
 
-    def _path(self, number: int) -> Path:
-        return self._folder / f"batch-{number:08d}"
+    def _path(self, positions: Sequence[int]) -> Path:
+        """By first position and length: batches of another size never take each other's place."""
+        return self._folder / f"batch-{positions[0]:08d}-{len(positions)}"
 
 
 def as_array(value: Any) -> NDArray[Any]:
@@ -140,8 +139,7 @@ def _encode(result: BatchResult, key: str) -> Iterator[bytes]:
         "key": key,
         "positions": list(result.positions),
         "samples": [_names_of(sample) for sample in result.samples],
-        "step": result.step,
-        "halvings": result.halvings,
+        "dtypes": result.dtypes,
         "arrays": places,
     }
     text = json.dumps(header).encode()
@@ -180,8 +178,7 @@ def _decode(data: bytes, key: str, positions: Sequence[int]) -> Optional[BatchRe
         tuple(Sample(inputs={}, targets=t, **names) for t, names in zip(targets, header["samples"])),
         predicted,
         {name: (pair[0], pair[1]) for name, pair in latents.items()},
-        header["step"],
-        header["halvings"],
+        header["dtypes"],
     )
 
 

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Optional
 
 import torch
@@ -42,60 +43,88 @@ def prediction_store(
         yield None
 
 
-def predict_batches(
-    context: JobContext,
-    adapter: Adapter,
-    fitted: FittedModel,
-    header: CheckpointHeader,
-    devices: Sequence[torch.device],
-    samples: Sequence[Sample],
-    positions: Sequence[int],
-    modalities: Sequence[Modality],
-    store: Optional[PredictionStore],
-) -> Iterator[BatchResult]:
-    """Results in the order of the positions; the same ones on however many devices and after however many attempts.
+class Predictions:
+    """The model's outputs for a split, on however many devices and after however many attempts the same ones.
 
-    Raises as `fill_model` and `BatchRunner.batch` do, `DeviceProcessError`.
+    The model is loaded when the first batch is asked for that no earlier attempt left. Leaving the context ends the
+    processes of several devices.
     """
-    settings = context.plan.settings
-    batches = dict(enumerate(cut(positions, settings.batch_size)))
-    missing = {n: b for n, b in batches.items() if store is None or store.read(n, b) is None}
 
-    def told(done: int, total: int) -> None:
-        context.progress(Phase.LOAD, done, total, "weights")
+    def __init__(
+        self,
+        context: JobContext,
+        adapter: Adapter,
+        fitted: FittedModel,
+        header: CheckpointHeader,
+        devices: Sequence[torch.device],
+        samples: Sequence[Sample],
+        positions: Sequence[int],
+        modalities: Sequence[Modality],
+        store: Optional[PredictionStore],
+    ) -> None:
+        self._context, self._adapter, self._fitted, self._header = context, adapter, fitted, header
+        self._devices, self._samples, self._positions, self._modalities = devices, samples, positions, modalities
+        self._store = store
+        self._runner: Optional[BatchRunner] = None
+        self._processes: Optional[DeviceProcesses] = None
 
-    new: Iterator[BatchResult]
-    with contextlib.ExitStack() as stack:
-        if len(devices) > 1 and len(missing) > 1 and store is not None:
-            processes = DeviceProcesses(context.plan, devices[: len(missing)], store, told)
-            new = stack.enter_context(processes).results(missing)
-        elif missing:
-            model = fill_model(fitted, adapter, header, devices[0], told)
-            runner = BatchRunner(
-                adapter,
-                model,
-                samples,
-                modalities,
-                devices[0],
-                fitted.dtype,
-                settings.batch_size,
-                settings.seed,
-            )
-            new = (_kept(store, n, runner.batch(b)) for n, b in missing.items())
-        else:
-            new = iter(())
-        for number, batch in batches.items():
-            if number in missing:
+    def results(self, batch_size: int) -> Iterator[BatchResult]:
+        """Results in the order of the positions, cut into batches of this size.
+
+        Raises as `fill_model` and `BatchRunner.batch` do, `DeviceProcessError`. After a `MemoryRanOutError` it may be
+        called again with another size.
+        """
+        batches = cut(self._positions, batch_size)
+        missing = [batch for batch in batches if self._store is None or self._store.read(batch) is None]
+        left = len(batches) - len(missing)
+        if left:
+            self._context.progress(Phase.LOAD, message=f"{left} of {len(batches)} batches were predicted before")
+        new = self._computed(missing)
+        awaited = set(missing)
+        for batch in batches:
+            if batch in awaited:
                 yield next(new)
-            elif store is not None and (result := store.read(number, batch)) is not None:
+            elif self._store is not None and (result := self._store.read(batch)) is not None:
                 yield result
 
+    def _computed(self, missing: Sequence[tuple[int, ...]]) -> Iterator[BatchResult]:
+        if not missing:
+            return iter(())
+        if len(self._devices) > 1 and self._store is not None and (self._processes is not None or len(missing) > 1):
+            if self._processes is None:
+                devices = self._devices[: len(missing)]
+                self._processes = DeviceProcesses(self._context.plan, devices, self._store, self._told)
+            return self._processes.results(missing)
+        if self._runner is None:
+            settings, device = self._context.plan.settings, self._devices[0]
+            model = fill_model(self._fitted, self._adapter, self._header, device, self._told)
+            self._runner = BatchRunner(
+                self._adapter, model, self._samples, self._modalities, device, self._fitted.dtype, settings.seed
+            )
+        runner = self._runner
+        return (_kept(self._store, runner.batch(batch)) for batch in missing)
 
-def _kept(store: Optional[PredictionStore], number: int, result: BatchResult) -> BatchResult:
+    def _told(self, done: int, total: int) -> None:
+        self._context.progress(Phase.LOAD, done, total, "weights")
+
+    def __enter__(self) -> Predictions:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        traceback: Optional[TracebackType],
+    ) -> None:
+        if self._processes is not None:
+            self._processes.close()
+
+
+def _kept(store: Optional[PredictionStore], result: BatchResult) -> BatchResult:
     if store is not None:
         # A disk that is full is no reason to stop: only a later attempt would have gone on from it.
         with contextlib.suppress(OSError):
-            store.write(number, result)
+            store.write(result)
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,14 @@ from remote_payload.reconstruct.collect import check_predictions, latents_pair
 from remote_payload.reconstruct.prediction import BatchResult, as_array, without_inputs
 from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
 
+ARITHMETIC = {
+    "tf32": False,
+    "reduced_precision_sums": False,
+    "autocast": "off outside the adapter's own code",
+    "deterministic_algorithms": True,
+}
+"""What `make_deterministic` and `predict` see to, as the results record it."""
+
 
 def make_deterministic(seed: int) -> None:
     """Fix every seed and ask for algorithms that give the same numbers each time. Before the first CUDA call."""
@@ -27,6 +34,8 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -68,11 +77,15 @@ def cut(positions: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     return [tuple(positions[start : start + size]) for start in range(0, len(positions), size)]
 
 
-class BatchRunner:
-    """The model on one device. Each batch begins with the seeds of its first position, wherever and whenever it runs.
+class MemoryRanOutError(Exception):
+    """The device's memory (or the host's) does not hold a batch of this many samples."""
 
-    When the device's memory runs out, this batch and all later ones go through the model in halves, down to one sample.
-    """
+    def __init__(self, samples: int) -> None:
+        super().__init__(f"memory ran out at {samples} samples at once")
+
+
+class BatchRunner:
+    """The model on one device. Each batch begins with the seeds of its first position, wherever it runs and when."""
 
     def __init__(
         self,
@@ -82,68 +95,44 @@ class BatchRunner:
         modalities: Sequence[Modality],
         device: torch.device,
         dtype: torch.dtype,
-        batch_size: int,
         seed: int = 0,
     ) -> None:
         self._adapter, self._model, self._samples = adapter, model, samples
         self._modalities = modalities
         self._device, self._dtype = device, dtype
         self._seed = seed
-        self._step = max(1, batch_size)
 
     def batch(self, positions: Sequence[int]) -> BatchResult:
-        """Raises what the adapter raises, told as its own, and out of memory for a single sample as torch does."""
+        """The samples at `positions`, all at once.
+
+        Raises what the adapter raises, told as its own; `MemoryRanOutError` for several samples that do not fit, and
+        what torch raises for a single one.
+        """
         seed_all(self._seed + positions[0])
         with calling("samples"):
             items = [self._samples[p] for p in positions]
-        parts: list[_Part] = []
-        done = halvings = 0
-        while done < len(items):
-            chosen = items[done : done + self._step]
-            part: Optional[_Part]
-            try:
-                part = self._forward(chosen)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error) or self._step == 1:
-                    raise
-                part = None
-            if part is None:
-                # Outside the handler: its traceback would keep the failed batch's tensors alive.
-                self._step //= 2
-                halvings += 1
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
-                continue
-            parts.append(part)
-            done += len(chosen)
-        names = [m.name for m in self._modalities]
-        with calling("samples"):
-            bare = tuple(without_inputs(item, names) for item in items)
-        predicted = {name: _joined([p.predicted[name] for p in parts]) for name in names}
-        latents = {
-            name: (_joined([p.latents[name][0] for p in parts]), _joined([p.latents[name][1] for p in parts]))
-            for name in parts[0].latents
-            if all(name in p.latents for p in parts)
-        }
-        return BatchResult(tuple(positions), bare, predicted, latents, self._step, halvings)
+        try:
+            return self._evaluated(positions, items)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(items) == 1:
+                raise
+        # Outside the handler: its traceback would keep the failed batch's tensors alive.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise MemoryRanOutError(len(items))
 
-    def _forward(self, items: Sequence[Sample]) -> _Part:
+    def _evaluated(self, positions: Sequence[int], items: Sequence[Sample]) -> BatchResult:
         predicted, latents = _forward(self._adapter, self._model, items, self._device, self._dtype, True)
         check_predictions(predicted, self._modalities)
+        names = [m.name for m in self._modalities]
         pairs = {
             name: latents_pair(name, pair, len(items)) for name, pair in (latents or {}).items() if pair is not None
         }
-        return _Part({m.name: as_array(predicted[m.name]) for m in self._modalities}, pairs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    predicted: dict[str, Any]
-    latents: dict[str, tuple[Any, Any]]
-
-
-def _joined(arrays: Sequence[Any]) -> Any:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        arrays = {name: as_array(predicted[name]) for name in names}
+        dtypes = {name: str(getattr(predicted[name], "dtype", "")).replace("torch.", "") for name in names}
+        with calling("samples"):
+            bare = tuple(without_inputs(item, names) for item in items)
+        return BatchResult(tuple(positions), bare, arrays, pairs, dtypes)
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -175,7 +164,7 @@ def _forward(
 ) -> tuple[dict[str, Any], Optional[Mapping[str, Any]]]:
     with calling("collate"):
         batch = adapter.collate(items)
-    with calling("predict"), torch.inference_mode():
+    with calling("predict"), torch.inference_mode(), torch.autocast(device.type, enabled=False):
         moved = to_device(batch, device, dtype)
         predicted: Any = adapter.predict(model, moved)
     if isinstance(predicted, dict):
@@ -184,5 +173,5 @@ def _forward(
     hook = getattr(adapter, "latents", None) if with_latents else None
     if hook is None or not isinstance(predicted, dict):
         return predicted, None
-    with calling("latents"), torch.inference_mode():
+    with calling("latents"), torch.inference_mode(), torch.autocast(device.type, enabled=False):
         return predicted, hook(model, moved, predicted)

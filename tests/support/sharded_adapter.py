@@ -19,7 +19,8 @@ SIDE = 8
 LOG = "SHARDED_ADAPTER_LOG"
 """Names a file that gets a line `<pid> <batch size> <first sample>` for every batch that goes through the model."""
 AT = "SHARDED_ADAPTER_AT"
-"""`kill:N`, `raise:N`, `hang:N`: what to do when sample N is in a batch. `hungry:N`: no more than N samples at once.
+"""`kill:N`, `raise:N`, `hang:N`: what to do when sample N is in a batch. `scarce:N`: no more than two samples at once
+where sample N is among them.
 `meet:N`: wait until N processes have a batch."""
 
 
@@ -61,7 +62,7 @@ class Sharded(AdapterBase):
             deadline = time.monotonic() + 120
             while len(_processes()) < int(number) and time.monotonic() < deadline:
                 time.sleep(0.02)
-        if what == "hungry" and len(numbers) > int(number):
+        if what == "scarce" and len(numbers) > 2 and int(number) in numbers:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         if what in ("kill", "raise", "hang") and int(number) in numbers:
             if what == "kill":

@@ -101,14 +101,32 @@ def test_samples_are_in_their_order_whoever_was_first(checkpoint: Path, tmp_path
     assert [line["sample"] for line in lines] == [f"s{n:02d}" for n in range(COUNT)]
 
 
-def test_memory_that_runs_out_in_a_process_halves_its_batches(
+def test_memory_that_runs_out_in_one_process_halves_the_batches_of_all(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(AT, "hungry:1")
-    document = json.loads(run(plan(checkpoint, 2), tmp_path / "out")["reconstruct.json"])
+    halves = run(plan(checkpoint, 1, batch_size=2), tmp_path / "halves")
+    monkeypatch.setenv(AT, "scarce:13")
+    one = run(plan(checkpoint, 1), tmp_path / "one")
+    two = run(plan(checkpoint, 2), tmp_path / "two")
+    assert two == one
+    assert one["samples.jsonl"] == halves["samples.jsonl"]
+    document = json.loads(one["reconstruct.json"])
+    assert document["metrics"] == json.loads(halves["reconstruct.json"])["metrics"]
     (finding,) = [f for f in document["findings"] if f["id"] == "reconstruct.batch_halved"]
-    assert finding["evidence"]["used"] == 1
-    assert document["samples"]["evaluated"] == COUNT
+    assert finding["evidence"] == {"wanted": 4, "used": 2}
+
+
+def test_the_types_of_weights_predictions_and_metrics_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    document = json.loads(run(plan(checkpoint, 1, dtype="bfloat16"), tmp_path / "out")["reconstruct.json"])
+    policy = document["policy"]
+    assert (policy["weights_and_inputs"], policy["predictions"]) == ("bfloat16", {"image": "float32"})
+    assert (policy["metrics"], policy["tf32"]) == ("float64", False)
+
+
+def test_an_autocast_that_stands_around_the_job_does_not_reach_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    plain = run(plan(checkpoint, 1), tmp_path / "plain")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert run(plan(checkpoint, 1), tmp_path / "around") == plain
 
 
 def test_what_the_adapter_raises_in_a_process_is_told_as_the_adapters(
