@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import faulthandler
 import json
 import os
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -38,13 +36,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _dump_stacks_when_asked(folder: str) -> None:
-    """Before anything that may hang. The file stays open as long as the process: a dump opens nothing."""
+    """Before anything that may hang."""
+    from remote_payload.jobs import stacks
     from remote_payload.wire.layout import AttemptLayout
 
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    stacks = os.open(AttemptLayout(folder).stacks_log, flags, 0o600)
-    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    faulthandler.enable()
+    stacks.dump_when_asked(AttemptLayout(folder).stacks_log)
 
 
 def _run(name: str, folder: str, progress: Optional[int], lifeline: Optional[int]) -> None:

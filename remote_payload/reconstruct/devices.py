@@ -21,6 +21,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from remote_payload.checkpoint.errors import CheckpointError
+from remote_payload.jobs import stacks
 from remote_payload.reconstruct.loading import StructureError
 from remote_payload.reconstruct.prediction import BatchResult, PredictionStore
 from remote_payload.reconstruct.protocol import AdapterError
@@ -32,11 +33,13 @@ from remote_payload.wire.results import Finding
 BATCHES_AHEAD = 4
 """Of each device, before the oldest result has been taken."""
 STACKS_AFTER_S = 300.0
-"""Without a word from any process: then each writes its threads' stacks to standard error, once."""
+"""Without a word from any process: then each writes its threads' stacks, once."""
 _LEAVE_S = 10.0
+_STANDARD_ERROR = 2
 _PIPE_BYTES = 1 << 16
 _START = (
-    "import faulthandler, signal, sys; faulthandler.register(signal.SIGUSR1, all_threads=True);"
+    "import faulthandler, os, signal, sys; faulthandler.register(signal.SIGUSR1, int(sys.argv[1]), all_threads=True);"
+    "os.write(int(sys.argv[2]), b'{\"listens\": true}\\n');"
     "import json; setup = json.loads(sys.stdin.buffer.readline()); sys.path[:] = setup['path'];"
     "from remote_payload.reconstruct.device_worker import main; sys.exit(main(setup))"
 )
@@ -110,6 +113,9 @@ class DeviceProcesses:
                     worker.ask_for_stacks()
 
     def _take(self, worker: _Worker, message: Mapping[str, Any], first: int) -> Optional[int]:
+        if "listens" in message:
+            worker.listens()
+            return None
         if "error" in message:
             raise _error_of(worker.name, message)
         if "loaded" in message:
@@ -150,11 +156,16 @@ class _Worker:
         self.is_idle = False
         self.samples = 0
         self.answers, writing = os.pipe()
+        asked = stacks.descriptor()
+        stacks_to = _STANDARD_ERROR if asked is None else asked
         self._pending = b""
         os.set_blocking(self.answers, False)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START], stdin=subprocess.PIPE, pass_fds=(writing,), bufsize=0
+                [sys.executable, "-c", _START, str(stacks_to), str(writing)],
+                stdin=subprocess.PIPE,
+                pass_fds=(writing, stacks_to),
+                bufsize=0,
             )
         except OSError:
             os.close(self.answers)
@@ -186,11 +197,16 @@ class _Worker:
         *lines, self._pending = (self._pending + data).split(b"\n")
         return [json.loads(line) for line in lines if line]
 
+    def listens(self) -> None:
+        """It has its handler by now: asked for stacks earlier, it would die of the question."""
+        stacks.pass_on_to(self._process.pid)
+
     def ask_for_stacks(self) -> None:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
 
     def dismiss(self) -> None:
+        stacks.forget(self._process.pid)
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -170,6 +171,25 @@ def test_processes_that_are_silent_are_asked_for_their_stacks(
         run(plan(checkpoint, 2), tmp_path / "out")
     assert asked == ["cpu process 0", "cpu process 1"]
     assert capfd.readouterr().err.count("most recent call first") >= 2
+
+
+def test_the_supervisors_question_for_stacks_reaches_every_process(checkpoint: Path, tmp_path: Path, log: Path) -> None:
+    job = start_job(tmp_path, plan(checkpoint, 2, batch_size=12), 1, {AT: "hang:9"})
+    try:
+        _await_batches(log, 2)
+        job.send_signal(signal.SIGUSR1)
+        stacks = Path(NodeLayout(str(tmp_path)).attempt("20261101-000000-abcdef", 1).stacks_log)
+        deadline = time.monotonic() + 30
+        while "in predict" not in stacks.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        told = stacks.read_text()
+    finally:
+        job.kill()
+        job.wait(20)
+    # The job waits for its processes; the one that hangs does so in the adapter's predict.
+    assert "in _await_some" in told
+    assert "sharded_adapter.py" in told
+    assert "in predict" in told
 
 
 def test_processes_end_when_the_job_is_killed(checkpoint: Path, tmp_path: Path, log: Path) -> None:
