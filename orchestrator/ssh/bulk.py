@@ -81,7 +81,7 @@ class BulkLogins:
             raise
         with self._lock:
             self._open_streams += 1
-        carried = StreamFacts("ssh", _read_facts(facts))
+        carried = dial_facts(_text(_read(facts)))
         _remove(facts)
         return BulkProcessStream(process, nonce, idle_timeout_s, carried, lambda: self._ended(log))
 
@@ -174,6 +174,14 @@ def dialling_is_ours(effective: EffectiveConfig) -> bool:
     return sys.platform.startswith("linux") and not leads_elsewhere
 
 
+def dial_facts(said: str) -> StreamFacts:
+    """What `dial` wrote of a connection: nothing, or `bbr 60123`."""
+    name, _, round_trip_us = said.strip().partition(" ")
+    if not name or not round_trip_us.isdecimal():
+        return StreamFacts("ssh")
+    return StreamFacts("ssh", name if name != "-" else None, int(round_trip_us) / 1e6)
+
+
 def open_or_ride(logins: BulkLogins | None, transport: Transport, script: str, idle_timeout_s: float) -> ByteStream:
     """A stream on a connection of its own; over `transport` where a login needs a person, there is no `ssh`, or not
     even one further connection comes up.
@@ -200,10 +208,6 @@ def _read(path: Path) -> bytes:
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
-
-
-def _read_facts(path: Path) -> str | None:
-    return _text(_read(path)).strip() or None
 
 
 def _remove(*paths: Path) -> None:

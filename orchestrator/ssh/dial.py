@@ -3,7 +3,7 @@
     python -I -S dial.py HOST PORT any|inet|inet6 TIMEOUT_S FACTS_FILE
 
 Run by path, with nothing of ours importable. The data then flows without passing through here; what is gained is the
-choice of congestion control. The file gets its name.
+choice of congestion control. The file gets its name, or `-`, and the path's round trip in microseconds.
 """
 
 from __future__ import annotations
@@ -56,20 +56,22 @@ def _connect(host: str, port: int, family: int, timeout_s: float) -> socket.sock
 
 
 def _tune(connection: socket.socket) -> str:
-    """Choose what the kernel has and allows; returns the congestion control's name, or nothing where it has none."""
+    """Choose what the kernel has and allows; returns the congestion control's name and the round trip, or nothing where
+    they cannot be known."""
     if not sys.platform.startswith("linux"):
         return ""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _NOT_SENT_BYTES)
-    with contextlib.suppress(OSError, struct.error):
+    try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         (rtt_us,) = struct.unpack_from("=I", info, _RTT_OFFSET)
-        if rtt_us >= _LONG_PATH_US:
-            connection.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, b"bbr")
-    try:
-        return connection.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii")
-    except OSError:
+        with contextlib.suppress(OSError):
+            if rtt_us >= _LONG_PATH_US:
+                connection.setsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, b"bbr")
+        name = connection.getsockopt(socket.IPPROTO_TCP, _TCP_CONGESTION, 16).partition(b"\0")[0].decode("ascii")
+    except (OSError, struct.error):
         return ""
+    return f"{name or '-'} {rtt_us}"
 
 
 def _failure(words: str) -> SystemExit:

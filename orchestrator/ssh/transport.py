@@ -39,10 +39,12 @@ class ByteStream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StreamFacts:
-    """How a bulk stream travels. `congestion_control` None: not known, since ssh or another opened the socket."""
+    """How a bulk stream travels. What is None is not known, since ssh or another opened the socket. `round_trip_s`: of
+    the path when it was opened."""
 
     carried_by: str
     congestion_control: str | None = None
+    round_trip_s: float | None = None
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 MAX_STREAMS = 16
 SETTLE_S = 0.7
@@ -14,6 +15,10 @@ _WORTH_IT = 0.25
 _NO_WORSE = 0.97
 _FELL = 0.7
 _BYTES_PER_S_OF_A_STREAM = 4 * 1024 * 1024
+_WINDOW_BYTES = 2 * 1024 * 1024
+"""An SSH channel holds so much on its way: what one stream carries in a round trip."""
+_FIRST_GUESS_BYTES_PER_S = 125e6
+_FIRST_GUESS_AT_MOST = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,13 @@ class StreamCount:
             return self._wanted
         self._since = (now_s, bytes_arrived)
         self._judge(now_s, max(0, bytes_arrived - bytes_then) / (now_s - then_s))
+        return self._wanted
+
+    def path_is(self, round_trip_s: float) -> int:
+        """The path's round trip became known, before anything has arrived: start with what a link of 1 Gbit/s needs."""
+        if self._fixed is None and self._tried_from is None and self._wanted == 1:
+            needed = math.ceil(_FIRST_GUESS_BYTES_PER_S * round_trip_s / _WINDOW_BYTES)
+            self._go(max(1, min(self._most, _FIRST_GUESS_AT_MOST, needed)))
         return self._wanted
 
     def refused(self, now_s: float, open_streams: int) -> int:

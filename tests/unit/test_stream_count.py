@@ -105,3 +105,31 @@ def test_a_narrow_limit_allows_one_stream_and_a_wide_one_more() -> None:
 def test_a_number_of_streams_that_makes_no_sense_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match="streams"):
         StreamPolicy(fixed=number)
+
+
+@pytest.mark.parametrize(
+    ("round_trip_s", "wanted"), [(0.0, 1), (0.0002, 1), (0.016, 1), (0.03, 2), (0.06, 4), (5.0, 4)]
+)
+def test_a_long_path_starts_with_the_streams_that_fill_a_gigabit(round_trip_s: float, wanted: int) -> None:
+    assert StreamCount(StreamPolicy()).path_is(round_trip_s) == wanted
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit", "wanted"),
+    [(StreamPolicy(fixed=1), None, 1), (StreamPolicy(at_most=2), None, 2), (StreamPolicy(), 4.0 * 1024 * 1024, 1)],
+)
+def test_a_long_path_asks_for_no_more_than_is_allowed(policy: StreamPolicy, limit: float | None, wanted: int) -> None:
+    assert StreamCount(policy, limit).path_is(0.2) == wanted
+
+
+def test_a_start_with_several_streams_is_climbed_from_and_taken_back_as_any() -> None:
+    for rate, expected in ((lossy, range(12, MAX_STREAMS + 1)), (lan, range(1, 4))):
+        count = StreamCount(StreamPolicy())
+        assert count.path_is(0.06) == 4
+        assert Link(count, rate).run(900) in expected
+
+
+def test_what_was_found_by_measuring_is_not_overridden_by_the_path() -> None:
+    count = StreamCount(StreamPolicy())
+    wanted = Link(count, lossy).run(30)
+    assert count.path_is(0.06) == wanted
