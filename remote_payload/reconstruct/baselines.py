@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from remote_payload.reconstruct.adapters import calling
 from remote_payload.reconstruct.collect import allocate
-from remote_payload.reconstruct.measured import NEAREST, RIDGE, Evaluated
+from remote_payload.reconstruct.measured import NEAREST, PREVIOUS, RIDGE, SHIFTED, SHUFFLED, TRAIN_MEAN, Evaluated
 from remote_payload.reconstruct.prediction import as_array
 from remote_payload.reconstruct.products import Reordered
 from remote_payload.reconstruct.protocol import Sample
@@ -20,9 +20,9 @@ from remote_payload.reconstruct.ridge import FEWEST, fit_ridge
 from remote_payload.reconstruct.statistics import SHIFT_MARGIN, Floats, RowsLike, mean_over_rows
 from remote_payload.reconstruct.training import Baselines, Shown
 
-TRAIN_MEAN, SHUFFLED, SHIFTED, PREVIOUS = "train_mean", "shuffled", "time_shifted", "previous_sample"
 NAMES = (TRAIN_MEAN, SHUFFLED, SHIFTED, PREVIOUS, NEAREST, RIDGE)
 _NO_REFERENCE = "the adapter gives no training reference"
+_NO_MODALITY = "no training sample has this modality"
 _NO_ORDER = "the samples are in no order of time (no `group`)"
 _COLUMNS = 4096
 
@@ -49,7 +49,8 @@ def simple_predictors(
     scratch: Path,
 ) -> list[Predictor]:
     """All of `NAMES` for one modality; `positions` are the samples of its rows in the split."""
-    found = [_mean(evaluated), _shuffled(evaluated), _shifted(evaluated), _previous(evaluated, positions)]
+    without_mean = _NO_REFERENCE if training is None else _NO_MODALITY
+    found = [_mean(evaluated, without_mean), _shuffled(evaluated), _shifted(evaluated), _previous(evaluated, positions)]
     if training is None or reference is None or shown is None:
         return [*found, *(Predictor(name, None, _NO_REFERENCE) for name in (NEAREST, RIDGE))]
     rows = np.array([shown.positions[p] for p in positions], dtype=np.int64)
@@ -83,9 +84,9 @@ def baseline_facts(modality: str, predictors: Sequence[Predictor]) -> list[dict[
     ]
 
 
-def _mean(evaluated: Evaluated) -> Predictor:
+def _mean(evaluated: Evaluated, reason: str) -> Predictor:
     if evaluated.train_mean is None:
-        return Predictor(TRAIN_MEAN, None, _NO_REFERENCE)
+        return Predictor(TRAIN_MEAN, None, reason)
     rows = np.broadcast_to(evaluated.train_mean, evaluated.targets.shape)
     return Predictor(TRAIN_MEAN, rows, facts={"gives": "the mean of the training targets"})
 
@@ -141,7 +142,7 @@ def _nearest(
         return Predictor(NEAREST, None, training.reason)
     nearest = training.nearest[name][rows]
     if (nearest < 0).any():
-        return Predictor(NEAREST, None, "no training sample has this modality")
+        return Predictor(NEAREST, None, _NO_MODALITY)
     given = allocate(len(rows), evaluated.targets.shape[1], scratch)
     kept = {int(position): row for row, position in enumerate(training.kept)}
     for position in np.unique(nearest):

@@ -23,6 +23,7 @@ from remote_payload.reconstruct.image_metrics import frames_of
 from remote_payload.reconstruct.measured import (
     HIGHER,
     LOWER,
+    REARRANGED,
     Evaluated,
     Metric,
     baseline_rows,
@@ -302,7 +303,14 @@ def _frechet(
     if len(wanted) < 2 or wanted.shape[1] > _FRECHET_WIDTH:
         reason = f"it needs two samples and at most {_FRECHET_WIDTH} features; there are {wanted.shape}"
         return unmeasured(subset, title, "1", LOWER, reason)
-    theirs = {n: frechet_distance(np.asarray(rows[:]), wanted) for n, rows in baselines.items()}
+    theirs: dict[str, Optional[float]] = {}
+    reasons = dict(subset.no_baselines)
+    for baseline, rows in baselines.items():
+        if baseline in REARRANGED:
+            reasons[baseline] = "it gives the targets themselves, which have the targets' distribution"
+        else:
+            theirs[baseline] = frechet_distance(np.asarray(rows[:]), wanted)
+    subset = dataclasses.replace(subset, no_baselines=reasons)
     more = {**stated, "samples": len(wanted), "biased_by_few_samples": len(wanted) < 10 * wanted.shape[1]}
     return metric(
         subset, title, frechet_distance(given, wanted), "1", LOWER, len(wanted), "", baselines=theirs, parameters=more

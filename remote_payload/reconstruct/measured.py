@@ -18,9 +18,14 @@ if TYPE_CHECKING:
     from remote_payload.reconstruct.collapse import Collapse
 
 HIGHER, LOWER = "higher", "lower"
+TRAIN_MEAN, SHUFFLED, SHIFTED, PREVIOUS = "train_mean", "shuffled", "time_shifted", "previous_sample"
+REARRANGED = (SHUFFLED, SHIFTED, PREVIOUS)
+"""Baselines that give the evaluated targets themselves, in another order."""
 NEAREST, RIDGE = "nearest_training_stimulus", "ridge"
 RIVALS = (NEAREST, RIDGE)
 """Baselines that know the training data and the inputs: a model that loses to one has learnt less than it could."""
+_MODEL = ""
+"""Stands for the model where it is scored beside its baselines."""
 _PAIRINGS = 60
 _FEWEST_PAIRINGS = 20
 _VERSION = 2
@@ -191,7 +196,8 @@ def sample_metric(
     """
     source = source or source_of(evaluated)
     count = len(source.wanted)
-    values = statistics.scores(score, source.given, source.wanted)
+    theirs = statistics.scores_of_each(score, {_MODEL: source.given, **source.baselines}, source.wanted)
+    values = theirs.pop(_MODEL)
     kept = defined(values)
     null: Optional[Null] = None
     more: dict[str, Any] = {}
@@ -199,7 +205,6 @@ def sample_metric(
         null, more = _null_of_pairs(evaluated, pairwise, source, values, direction)
     elif len(kept):
         null, more = _null_of_score(evaluated, score, source, values, direction, null_elements)
-    theirs = {name: statistics.scores(score, rows, source.wanted) for name, rows in source.baselines.items()}
     baselines = {name: float(defined(found).mean()) if len(defined(found)) else None for name, found in theirs.items()}
     found = metric(
         evaluated,

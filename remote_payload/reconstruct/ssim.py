@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,29 +15,46 @@ RADIUS = 5
 K1, K2 = 0.01, 0.03
 
 
-def ssim(first: NDArray[Any], second: NDArray[Any], data_range: float) -> NDArray[np.float64]:
-    """`(n,)` of frames `(n, h, w)`: the mean of the SSIM map where the window lies wholly inside; float64.
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Frames `(n, h, w)` on the device with their local means and variances, to be compared with several others."""
 
-    Raises `ValueError` for frames smaller than the window.
-    """
-    height, width = first.shape[1:]
+    values: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+    windows: tuple[torch.Tensor, torch.Tensor]
+
+    def smooth(self, values: torch.Tensor) -> torch.Tensor:
+        down, along = self.windows
+        return down.T @ values @ along
+
+
+def prepare(frames: NDArray[Any]) -> Frames:
+    """Raises `ValueError` for frames smaller than the window."""
+    height, width = frames.shape[1:]
     if min(height, width) < 2 * RADIUS + 1:
         raise ValueError(f"frames of {height} x {width} are smaller than the window of {2 * RADIUS + 1}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    x, y = (torch.from_numpy(np.ascontiguousarray(a)).to(device).double() for a in (first, second))
+    values = torch.from_numpy(np.ascontiguousarray(frames)).to(device).double()
     down, along = _windows(height, device), _windows(width, device)
+    mean = down.T @ values @ along
+    return Frames(values, mean, down.T @ (values * values) @ along - mean * mean, (down, along))
 
-    def smooth(values: torch.Tensor) -> torch.Tensor:
-        return down.T @ values @ along
 
-    mean_x, mean_y = smooth(x), smooth(y)
-    var_x, var_y = smooth(x * x) - mean_x**2, smooth(y * y) - mean_y**2
-    covariance = smooth(x * y) - mean_x * mean_y
+def compare(first: Frames, second: Frames, data_range: float) -> NDArray[np.float64]:
+    """`(n,)`: the mean of each pair's SSIM map where the window lies wholly inside; float64."""
+    means = first.mean * second.mean
+    covariance = first.smooth(first.values * second.values) - means
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
-    above = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    below = (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    above = (2 * means + c1) * (2 * covariance + c2)
+    below = (first.mean * first.mean + second.mean * second.mean + c1) * (first.variance + second.variance + c2)
     result: NDArray[np.float64] = (above / below).mean(dim=(1, 2)).cpu().numpy()
     return result
+
+
+def ssim(first: NDArray[Any], second: NDArray[Any], data_range: float) -> NDArray[np.float64]:
+    """`(n,)` of frames `(n, h, w)`. Raises `ValueError` for frames smaller than the window."""
+    return compare(prepare(first), prepare(second), data_range)
 
 
 def _windows(size: int, device: torch.device) -> torch.Tensor:

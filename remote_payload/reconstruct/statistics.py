@@ -6,7 +6,7 @@ Where a number cannot be had the functions give NaN for that row, and the metric
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Callable, Optional, Protocol
 
 import numpy as np
@@ -66,6 +66,16 @@ def scores(
         other = own if index is None else index[own]
         result[block] = score(np.asarray(given[own]), np.asarray(wanted[other]))
     return result
+
+
+def scores_of_each(score: Score, givens: Mapping[str, RowsLike], wanted: RowsLike) -> dict[str, Floats]:
+    """`scores` of several predictors; each block of `wanted` is read once and is one object for all of them."""
+    found = {name: np.empty(len(wanted)) for name in givens}
+    for block in _chunks(len(wanted), wanted.shape[1]):
+        rows = np.asarray(wanted[block])
+        for name, given in givens.items():
+            found[name][block] = score(np.asarray(given[block]), rows)
+    return found
 
 
 def squared_errors(given: Rows, wanted: Rows) -> Floats:

@@ -42,7 +42,7 @@ class StimulusSpace:
         self._blocks: dict[str, _Block] = {}
         start = 0
         generator = np.random.default_rng(seed)
-        for name in sorted(inputs):
+        for name in sorted(_mapping(inputs)):
             width = _flat(name, inputs[name]).size
             if width > widest:
                 bucket = generator.integers(0, widest, width)
@@ -62,7 +62,7 @@ class StimulusSpace:
 
     def row(self, inputs: Mapping[str, Any]) -> NDArray[np.float32]:
         """`(width,)`. Raises `StimulusError` for other inputs, or other shapes, than the first sample's."""
-        if set(inputs) != set(self._blocks):
+        if set(_mapping(inputs)) != set(self._blocks):
             raise StimulusError("samples have different inputs")
         found = np.empty(self.width, dtype=np.float32)
         for name, block in self._blocks.items():
@@ -95,7 +95,7 @@ class StimulusSpace:
 def contains(inputs: Mapping[str, Any], target: Any) -> bool:
     """Whether the target lies among the inputs as it is, or as one of the equal pieces of an input."""
     wanted = np.asarray(target, dtype=np.float32).reshape(-1)
-    for name in inputs:
+    for name in inputs if isinstance(inputs, Mapping) else ():
         try:
             values = _flat(name, inputs[name])
         except StimulusError:
@@ -105,6 +105,13 @@ def contains(inputs: Mapping[str, Any], target: Any) -> bool:
             if bool((pieces == wanted).all(axis=1).any()):
                 return True
     return False
+
+
+def _mapping(inputs: Any) -> Mapping[str, Any]:
+    """An adapter with a collate of its own may hand over anything."""
+    if not isinstance(inputs, Mapping):
+        raise StimulusError(f"a sample's inputs are a {type(inputs).__name__} and no mapping")
+    return inputs
 
 
 def _flat(name: str, value: Any) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,11 @@ def test_features_of_a_named_network_identify_and_unnamed_ones_are_listed(
     assert found["feature_alexnet_2_two_way"].value == 1.0
     assert found["feature_alexnet_2_distance"].value == pytest.approx(0.0, abs=1e-9)
     assert found["feature_alexnet_5_frechet_distance"].value == pytest.approx(0.0, abs=1e-9)
+    with_others = dataclasses.replace(data, baselines={"ridge": data.predictions + 1.0, "shuffled": data.targets[::-1]})
+    distance = by_id(metrics.measure(with_others, (named,))[0])["feature_alexnet_5_frechet_distance"]
+    assert distance.baselines["ridge"] == pytest.approx(3.0, rel=1e-3)
+    assert distance.baselines["shuffled"] is None
+    assert "the targets themselves" in distance.details["baselines_without_value"]["shuffled"]
     assert found["feature_clip"].value is None
     assert "none is ever fetched" in (found["feature_clip"].reason or "")
     assert "feature_alexnet_5" not in found

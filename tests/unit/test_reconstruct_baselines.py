@@ -172,6 +172,9 @@ def test_each_input_weighs_the_same_whatever_its_width_and_scale(rng: np.random.
         ({"x": np.zeros(3)}, {"y": np.zeros(3)}, "different inputs"),
         ({"x": np.zeros(3)}, {"x": np.array([0, np.nan, 0])}, "NaN"),
         ({}, {}, "no inputs"),
+        (torch.zeros(3), {}, "no mapping"),
+        ({"x": np.zeros(3)}, "words", "no mapping"),
+        ({"x": [[1.0], [1.0, 2.0]]}, {}, "no array of numbers"),
     ],
 )
 def test_inputs_that_cannot_be_laid_side_by_side_say_why(first: Any, second: Any, words: str) -> None:
@@ -248,6 +251,17 @@ def test_a_training_reference_with_other_inputs_is_a_reason_and_no_error(tmp_pat
     assert "in the training reference" in read.reason
     every = simple_predictors(rows_of(np.zeros((1, 2))), [0], looked, read, train, tmp_path)
     assert {p.name: p.reason for p in every}["ridge"] == read.reason
+
+
+def test_a_modality_that_no_training_sample_has_is_the_reason_for_each_that_needs_it(tmp_path: Path) -> None:
+    test = [Sample(str(i), {"x": np.full(3, i)}, {"m": np.zeros(2)}) for i in range(6)]
+    train = [Sample(str(i), {"x": np.full(3, i)}, {}) for i in range(6)]
+    looked = training.look_at_inputs(test, list(range(6)), 0, tmp_path)
+    read = training.baselines_of(train, [modality(2)], looked, tmp_path)
+    evaluated = rows_of(np.zeros((6, 2)), train_mean=read.means.get("m"))
+    reasons = {p.name: p.reason for p in simple_predictors(evaluated, list(range(6)), looked, read, train, tmp_path)}
+    assert reasons["train_mean"] == reasons["nearest_training_stimulus"] == "no training sample has this modality"
+    assert "0 training samples have this modality" in reasons["ridge"]
 
 
 class Encoding(AdapterBase):
