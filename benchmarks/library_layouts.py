@@ -1,10 +1,11 @@
 """Does a healthy file of torchvision's, timm's or transformers' layout get no warning and no error?
 
-    python -m benchmarks.library_layouts [--steps 200] [--device auto] [LIBRARY …]
+    python -m benchmarks.library_layouts [--steps 200] [--device auto] [--models NAME,…] [LIBRARY …]
 
 Trains small models of whichever of the three can be imported, on stripes and on real text, writes the files that their
-users write, judges each by `python -m remote_payload.health`, and prints every finding. Exits 1 if a file of a run that
-learned got a warning or an error. Needs torch, numpy and the libraries; nothing is downloaded.
+users write, judges each by `python -m remote_payload.health`, and prints every finding, and how many of the optimizer's
+entries got the name of another parameter. Exits 1 for such a name, and if a file of a run that learned got a warning or
+an error. Needs torch, numpy and the libraries; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.support.library_runs import TRANSFORMERS, gratings, trained_files
+from tests.support.library_runs import TRANSFORMERS, gratings, names_in, trained_files
 
 CLASSES, SIZE, SAMPLES = 4, 64, 16
 LIBRARIES = ("torchvision", "timm", "transformers")
-Files = Iterator[tuple[str, Path]]
+Files = Iterator[tuple[str, Path, list[str]]]
 
 TORCHVISION: dict[str, dict[str, Any]] = {
     "resnet18": {"zero_init_residual": True},
@@ -94,8 +95,13 @@ def torchvision_files(name: str, folder: Path, steps: int, device: str) -> Files
     torch.save({**{k: v.state_dict() for k, v in states.items()}, "epoch": 4, "args": arguments}, path)
     torch.save(model.state_dict(), folder / "weights.pth")
     torch.save(copy.deepcopy(model).half().state_dict(), folder / "half.pth")
-    for kind, name_of in (("checkpoint", "checkpoint.pth"), ("weights", "weights.pth"), ("float16", "half.pth")):
-        yield kind if learned else f"{kind}, did not learn", folder / name_of
+    held = names_in(optimizer, model)
+    for kind, file, names in (
+        ("checkpoint", "checkpoint.pth", held),
+        ("weights", "weights.pth", []),
+        ("float16", "half.pth", []),
+    ):
+        yield kind if learned else f"{kind}, did not learn", folder / file, names
 
 
 def timm_files(name: str, folder: Path, steps: int, device: str) -> Files:
@@ -124,15 +130,15 @@ def timm_files(name: str, folder: Path, steps: int, device: str) -> Files:
             "metric": 50.0,
         }
         torch.save(state, path)
-        yield f"layer decay {decay}" + ("" if learned else ", did not learn"), path
+        yield f"layer decay {decay}" + ("" if learned else ", did not learn"), path, names_in(optimizer, model)
 
 
 def transformers_files(name: str, folder: Path, steps: int, _device: str) -> Files:
     for mixed in (False, True):
         below = folder / ("bfloat16" if mixed else "float32")
         below.mkdir()
-        for kind, path in trained_files(name, below, mixed, steps):
-            yield f"{kind}, {below.name}", path
+        for kind, path, names in trained_files(name, below, mixed, steps):
+            yield f"{kind}, {below.name}", path, names
 
 
 MAKERS: dict[str, tuple[dict[str, Any], Callable[[str, Path, int, str], Files]]] = {
@@ -149,16 +155,18 @@ def judge(path: Path, out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "health.json").read_text()))
 
 
-def report(title: str, document: dict[str, Any]) -> int:
-    """Print a file's findings; how many of them are louder than information."""
+def report(title: str, document: dict[str, Any], names: list[str]) -> tuple[int, int]:
+    """Print a file's findings; how many of them are louder than information, and how many names are wrong."""
     loud = [f for f in document["findings"] if f["severity"] != "info"]
     optimizer = (document["header"] or {}).get("optimizer")
-    matched = f", {optimizer['mapping']}, {len(document['joint'])} read jointly" if optimizer else ""
+    given = optimizer["parameters"] if optimizer else {}
+    wrong = sum(1 for index, name in given.items() if name != names[int(index)])
+    matched = f", {len(given)} of {len(names)} entries {optimizer['mapping']}, {wrong} wrong" if optimizer else ""
     print(f"{'LOUD' if loud else 'quiet'}  {title}: {len(document['tensors'])} tensors{matched}", flush=True)
     for finding in document["findings"]:
         shown = json.dumps(finding["evidence"])[:400] if finding in loud else ""
         print(f"       {finding['severity']:8}{finding['id']}  {finding['title']}  {finding['where'][:3]} {shown}")
-    return len(loud)
+    return len(loud), wrong
 
 
 def main() -> int:
@@ -166,25 +174,28 @@ def main() -> int:
     parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(LIBRARIES))
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--models", default="", help="only these, by name")
     chosen = parser.parse_args()
     device = chosen.device if chosen.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     unknown = set(chosen.libraries) - set(LIBRARIES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    loud = files = 0
+    loud = files = wrong = 0
     for library in chosen.libraries or LIBRARIES:
         if importlib.util.find_spec(library) is None:
             print(f"absent {library} is not installed", flush=True)
             continue
         models, make = MAKERS[library]
-        for name in models:
+        for name in [n for n in models if not chosen.models or n in chosen.models.split(",")]:
             with tempfile.TemporaryDirectory() as folder:
-                for number, (kind, path) in enumerate(make(name, Path(folder), chosen.steps, device)):
+                for number, (kind, path, names) in enumerate(make(name, Path(folder), chosen.steps, device)):
                     files += 1
-                    found = report(f"{library} {name}, {kind}", judge(path, Path(folder) / f"health-{number}"))
+                    document = judge(path, Path(folder) / f"health-{number}")
+                    found, misnamed = report(f"{library} {name}, {kind}", document, names)
                     loud += 0 if "did not learn" in kind else found
-    print(f"{files} files, {loud} warnings and errors on files of runs that learned")
-    return 1 if loud or not files else 0
+                    wrong += misnamed
+    print(f"{files} files; {loud} warnings and errors on files of runs that learned, {wrong} wrong names of parameters")
+    return 1 if loud or wrong or not files else 0
 
 
 if __name__ == "__main__":

@@ -119,9 +119,16 @@ def trainer_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def trained_files(name: str, folder: Path, mixed: bool, steps: int) -> Iterator[tuple[str, Path]]:
+def names_in(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    """The truth about an optimizer's numbers: the name of each parameter in the order of its groups."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def trained_files(name: str, folder: Path, mixed: bool, steps: int) -> Iterator[tuple[str, Path, list[str]]]:
     """Train by AdamW, warm-up and linear decay, float32 weights (under bfloat16 autocast if `mixed`), and write what
-    people write: a checkpoint to resume from, safetensors, shards of them, and a cast for inference.
+    people write: a checkpoint to resume from, safetensors, shards of them, and a cast for inference. With each its
+    optimizer's names, if it holds one.
     """
     from transformers import get_linear_schedule_with_warmup
 
@@ -144,10 +151,10 @@ def trained_files(name: str, folder: Path, mixed: bool, steps: int) -> Iterator[
     resumable = folder / "checkpoint.pt"
     states = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
     torch.save({**{k: v.state_dict() for k, v in states.items()}, "global_step": steps}, resumable)
-    yield "checkpoint", resumable
+    yield "checkpoint", resumable, names_in(optimizer, model)
     model.save_pretrained(folder / "saved")
-    yield "safetensors", folder / "saved"
+    yield "safetensors", folder / "saved", []
     model.save_pretrained(folder / "shards", max_shard_size="40KB")
-    yield "shards", folder / "shards"
+    yield "shards", folder / "shards", []
     model.to(torch.bfloat16).save_pretrained(folder / "cast")
-    yield "cast to bfloat16", folder / "cast"
+    yield "cast to bfloat16", folder / "cast", []
