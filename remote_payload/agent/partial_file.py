@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from typing import Optional
 
 from remote_payload.agent import files
+from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.root import free_bytes
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_nonce
 from remote_payload.wire.stream import ChunkTable
 
-SYNC_BYTES = 64 * 1024 * 1024
+SYNC_BYTES = 32 * 1024 * 1024
 SYNC_INTERVAL_S = 2.0
-"""What a killed agent or machine loses is at most what arrived in this much: bytes or seconds, whichever is less."""
+"""After so much, in bytes or seconds, whichever is less, what arrived is made durable while more arrives. What a killed
+agent or machine loses is at most what is being made durable and as much again."""
 
 _JOURNAL_LINE = re.compile(rb"(?m)^(\d{1,7}) ([0-9a-f]{16})\.$")
 _FULL = {
@@ -94,6 +96,7 @@ class PartialFile:
         self._unsynced: list[int] = []
         self._unsynced_bytes = 0
         self._synced_at = time.monotonic()
+        self._background = Background()
 
     @classmethod
     def prepare(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
@@ -145,6 +148,8 @@ class PartialFile:
         return found
 
     def close(self) -> None:
+        with contextlib.suppress(AgentError, OSError):  # of interest only while chunks are still promised
+            self._background.wait()
         os.close(self._fd)
         os.close(self._journal_fd)
 
@@ -168,14 +173,28 @@ class PartialFile:
         self._unsynced_bytes += len(data)
 
     def sync_if_due(self) -> None:
+        """Begin to make durable what was written, beside what goes on. Raises what the sync before met; waits for that
+        one only where as much has arrived again."""
         is_late = time.monotonic() - self._synced_at >= SYNC_INTERVAL_S
-        if self._unsynced_bytes >= SYNC_BYTES or is_late:
-            self.sync()
+        is_much = self._unsynced_bytes >= SYNC_BYTES
+        if is_much or (is_late and not self._background.is_busy):
+            written = self._take_unsynced()
+            self._background.start(lambda: self._make_durable(written))
 
     def sync(self) -> None:
-        """Make durable, then journal, what was written. Nothing is journalled where the sync fails."""
+        """Make durable, then journal, all that was written. Nothing is journalled where the sync fails."""
+        written = self._take_unsynced()
+        try:
+            self._background.wait()
+        finally:
+            self._make_durable(written)
+
+    def _take_unsynced(self) -> list[int]:
         written, self._unsynced, self._unsynced_bytes = self._unsynced, [], 0
         self._synced_at = time.monotonic()
+        return written
+
+    def _make_durable(self, written: list[int]) -> None:
         if not written:
             return
         lines = [b"%d %s.\n" % (index, self._table.sha256(index).hex()[:16].encode()) for index in written]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
 import signal
+import sys
 from types import FrameType
 from typing import Any, Callable, Optional
 
@@ -28,6 +31,8 @@ from remote_payload.wire.stream import (
     decode_json,
 )
 
+PIPE_BYTES = 1024 * 1024
+_F_SETPIPE_SZ = 1031
 PEER_GONE_STATUS = 75
 """Exit status when the client left in the middle: whatever was done stays done, and another stream goes on."""
 
@@ -41,6 +46,8 @@ def main_stream(request: dict[str, Any], nonce: str) -> int:
         signal.signal(number, _leave)
     output = os.dup(1)
     os.dup2(2, 1)  # a stray print must not get between frames
+    for fd in (0, output):
+        _widen(fd)
     with FdChannel(0, output) as channel:
         return serve_stream(channel, request, nonce)
 
@@ -102,6 +109,13 @@ def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:
     if verb == "send":
         return lambda channel, params: serve_send(channel, from_json(SendRequest, params))
     raise AgentError("usage", f"there is no stream verb {verb!r}")
+
+
+def _widen(fd: int) -> None:
+    """Let a pipe hold more, so that the server goes on while we hash or write; where it may not, it stays as it is."""
+    with contextlib.suppress(OSError):
+        if sys.platform.startswith("linux"):
+            fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _leave(number: int, _frame: Optional[FrameType]) -> None:
