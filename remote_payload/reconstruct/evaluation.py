@@ -100,12 +100,14 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     compared: list[dict[str, Any]] = []
     extractors = extractors_of(settings.features)
     for number, rows in enumerate(collected):
-        context.progress(Phase.RUN, len(positions) + number, None, f"measuring {rows.modality.name}")
+        counter = len(positions) + 2 * number
+        context.progress(Phase.RUN, counter, None, f"baselines of {rows.modality.name}")
         predictors: list[Predictor] = []
         if rows.count:
             plain = rows.evaluated(baselines, ordered, adapter.dependence, settings.seed)
             predictors = simple_predictors(plain, rows.positions, shown, baselines, reference, context.artifacts)
             compared += baseline_facts(rows.modality.name, predictors)
+        context.progress(Phase.RUN, counter + 1, None, f"measuring {rows.modality.name}")
         judged.append(
             judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed, extractors, predictors)
         )
