@@ -32,7 +32,7 @@ _MAX_THREADS = 4
 _MAX_REMEMBERED = 1000
 _READ_BYTES = 1024 * 1024
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS manifests_1 (
+CREATE TABLE IF NOT EXISTS manifests_2 (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
     inode INTEGER NOT NULL, digest TEXT NOT NULL, chunks BLOB NOT NULL, used_at REAL NOT NULL
 )
@@ -122,14 +122,14 @@ class _Memory:
         try:
             with closing(self._connect()) as database, database:
                 row = database.execute(
-                    "SELECT digest, chunks FROM manifests_1"
+                    "SELECT digest, chunks FROM manifests_2"
                     " WHERE path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ?",
                     _key(facts),
                 ).fetchone()
                 if row is None:
                     return None
                 manifest = ChunkTable(bytes(row[1]), facts.size).manifest()
-                database.execute("UPDATE manifests_1 SET used_at = ? WHERE path = ?", (time.time(), _key(facts)[0]))
+                database.execute("UPDATE manifests_2 SET used_at = ? WHERE path = ?", (time.time(), _key(facts)[0]))
         except (sqlite3.Error, OSError, WireError, TypeError):
             return None
         return manifest if manifest.digest == row[0] else None
@@ -147,12 +147,12 @@ class _Memory:
     def _store(self, facts: _Facts, manifest: ChunkManifest) -> None:
         with closing(self._connect()) as database, database:
             database.execute(
-                "INSERT OR REPLACE INTO manifests_1 VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO manifests_2 VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (*_key(facts), manifest.digest, pack_chunks(manifest.chunks), time.time()),
             )
             database.execute(
-                "DELETE FROM manifests_1 WHERE path NOT IN"
-                " (SELECT path FROM manifests_1 ORDER BY used_at DESC LIMIT ?)",
+                "DELETE FROM manifests_2 WHERE path NOT IN"
+                " (SELECT path FROM manifests_2 ORDER BY used_at DESC LIMIT ?)",
                 (_MAX_REMEMBERED,),
             )
 

@@ -15,7 +15,7 @@ from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
 from orchestrator.transfer.progress import TokenBucket
-from remote_payload.wire.stream import RAW_ENCODING, ChunkTable, FinishedFacts, FrameKind, manifest_pages
+from remote_payload.wire.stream import RAW_ENCODING, ChunkTable, FinishedFacts, FrameKind, ReusedFacts, manifest_pages
 
 PIECE_BYTES = 1024 * 1024
 _MAX_FINISH_ROUNDS = 8
@@ -110,6 +110,7 @@ class Sender:
         encode: Encode | None,
         on_have: Callable[[bytearray], None],
         on_sent: Callable[[int], None],
+        on_reused: Callable[[int], None],
     ) -> None:
         self.finished: FinishedFacts | None = None
         self._file = file
@@ -120,6 +121,7 @@ class Sender:
         self._encode = encode
         self._on_have = on_have
         self._on_sent = on_sent
+        self._on_reused = on_reused
 
     def serve(self, stream: ByteStream) -> None:
         """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
@@ -176,7 +178,9 @@ class Sender:
 
     def _await_have(self, channel: FrameChannel) -> bytearray | FinishedFacts:
         while True:
-            header, body = channel.receive(FrameKind.WAITING, FrameKind.HAVE, FrameKind.FINISHED)
+            header, body = channel.receive(FrameKind.WAITING, FrameKind.REUSED, FrameKind.HAVE, FrameKind.FINISHED)
+            if header.kind is FrameKind.REUSED:
+                self._on_reused(channel.decode(ReusedFacts, body).bytes_reused)
             if header.kind is FrameKind.FINISHED:
                 return channel.decode(FinishedFacts, body)
             if header.kind is FrameKind.HAVE:

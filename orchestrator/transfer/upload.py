@@ -37,7 +37,9 @@ _TICK_S = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class UploadResult:
-    """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what the node had at the start.
+    """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what needed no sending: the node
+    had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node copied from other files
+    of its store.
     `streams`: of each stream that was ever open, how it travelled, as far as that is known."""
 
     path_on_node: str
@@ -45,6 +47,7 @@ class UploadResult:
     bytes_saved: int
     seconds: float
     streams: tuple[StreamFacts, ...] = ()
+    bytes_reused: int = 0
 
 
 def upload_file(
@@ -97,7 +100,9 @@ def upload_file(
         raise IntegrityError(f"the node put the file at {finished.path!r}, not at {expected.path!r}")
     upload.report_done()
     seconds = time.monotonic() - begun
-    return UploadResult(finished.path, upload.bytes_sent, upload.bytes_saved or 0, seconds, tuple(upload.facts))
+    return UploadResult(
+        finished.path, upload.bytes_sent, upload.bytes_saved or 0, seconds, tuple(upload.facts), upload.bytes_reused
+    )
 
 
 class _Upload:
@@ -117,6 +122,7 @@ class _Upload:
         on_progress: ProgressListener | None,
     ) -> None:
         self.bytes_sent = 0
+        self.bytes_reused = 0
         self.bytes_saved: int | None = None
         self.durable_bytes = 0
         self.facts: list[StreamFacts] = []
@@ -129,7 +135,7 @@ class _Upload:
         self._count = count
         self._retry = retry
         self._encode = encode
-        self._order = order
+        self._order = _first_of_each(range(len(self._table)) if order is None else order, self._table)
         self._meter = ProgressMeter(manifest.size)
         self._on_progress = on_progress
         self._most_moved = 0
@@ -141,7 +147,15 @@ class _Upload:
         survive either."""
         flight = Flight(self._table, self._order)
         sender = Sender(
-            self._file, self._packed, self._table, flight, self._bucket, self._encode, self._see_have, self._add_sent
+            self._file,
+            self._packed,
+            self._table,
+            flight,
+            self._bucket,
+            self._encode,
+            self._see_have,
+            self._add_sent,
+            self._add_reused,
         )
         self._has_begun = False
 
@@ -201,13 +215,19 @@ class _Upload:
             if self._has_begun:
                 return
             self._has_begun = True
-            self.durable_bytes = sum(self._table.length(i) for i, is_there in enumerate(have) if is_there)
+            sent = (index for index in self._order if not have[index])
+            # What the file repeats comes with the one of its kind that is sent.
+            self.durable_bytes = self._table.size - sum(self._table.length(index) for index in sent)
             if self.bytes_saved is None:
                 self.bytes_saved = self.durable_bytes
 
     def _add_sent(self, count: int) -> None:
         with self._lock:
             self.bytes_sent += count
+
+    def _add_reused(self, count: int) -> None:
+        with self._lock:
+            self.bytes_reused += count
 
     def _report_flight(self, flight: Flight, streams: int) -> None:
         self._report(self.durable_bytes + flight.arrived_bytes - (self.bytes_saved or 0), streams)
@@ -217,3 +237,11 @@ class _Upload:
         self._most_moved = max(self._most_moved, min(bytes_moved, self._table.size - (self.bytes_saved or 0)))
         if self._on_progress is not None:
             self._on_progress(self._meter.measure(self._most_moved, self.bytes_saved or 0, streams))
+
+
+def _first_of_each(order: Sequence[int], table: ChunkTable) -> list[int]:
+    """The order without chunks that repeat an earlier one."""
+    first: dict[bytes, int] = {}
+    for index in order:
+        first.setdefault(table.sha256(index), index)
+    return list(first.values())

@@ -17,6 +17,8 @@ from remote_payload.wire.names import check_file_digest
 
 _MAX_REMEMBERED = 2000
 _SETTLED_S = 3.0
+_SCHEMA = 2
+"""Counts up when files are cut into other chunks, which gives them other digests."""
 
 
 class OutOfTimeError(Exception):
@@ -56,14 +58,14 @@ class DigestCache:
         for path in list(entries)[: max(0, len(entries) - _MAX_REMEMBERED)]:
             del entries[path]
         with contextlib.suppress(OSError):
-            files.replace(self._path, files.json_bytes({"schema": 1, "order": list(entries), "files": entries}))
+            files.replace(self._path, files.json_bytes({"schema": _SCHEMA, "order": list(entries), "files": entries}))
 
     def _read(self) -> dict[str, Any]:
         try:
             value = files.read_json(self._path)
         except (OSError, ValueError):
             return {}
-        entries = value.get("files") if isinstance(value, dict) else None
+        entries = value.get("files") if isinstance(value, dict) and value.get("schema") == _SCHEMA else None
         if not isinstance(entries, dict):
             return {}
         order = value.get("order")

@@ -91,7 +91,7 @@ class PartialFile:
         self._layout = layout
         self._digest = digest
         self._table = table
-        self._fd = fd
+        self.fd = fd
         self._journal_fd = journal_fd
         self._unsynced: list[int] = []
         self._unsynced_bytes = 0
@@ -116,7 +116,7 @@ class PartialFile:
             raise
         found = cls(layout, digest, table, fd, journal_fd)
         try:
-            with found._fullness_explained():
+            with found.fullness_explained():
                 head = _journal_head(facts.st_ino)
                 if facts.st_size != table.size or not found._read_journal().startswith(head):
                     # Another part than the journal speaks of: begin anew rather than believe it.
@@ -150,7 +150,7 @@ class PartialFile:
     def close(self) -> None:
         with contextlib.suppress(AgentError, OSError):  # of interest only while chunks are still promised
             self._background.wait()
-        os.close(self._fd)
+        os.close(self.fd)
         os.close(self._journal_fd)
 
     def reload(self) -> None:
@@ -161,16 +161,21 @@ class PartialFile:
                 self.have[index] = 1
 
     def write(self, index: int, data: memoryview) -> None:
-        """Put a verified chunk in its place; it is journalled by a later `sync`."""
-        if self.have[index]:
-            return
-        offset, left = self._table.offset(index), data
-        with self._fullness_explained():
-            while left:
-                count = os.pwrite(self._fd, left, offset)
-                left, offset = left[count:], offset + count
+        """Put a verified chunk in its place, and wherever else the file repeats it; a later `sync` journals that."""
+        for place in self._table.same_chunks(index):
+            if self.have[place]:
+                continue
+            offset, left = self._table.offset(place), data
+            with self.fullness_explained():
+                while left:
+                    count = os.pwrite(self.fd, left, offset)
+                    left, offset = left[count:], offset + count
+            self.note(place)
+
+    def note(self, index: int) -> None:
+        """A verified chunk stands in its place; it is journalled by a later `sync`."""
         self._unsynced.append(index)
-        self._unsynced_bytes += len(data)
+        self._unsynced_bytes += self._table.length(index)
 
     def sync_if_due(self) -> None:
         """Begin to make durable what was written, beside what goes on. Raises what the sync before met; waits for that
@@ -198,8 +203,8 @@ class PartialFile:
         if not written:
             return
         lines = [b"%d %s.\n" % (index, self._table.sha256(index).hex()[:16].encode()) for index in written]
-        with self._fullness_explained():
-            _data_sync(self._fd)
+        with self.fullness_explained():
+            _data_sync(self.fd)
             # A line that a crash cut short must not swallow the first of ours.
             _write_all(self._journal_fd, b"\n" + b"".join(lines))
             _data_sync(self._journal_fd)
@@ -217,11 +222,11 @@ class PartialFile:
             return False
         layout, digest = self._layout, self._digest
         try:
-            with self._fullness_explained():
-                os.fsync(self._fd)
+            with self.fullness_explained():
+                os.fsync(self.fd)
                 write_manifest(layout, digest, self._table)
                 os.rename(layout.checkpoint_part(digest), layout.checkpoint(digest))
-                os.fchmod(self._fd, 0o400)
+                os.fchmod(self.fd, 0o400)
                 files.fsync_folder(layout.checkpoint_folder(digest))
         except FileNotFoundError:
             if not is_stored(layout, digest, self._table.size):
@@ -243,7 +248,7 @@ class PartialFile:
         return sum(self._table.length(i) for i, is_here in enumerate(self.have) if not is_here)
 
     def _check_space(self) -> None:
-        not_allocated = self._table.size - os.fstat(self._fd).st_blocks * 512
+        not_allocated = self._table.size - os.fstat(self.fd).st_blocks * 512
         needed = min(self._missing_bytes(), not_allocated)
         folder = self._layout.checkpoint_folder(self._digest)
         free = free_bytes(folder)
@@ -255,7 +260,8 @@ class PartialFile:
             )
 
     @contextlib.contextmanager
-    def _fullness_explained(self) -> Iterator[None]:
+    def fullness_explained(self) -> Iterator[None]:
+        """Raises `AgentError` unfit, with what is free and what is missing, where the disk or the quota is full."""
         try:
             yield
         except OSError as error:

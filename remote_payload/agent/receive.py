@@ -12,6 +12,7 @@ from remote_payload.agent import partial_file, root
 from remote_payload.agent.channel import FdChannel, PeerGoneError
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.partial_file import PartialFile, SessionLock
+from remote_payload.agent.reuse import reuse_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest
@@ -24,6 +25,7 @@ from remote_payload.wire.stream import (
     FrameKind,
     FrameReader,
     ReceiveRequest,
+    ReusedFacts,
     WaitingFacts,
     encode_bitmap,
     page_chunk_count,
@@ -178,7 +180,7 @@ def _take_hold(
     grown_to, grown_at, told_at = -1, time.monotonic(), 0.0
     while True:
         with contextlib.suppress(FileNotFoundError):  # finished, or deleted, between two looks: look again
-            part = _try_hold(layout, request, table, lock)
+            part = _try_hold(channel, layout, request, table, lock)
             if part is not None or partial_file.is_stored(layout, request.digest, request.size):
                 return part
         journalled = partial_file.journal_bytes(layout, request.digest)
@@ -200,7 +202,7 @@ def _take_hold(
 
 
 def _try_hold(
-    layout: NodeLayout, request: ReceiveRequest, table: ChunkTable, lock: SessionLock
+    channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, table: ChunkTable, lock: SessionLock
 ) -> Optional[PartialFile]:
     digest = request.digest
     if not lock.try_exclusive():
@@ -209,11 +211,31 @@ def _try_hold(
         _clean_up(layout, digest, table)
         return None
     part = PartialFile.prepare(layout, digest, table)
+    try:
+        _reuse(channel, layout, digest, table, part)
+    except BaseException:
+        part.close()
+        raise
     # Changing the lock's kind lets go of it for a moment: whoever took it meanwhile goes first.
     if lock.try_shared():
         return part
     part.close()
     return None
+
+
+def _reuse(channel: FdChannel, layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile) -> None:
+    """Take what other files here hold of this one, with signs of life meanwhile."""
+    told_at = time.monotonic()
+
+    def tell() -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at > _WAITING_INTERVAL_S:
+            told_at = time.monotonic()
+            channel.send_json(FrameKind.WAITING, WaitingFacts(partial_file.journal_bytes(layout, digest)))
+
+    bytes_reused = reuse_chunks(layout, digest, table, part, tell)
+    if bytes_reused:
+        channel.send_json(FrameKind.REUSED, ReusedFacts(bytes_reused))
 
 
 def _clean_up(layout: NodeLayout, digest: str, table: ChunkTable) -> None:

@@ -12,10 +12,13 @@ other; 0: the bytes as they are. A frame that breaks these rules ends the stream
 
     client → agent   MANIFEST  chunk table page: (length u32, sha256) per chunk; argument: index of its first chunk.
                                As many pages as the table needs, in order; none for an empty file
-    agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file
+    agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file, or while
+                               chunks are copied from what is here
+                     REUSED    JSON `ReusedFacts`, before HAVE: chunks that were copied from what is here
                      HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
-    client → agent   DATA      one whole chunk; argument: its index. Any order, any subset
+    client → agent   DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
+                               of the table that has its digest
                      FINISH    every chunk was sent and acknowledged, on whatever stream
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
@@ -50,8 +53,8 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
 from remote_payload.wire.codec import WireError, from_json, to_json
@@ -94,6 +97,7 @@ class FrameKind(enum.IntEnum):
     SPAN = 12
     END = 13
     PERFORM = 14
+    REUSED = 15
 
 
 class DamagedStreamError(WireError):
@@ -134,9 +138,17 @@ class ReceiveRequest:
 
 @dataclasses.dataclass(frozen=True)
 class WaitingFacts:
-    """Another session is sending this file; `journalled` grows as it gets on."""
+    """Another session is sending this file, or its chunks are copied from what is here; `journalled` grows as that
+    gets on."""
 
     journalled: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ReusedFacts:
+    """So many bytes of the file were had from other files of the store, or from the same file."""
+
+    bytes_reused: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +292,7 @@ class ChunkTable:
         self.size = size
         self._packed = packed
         self._offsets = array.array("Q")
+        self._same: Optional[dict[bytes, list[int]]] = None
         offset = 0
         for length, _ in _ENTRY.iter_unpack(packed):
             if not 0 < length <= CHUNK_BYTES:
@@ -301,6 +314,16 @@ class ChunkTable:
     def sha256(self, index: int) -> bytes:
         """The chunk's binary digest."""
         return bytes(_ENTRY.unpack_from(self._packed, index * _ENTRY.size)[1])
+
+    def same_chunks(self, index: int) -> Sequence[int]:
+        """The indices of all chunks with the digest of this one, itself among them, ascending."""
+        if self._same is None:
+            first: dict[bytes, int] = {}
+            self._same = {}
+            for number, (_, digest) in enumerate(_ENTRY.iter_unpack(self._packed)):
+                if first.setdefault(digest, number) != number:
+                    self._same.setdefault(digest, [first[digest]]).append(number)
+        return self._same.get(self.sha256(index), (index,))
 
     def file_digest(self) -> str:
         """The `v1:` digest over ordered chunk digests, as `chunks.file_digest`."""

@@ -99,7 +99,7 @@ def test_a_rewrite_that_no_time_stamp_shows_is_caught_by_the_sample(
     digest(path)
     rewrite_keeping_stamps(path, b"b")
     with sqlite3.connect(layout.fingerprint_cache) as database:
-        database.execute("UPDATE manifests_1 SET ctime_ns = ?", (path.stat().st_ctime_ns,))
+        database.execute("UPDATE manifests_2 SET ctime_ns = ?", (path.stat().st_ctime_ns,))
     database.close()
     new = digest(path)
     assert not new.was_remembered
@@ -173,7 +173,7 @@ def test_a_cache_row_that_does_not_fit_its_digest_is_not_believed(
     path.write_bytes(b"content")
     digest(path)
     with sqlite3.connect(layout.fingerprint_cache) as database:
-        database.execute("UPDATE manifests_1 SET digest = 'v1:" + "0" * 64 + "'")
+        database.execute("UPDATE manifests_2 SET digest = 'v1:" + "0" * 64 + "'")
     database.close()
     assert not digest(path).was_remembered
 

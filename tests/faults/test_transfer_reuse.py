@@ -1,0 +1,196 @@
+"""What the node has already is copied there, and verified; what it has not, or damaged, is sent."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import UnreachableError
+from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.stream_count import StreamPolicy
+from orchestrator.transfer.upload import UploadResult, upload_file
+from remote_payload.agent import reuse
+from remote_payload.wire.layout import NodeLayout
+from tests.support.agent_streams import CutStream, ThreadOpener, check_stored, even_cuts, make_node_root, manifest_of
+
+AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
+NO_PATIENCE = ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0)
+CHUNK = 1000
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def send(root: Path, content: bytes, cuts: list[int] | None = None) -> UploadResult:
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), CHUNK) if cuts is None else cuts)
+    result = upload_file(ThreadOpener(root), local, manifest, retry=AT_ONCE)
+    check_stored(root, manifest, content)
+    return result
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_node_root(tmp_path)
+
+
+def stored_file(result: UploadResult) -> Path:
+    return Path(result.path_on_node)
+
+
+def test_only_what_changed_is_sent(root: Path) -> None:
+    before = noise(50 * CHUNK)
+    send(root, before)
+    after = before[: 20 * CHUNK] + noise(CHUNK, 7) + before[21 * CHUNK :]
+    result = send(root, after)
+    assert (result.bytes_sent, result.bytes_saved, result.bytes_reused) == (CHUNK, 49 * CHUNK, 49 * CHUNK)
+
+
+def test_chunks_are_found_in_any_checkpoint_of_the_store_and_at_any_offset(root: Path) -> None:
+    parts = [noise(5 * CHUNK, seed) for seed in range(6)]
+    for number, part in enumerate(parts):
+        send(root, noise(number * CHUNK, 100 + number) + part)
+    result = send(root, b"".join(reversed(parts)))
+    assert (result.bytes_sent, result.bytes_reused) == (0, 30 * CHUNK)
+
+
+def test_a_chunk_that_the_file_repeats_is_sent_once(root: Path) -> None:
+    repeated, other = noise(CHUNK, 1), noise(CHUNK, 2)
+    result = send(root, repeated * 20 + other + repeated * 3)
+    assert (result.bytes_sent, result.bytes_saved, result.bytes_reused) == (2 * CHUNK, 22 * CHUNK, 0)
+
+
+def test_a_damaged_source_is_not_believed(root: Path) -> None:
+    before = noise(10 * CHUNK)
+    stored = stored_file(send(root, before))
+    stored.chmod(0o600)
+    with stored.open("r+b") as file:
+        file.seek(3 * CHUNK + 5)
+        file.write(b"damage")
+    result = send(root, before + noise(CHUNK, 3))
+    assert (result.bytes_sent, result.bytes_reused) == (2 * CHUNK, 9 * CHUNK)
+
+
+@pytest.mark.parametrize("kind", ["gone", "short", "link", "folder", "pipe", "no manifest", "garbage", "a link"])
+def test_a_source_that_is_not_what_it_should_be_is_passed_over(root: Path, tmp_path: Path, kind: str) -> None:
+    before = noise(10 * CHUNK)
+    result = send(root, before)
+    stored = stored_file(result)
+    manifest = stored.parent / "chunks.json"
+    if kind in ("gone", "link", "folder", "pipe"):
+        stored.unlink()
+    if kind == "short":
+        stored.chmod(0o600)
+        os.truncate(stored, 4 * CHUNK)
+    elif kind == "link":
+        other = tmp_path / "elsewhere"
+        other.write_bytes(before)
+        stored.symlink_to(other)
+    elif kind == "folder":
+        stored.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(stored)
+    elif kind == "no manifest":
+        manifest.unlink()
+    elif kind == "garbage":
+        manifest.write_bytes(noise(100_000, 5) + b'\n{"offset": 99999999999999, "length": 1000, "sha256": "00"}\n')
+    elif kind == "a link":
+        shutil.move(manifest, tmp_path / "manifest")
+        manifest.symlink_to(tmp_path / "manifest")
+    again = send(root, noise(CHUNK, 9) + before)
+    assert again.bytes_reused == (4 * CHUNK if kind == "short" else 0)
+    assert again.bytes_sent == 11 * CHUNK - again.bytes_reused
+
+
+def test_where_the_kernel_does_not_copy_it_goes_through_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(18, "another device")
+
+    before = noise(10 * CHUNK)
+    send(root, before)
+    monkeypatch.setattr(reuse.os, "copy_file_range", refuse, raising=False)
+    assert send(root, noise(CHUNK, 9) + before).bytes_reused == 10 * CHUNK
+
+
+def test_what_was_reused_before_a_cut_is_journalled_like_what_arrived(root: Path) -> None:
+    before = noise(10 * CHUNK)
+    send(root, before)
+    content = before + noise(5 * CHUNK, 4)
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), CHUNK))
+    opener = ThreadOpener(root, [lambda inner: CutStream(inner, 1500, None)] * 100)
+    with pytest.raises(UnreachableError):
+        upload_file(opener, local, manifest, retry=NO_PATIENCE, streams=StreamPolicy(fixed=1))
+    shutil.rmtree(NodeLayout(str(root)).checkpoint_folder(manifest_of(before, even_cuts(len(before), CHUNK)).digest))
+    result = upload_file(ThreadOpener(root), local, manifest, retry=AT_ONCE)
+    assert result.bytes_reused == 0
+    assert result.bytes_saved >= 10 * CHUNK
+    check_stored(root, manifest, content)
+
+
+BLOCKS = st.lists(st.integers(0, 9), max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    earlier=st.lists(st.tuples(BLOCKS, st.lists(st.integers(0, 4000), max_size=8)), max_size=3),
+    blocks=BLOCKS,
+    cuts=st.lists(st.integers(0, 4000), max_size=10),
+    damage=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3000)), max_size=2),
+    links=st.lists(st.integers(0, 6000), max_size=3),
+    streams=st.integers(1, 4),
+)
+def test_any_file_through_any_cuts_and_streams_with_any_prior_store_arrives_byte_for_byte(
+    earlier: list[tuple[list[int], list[int]]],
+    blocks: list[int],
+    cuts: list[int],
+    damage: list[tuple[int, int]],
+    links: list[int],
+    streams: int,
+) -> None:
+    pieces = [noise(317, seed) for seed in range(9)] + [bytes(317)]
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_node_root(Path(folder))
+        stored = [
+            stored_file(send(root, b"".join(pieces[b] for b in old), [*even_cuts(len(old) * 317, 317), *old_cuts]))
+            for old, old_cuts in earlier
+        ]
+        for number, at in damage:
+            if number < len(stored):
+                stored[number].chmod(0o600)
+                with stored[number].open("r+b") as file:
+                    file.seek(at)
+                    file.write(b"!")
+        content = b"".join(pieces[block] for block in blocks)
+        local = Path(folder) / "local"
+        local.write_bytes(content)
+        manifest = manifest_of(content, [*even_cuts(len(content), 317), *cuts])
+        if any(Path(NodeLayout(str(root)).checkpoint(manifest.digest)) == path for path in stored):
+            return  # the store holds it by its own digest, damaged or not
+        wraps = [(lambda inner, cut=cut: CutStream(inner, cut, None)) for cut in links]
+        policy = ReconnectPolicy(max_fruitless=100, first_wait_s=0.0, longest_wait_s=0.0)
+        fixed = StreamPolicy(fixed=streams)
+        result = upload_file(ThreadOpener(root, wraps), local, manifest, retry=policy, streams=fixed)
+        check_stored(root, manifest, content)
+        distinct = {chunk.sha256: chunk.length for chunk in manifest.chunks}
+        assert links or result.bytes_sent <= sum(distinct.values())
+
+
+def test_twenty_checkpoints_are_looked_through_line_by_line(tmp_path: Path) -> None:
+    """The longest of lines and a manifest without line ends cost no memory."""
+    path = tmp_path / "chunks.json"
+    line = b'{"offset": 7, "length": 5, "sha256": "' + b"ab" * 32 + b'"}'
+    path.write_bytes(b"x" * 10_000_000 + b"\n" + line + b",\n" + line)
+    found = list(itertools.islice(reuse._matches(str(path), {b"\xab" * 32: 5}), 5))
+    assert found == [(b"\xab" * 32, 7)] * 2
