@@ -236,7 +236,10 @@ class Probe:
             self._add(Finding(id="node.code_missing", severity=Severity.ERROR, title=str(error)))
             return
         preflight = importlib.import_module("remote_payload.reconstruct.preflight")
-        self._add(*preflight.check(plan, header))
+        self._add(*preflight.check(plan, header, self._note_step))
+
+    def _note_step(self, step: str) -> None:
+        self.result = dataclasses.replace(self.result, adapter_steps=(*self.result.adapter_steps, step))
 
 
 def gpu_findings(policy: GpuPolicy, found: Sequence[gpus.GpuFacts]) -> list[Finding]:

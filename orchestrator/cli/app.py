@@ -22,6 +22,8 @@ clusters_app = typer.Typer(help="Cluster profiles.", invoke_without_command=True
 nightly_app = typer.Typer(help="Evaluate new checkpoints every night.", no_args_is_help=True)
 app.add_typer(clusters_app, name="clusters")
 app.add_typer(nightly_app, name="nightly")
+adapter_app = typer.Typer(help="Your code that builds the model and its samples.", no_args_is_help=True)
+app.add_typer(adapter_app, name="adapter")
 
 Cluster = Annotated[
     str | None,
@@ -214,6 +216,29 @@ def gc(
     from orchestrator.cli import views
 
     finish(lambda: views.gc(cluster, keep_days, keep_gib, delete=delete, as_json=json))
+
+
+@adapter_app.command("new")
+def adapter_new(
+    path: Annotated[Path, typer.Argument(help="The file to make.")] = Path("evaluation/adapter.py"),
+    kind: Annotated[str, typer.Option("--kind", help="image, video, audio, mel, codes, text or voxels.")] = "image",
+    class_name: Annotated[str, typer.Option("--class", help="The class's name.")] = "MyAdapter",
+    json: Json = False,
+) -> None:
+    """Make a first adapter; a file that is there is never touched."""
+    from orchestrator.cli import adapters
+
+    finish(lambda: adapters.new(path, kind, class_name, as_json=json))
+
+
+@adapter_app.command("check")
+def adapter_check(
+    cluster: Cluster = None, checkpoint: Checkpoint = None, config: Config = None, json: Json = False
+) -> None:
+    """Check the adapter's source here, and with --checkpoint on a node: build, shapes, one sample, a dry run."""
+    from orchestrator.cli import adapters
+
+    finish(lambda: adapters.check(cluster, checkpoint, config, as_json=json))
 
 
 @clusters_app.callback()

@@ -12,6 +12,7 @@ from orchestrator.layout import LocalLayout
 from remote_payload.wire.names import printable
 
 if TYPE_CHECKING:
+    from orchestrator.doctor import Check
     from orchestrator.node import Node
     from orchestrator.pipeline.context import Services
     from orchestrator.profiles import NamedProfile
@@ -68,32 +69,47 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
     return int(ExitCode.DONE)
 
 
-def doctor(cluster: str | None, *, as_json: bool) -> int:
-    """Run the checks; the exit code is that of an unfit node where one fails."""
-    from orchestrator.doctor import CheckState, check_node, check_this_machine
-    from remote_payload.wire.codec import to_json
+_MARKS = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 
-    checks = []
-    marks = {CheckState.OK: "ok     ", CheckState.WARNING: "warning", CheckState.ERROR: "ERROR  "}
 
-    def show(check: Any) -> None:
-        checks.append(check)
-        if not as_json:
-            print(printable(f"{marks[check.state]}  {check.name}: {check.message}"), flush=True)
-            if check.action and check.state is not CheckState.OK:
+class CheckList:
+    """Shows checks as they come, or all of them as JSON at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.failed: list[str] = []
+        self._as_json = as_json
+        self._checks: list[Check] = []
+
+    def show(self, check: Check) -> None:
+        self._checks.append(check)
+        if check.state.value == "error":
+            self.failed.append(check.name)
+        if not self._as_json:
+            print(printable(f"{_MARKS[check.state.value]}  {check.name}: {check.message}"), flush=True)
+            if check.action and check.state.value != "ok":
                 print(printable(f"         next: {check.action}"), flush=True)
 
+    def finish(self) -> None:
+        from remote_payload.wire.codec import to_json
+
+        if self._as_json:
+            print_json([to_json(check) for check in self._checks])
+
+
+def doctor(cluster: str | None, *, as_json: bool) -> int:
+    """Run the checks; the exit code is that of an unfit node where one fails."""
+    from orchestrator.doctor import check_node, check_this_machine
+
+    shown = CheckList(as_json=as_json)
     for check in check_this_machine(LocalLayout.for_user()):
-        show(check)
+        shown.show(check)
     profile = _profile(cluster, optional=True)
     if profile is not None:
         with _node(services(quiet=as_json), profile) as node:
             for check in check_node(node, profile.profile.gpu.device):
-                show(check)
-    if as_json:
-        print_json([to_json(check) for check in checks])
-    failed = any(check.state is CheckState.ERROR for check in checks)
-    return int(ExitCode.NODE_UNFIT if failed else ExitCode.DONE)
+                shown.show(check)
+    shown.finish()
+    return int(ExitCode.NODE_UNFIT if shown.failed else ExitCode.DONE)
 
 
 def clusters(*, as_json: bool) -> int:

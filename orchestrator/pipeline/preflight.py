@@ -41,6 +41,21 @@ def preflight(context: RunContext) -> Preflight:
     """Check everything that can be checked before bytes move. Raises `NodeUnfitError`, `CheckpointError` or
     `IntegrityError` with what to do; lesser findings are shown and kept.
     """
+    is_health_only = all(job.name == "health" for job in context.plan.jobs)
+    report = examine(context)
+    report = dataclasses.replace(report, findings=(*report.findings, *_clock_findings(context)))
+    write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
+    for finding in report.findings:
+        context.reporter.finding(finding)
+    refuse_unfit(report.findings, is_health_only=is_health_only)
+    return report
+
+
+def examine(context: RunContext) -> Preflight:
+    """What the node finds of itself, the checkpoint's header and the adapter; the code is sent for it.
+
+    Raises what `preflight` does for a local checkpoint whose header is bad.
+    """
     plan = context.plan
     is_health_only = all(job.name == "health" for job in plan.jobs)
     header, size, here = None, 0, plan.checkpoint.cluster is None
@@ -60,13 +75,7 @@ def preflight(context: RunContext) -> Preflight:
         header=header,
         needed_bytes=0 if context.profile.embedded else size,
     )
-    report = context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
-    report = dataclasses.replace(report, findings=(*report.findings, *_clock_findings(context)))
-    write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
-    for finding in report.findings:
-        context.reporter.finding(finding)
-    refuse_unfit(report.findings, is_health_only=is_health_only)
-    return report
+    return context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
 
 
 def _local_header(path: Path, is_health_only: bool) -> dict[str, Any] | None:

@@ -45,6 +45,16 @@ class Request:
 
 def resolve(request: Request, services: Services) -> RunPlan:
     """Fix what will be done, write it to the run's folder and journal it. Raises `UsageError` and its kin."""
+    plan = draft(request, services)
+    run = services.layout.run(plan.run_id)
+    services.layout.make_private(run.folder)
+    write_atomically(run.plan, plan.to_text().encode())
+    services.journal.append(plan.run_id, "planned", cluster=plan.cluster, checkpoint=str(plan.checkpoint))
+    return plan
+
+
+def draft(request: Request, services: Services) -> RunPlan:
+    """What would be done; nothing is written of it. Raises as `resolve` does."""
     if not 0 <= request.num_samples <= MAX_NUM_SAMPLES:
         raise UsageError(f"--num-samples must be 0 to {MAX_NUM_SAMPLES}", action="It counts pictures only.")
     project = find_project(request.start_folder)
@@ -67,7 +77,7 @@ def resolve(request: Request, services: Services) -> RunPlan:
             f"{project.path}: `jobs` names code, and `code` names no path to ship",
             action="List the paths that hold the jobs under `code:`.",
         )
-    plan = RunPlan(
+    return RunPlan(
         run_id=new_run_id(datetime.datetime.now(datetime.timezone.utc)),
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         cluster=named.name,
@@ -91,11 +101,6 @@ def resolve(request: Request, services: Services) -> RunPlan:
         nightly_target=request.nightly_target,
         local_fingerprint=fingerprint(Path(reference.path)) if reference.cluster is None else (),
     )
-    run = services.layout.run(plan.run_id)
-    services.layout.make_private(run.folder)
-    write_atomically(run.plan, plan.to_text().encode())
-    services.journal.append(plan.run_id, "planned", cluster=plan.cluster, checkpoint=str(reference))
-    return plan
 
 
 def resolve_profile(cluster: str | None, project: Project, layout: LocalLayout) -> NamedProfile:

@@ -7,15 +7,16 @@ enough model is run on it, on the CPU.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import nn
 
 from remote_payload.checkpoint import CheckpointHeader
 from remote_payload.checkpoint.errors import CheckpointError
-from remote_payload.reconstruct.adapters import AdapterCallError, adapter_config, resolve_adapter
+from remote_payload.reconstruct.adapters import AdapterCallError, adapter_config, calling, resolve_adapter
 from remote_payload.reconstruct.collect import check_predictions
 from remote_payload.reconstruct.loading import StructureError, build_on_meta, choose_dtype, fit_of, load_model
 from remote_payload.reconstruct.prediction import as_array
@@ -40,10 +41,10 @@ _DRY_RUN_BATCH = 2
 """One sample twice: some layers refuse a batch of one."""
 
 
-def check(plan: NodePlan, header: CheckpointHeader) -> list[Finding]:
+def check(plan: NodePlan, header: CheckpointHeader, told: Callable[[str], None] = lambda _: None) -> list[Finding]:
     """What keeps `reconstruct` from running; an error refuses the run. Nothing without an adapter.
 
-    Code of the adapter that raises is a finding, never an exception.
+    Code of the adapter that raises is a finding, never an exception. `told` hears what was looked at and is well.
     """
     settings = plan.settings
     if settings.adapter is None:
@@ -51,14 +52,19 @@ def check(plan: NodePlan, header: CheckpointHeader) -> list[Finding]:
     findings: list[Finding] = []
     with _collecting(findings):
         adapter = resolve_adapter(settings.adapter)
+        told("import")
         config = adapter_config(settings, header.config)
         findings += _signature_findings(adapter, settings.data, config)
         findings += _data_findings(adapter, settings.data)
         if any(f.severity is Severity.ERROR for f in findings):
             return findings
+        told("signatures")
         model = build_on_meta(adapter, config)
+        told("model on the meta device")
         findings += _structure_findings(adapter, model, header)
-        findings += _sample_findings(plan, header, adapter, config, model, is_sound=not findings)
+        if not findings:
+            told("shapes against the checkpoint")
+        findings += _sample_findings(plan, header, adapter, config, model, not findings, told)
     return findings
 
 
@@ -111,15 +117,27 @@ def _sample_findings(
     config: AdapterConfig,
     model: nn.Module,
     is_sound: bool,
+    told: Callable[[str], None],
 ) -> list[Finding]:
     data = plan.settings.data
     modalities = declared_modalities(adapter, data, config)
-    sample = open_samples(adapter, data, config)[0]
+    samples = open_samples(adapter, data, config)
+    told(f"{len(samples)} samples of the split {adapter.split!r}")
+    with calling("samples"):
+        sample = samples[0]
     findings = _check_targets(modalities, sample)
-    parameters = sum(p.numel() for p in model.parameters())
-    if not is_sound or findings or parameters > DRY_RUN_PARAMETERS:
+    if findings:
         return findings
-    return _dry_run(plan, header, adapter, config, modalities, sample)
+    told(f"layout and range of one sample: {', '.join(m.name for m in modalities)}")
+    parameters = sum(p.numel() for p in model.parameters())
+    if not is_sound or parameters > DRY_RUN_PARAMETERS:
+        return findings
+    # A checkpoint that is yet to be sent has its header here and no tensors.
+    has_weights = all(os.path.exists(file.path) for file in header.files)
+    findings = _dry_run(plan, header, adapter, config, modalities, sample, has_weights)
+    if not any(f.severity is Severity.ERROR for f in findings):
+        told(f"dry run of one sample{'' if has_weights else ', with weights as initialised'}")
+    return findings
 
 
 def _check_targets(modalities: Sequence[Modality], sample: Sample) -> list[Finding]:
@@ -143,20 +161,32 @@ def _dry_run(
     config: AdapterConfig,
     modalities: Sequence[Modality],
     sample: Sample,
+    has_weights: bool,
 ) -> list[Finding]:
     device = torch.device("cpu")
     dtype = choose_dtype(plan.settings.dtype, header, device)
-    loaded = load_model(adapter, config, header, device, dtype)
-    predicted = predict(adapter, loaded.model, [sample] * _DRY_RUN_BATCH, device, dtype)
+    if has_weights:
+        model = load_model(adapter, config, header, device, dtype).model
+    else:
+        model = _as_initialised(adapter, config, dtype)
+    predicted = predict(adapter, model, [sample] * _DRY_RUN_BATCH, device, dtype)
     check_predictions(predicted, modalities)
     findings = []
     for modality in modalities:
         given = as_array(predicted[modality.name])
         check_shape("prediction", modality, given, _DRY_RUN_BATCH)
-        if modality.name in sample.targets:
+        if has_weights and modality.name in sample.targets:
             found = prediction_finding(modality, as_array(sample.targets[modality.name]), given)
             findings += [found] if found is not None else []
     return findings
+
+
+def _as_initialised(adapter: Adapter, config: AdapterConfig, dtype: torch.dtype) -> nn.Module:
+    with calling("build_model"):
+        model: nn.Module = adapter.build_model(config)
+    with calling("finish_model"):
+        adapter.finish_model(model)
+    return model.to(dtype).eval()
 
 
 @contextlib.contextmanager

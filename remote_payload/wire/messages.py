@@ -86,7 +86,10 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Preflight:
-    """Facts of the node and what is unfit. A finding of severity error refuses the run."""
+    """Facts of the node and what is unfit. A finding of severity error refuses the run.
+
+    `adapter_steps`: what of the adapter was looked at and is well, in words.
+    """
 
     python_version: str
     torch_version: Optional[str]
@@ -97,6 +100,7 @@ class Preflight:
     findings: tuple[Finding, ...]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     header: Optional[dict[str, Any]] = None
+    adapter_steps: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
