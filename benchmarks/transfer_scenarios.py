@@ -126,9 +126,10 @@ def lan(bench: Bench) -> None:
         files.write_checkpoint(fp32, bench.size, "float32")
         run_ours(site, random)
         seconds = bench.size / 115e6
+        sustained: list[float] = []
         contenders = [
             Contender("raw TCP, one connection", "none, cubic", lambda: raw_tcp_rate(site.link, seconds, "cubic")),
-            _ours(site, random, "random"),
+            _ours(site, random, "random", sustained=sustained),
             _ours(site, bf16, "bf16 weights"),
             _ours(site, fp32, "fp32 weights"),
             *(_rival(bench, site, r, random) for r in _installed(bench, [rivals.SCP, rivals.RSYNC, rivals.RCLONE])),
@@ -136,9 +137,13 @@ def lan(bench: Bench) -> None:
         figures = in_turn(contenders, bench.repeats, bench.tell)
     raw, ours, packed16, packed32 = figures[:4]
     scp = next((one for one in figures if one.name == "scp"), None)
-    _say_table(bench, figures, ours)
+    steady = Figures(f"{OURS}, random, second half alone", ours.how, tuple(sustained))
+    _say_table(bench, [*figures[:2], *([steady] if sustained else []), *figures[2:]], ours)
     share = ours.median / raw.median
     bench.goal("LAN, random data, of raw TCP", "97 %", f"{share:.1%}", share >= 0.97)
+    if sustained:
+        share = steady.median / raw.median
+        bench.goal("LAN, random data once it is sent, of raw TCP", "97 %", f"{share:.1%}", share >= 0.97)
     bench.ratio_goal("LAN, bf16 weights, against scp", packed16, scp, 1.4)
     bench.ratio_goal("LAN, fp32 weights, against scp", packed32, scp, 1.15)
 

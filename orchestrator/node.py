@@ -25,7 +25,7 @@ from orchestrator.errors import (
 )
 from orchestrator.payload import Payload
 from orchestrator.profiles import ClusterProfile
-from orchestrator.ssh.transport import ByteStream, CommandResult, Transport
+from orchestrator.ssh.transport import BulkStream, ByteStream, CommandResult, StreamFacts, Transport
 from orchestrator.standby import Standby
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.codec import WireError, from_json, to_json
@@ -105,7 +105,7 @@ class Node:
         self._connect = connect
         self._transport: Transport | None = None
         self._hello: Hello | None = None
-        self._standby: Standby | None = None
+        self._standbys: list[Standby] = []
         self._lock = threading.RLock()
         self._hello_lock = threading.Lock()
 
@@ -180,17 +180,31 @@ class Node:
         self._ensure_payload()
         return self._start_stream(verb, request, idle_timeout_s, is_bulk)
 
-    def prepare_stream(self) -> None:
-        """Begin to open, in the background, the bulk stream that will be asked for next. Where that fails, whoever asks
-        opens one and hears why. For a node that is connected, so that no login asks a person from a thread."""
-        self.drop_prepared_stream()
-        self._standby = Standby(self._open_standby)
+    def prepare_streams(self, how_many: Callable[[StreamFacts], int]) -> None:
+        """Begin to open, in the background, the bulk streams that will be asked for next: one, and as many as
+        `how_many` says in all once it is known how that one travels. Where that fails, whoever asks opens one and hears
+        why. For a node that is connected, so that no login asks a person from a thread."""
+        self.drop_prepared_streams()
+        standbys: list[Standby] = []
+
+        def open_first() -> ByteStream:
+            stream = self._open_standby()
+            if isinstance(stream, BulkStream):
+                with self._lock:
+                    if self._standbys is standbys:
+                        standbys.extend(Standby(self._open_standby) for _ in range(how_many(stream.facts) - 1))
+            return stream
+
+        with self._lock:
+            self._standbys = standbys
+            standbys.append(Standby(open_first))
         threading.Thread(target=self._learn, name="hello", daemon=True).start()
 
-    def drop_prepared_stream(self) -> None:
-        """Close the stream of `prepare_stream` that nobody asked for."""
-        standby, self._standby = self._standby, None
-        if standby is not None:
+    def drop_prepared_streams(self) -> None:
+        """Close the streams of `prepare_streams` that nobody asked for."""
+        with self._lock:
+            standbys, self._standbys = self._standbys, []
+        for standby in standbys:
             standby.close()
 
     def connect(self) -> None:
@@ -203,7 +217,7 @@ class Node:
         self._ensure_transport()
 
     def disconnect(self) -> None:
-        self.drop_prepared_stream()
+        self.drop_prepared_streams()
         with self._lock:
             if self._transport is not None:
                 self._transport.close()
@@ -284,7 +298,8 @@ class Node:
         return self._start_stream("standby", StandbyRequest(_STANDBY_S), _STANDBY_IDLE_S, is_bulk=True)
 
     def _from_standby(self, call: StreamCall) -> ByteStream | None:
-        standby, self._standby = self._standby, None
+        with self._lock:
+            standby = self._standbys.pop(0) if self._standbys else None
         stream = standby.take(self.profile.command_timeout_s) if standby is not None else None
         if stream is None:
             return None

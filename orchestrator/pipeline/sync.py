@@ -11,6 +11,7 @@ from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file, sample_spans
+from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Located, LocateRequest, Unpacked, UnpackRequest
@@ -56,7 +57,7 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
         ),
     )
     if found.found:
-        context.node.drop_prepared_stream()
+        context.node.drop_prepared_streams()
         context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
         return _synced(found, digest=manifest.digest)
     try:
@@ -89,14 +90,15 @@ def sync_code(context: RunContext) -> None:
 
 
 def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
-    """A large file that is not remembered is likely to be sent: a stream for it comes up while it is read."""
+    """A large file that is not remembered is likely to be sent: streams for it come up while it is read."""
     context.node.connect()  # before any thread: a login may ask a person
     is_prepared = False
 
     def prepare(_count: int) -> None:
         nonlocal is_prepared
         if not is_prepared and not context.profile.embedded and path.stat().st_size >= BULK_BYTES:
-            context.node.prepare_stream()
+            limit = context.profile.bandwidth_limit_bytes_per_s
+            context.node.prepare_streams(lambda facts: 1 if limit else first_guess(facts.round_trip_s))
         is_prepared = True
 
     return digest_local_file(path, context.services.layout, prepare)

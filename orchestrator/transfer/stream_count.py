@@ -33,6 +33,12 @@ class StreamPolicy:
             raise ValueError(f"a transfer uses 1 to {MAX_STREAMS} streams")
 
 
+def first_guess(round_trip_s: float | None) -> int:
+    """How many streams fill a link of 1 Gbit/s over such a path; 1 where it is not known."""
+    needed = math.ceil(_FIRST_GUESS_BYTES_PER_S * (round_trip_s or 0.0) / _WINDOW_BYTES)
+    return max(1, min(_FIRST_GUESS_AT_MOST, needed))
+
+
 class StreamCount:
     """Tells the number of streams from how many bytes have arrived when.
 
@@ -82,11 +88,10 @@ class StreamCount:
         self._judge(now_s, max(0, bytes_arrived - bytes_then) / (now_s - then_s))
         return self._wanted
 
-    def path_is(self, round_trip_s: float) -> int:
-        """The path's round trip became known, before anything has arrived: start with what a link of 1 Gbit/s needs."""
+    def path_is(self, round_trip_s: float | None) -> int:
+        """The path became known, before anything has arrived: start with what it needs."""
         if self._fixed is None and self._tried_from is None and self._wanted == 1:
-            needed = math.ceil(_FIRST_GUESS_BYTES_PER_S * round_trip_s / _WINDOW_BYTES)
-            self._go(max(1, min(self._most, _FIRST_GUESS_AT_MOST, needed)))
+            self._go(min(self._most, first_guess(round_trip_s)))
         return self._wanted
 
     def refused(self, now_s: float, open_streams: int) -> int:

@@ -163,7 +163,7 @@ class _Upload:
             if isinstance(stream, BulkStream):
                 with self._lock:
                     self.facts.append(stream.facts)
-                    if len(self.facts) == 1 and stream.facts.round_trip_s is not None:
+                    if len(self.facts) == 1:
                         self._count.path_is(stream.facts.round_trip_s)
             sender.serve(stream)
 

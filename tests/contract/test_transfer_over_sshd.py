@@ -51,12 +51,10 @@ class WatchedNode(Node):
         return super()._start_stream(verb, request, idle_timeout_s, is_bulk)
 
     def prepared_stream(self) -> ByteStream:
-        """The stream of `prepare_stream`, once it is up, which stays prepared."""
-        standby = self._standby
-        assert standby is not None
-        stream = standby.take(60.0)
+        """The stream of `prepare_streams`, once it is up, which stays prepared."""
+        stream = self._standbys[0].take(60.0)
         assert stream is not None
-        self._standby = Standby(lambda: stream)
+        self._standbys[0] = Standby(lambda: stream)
         return stream
 
     def open_agent_stream(
@@ -198,7 +196,7 @@ def test_a_prepared_stream_carries_the_next_upload(
 ) -> None:
     node = make_node(settings)
     _ = node.hello  # installs the payload, without which no stream comes up
-    node.prepare_stream()
+    node.prepare_streams(lambda _: 1)
     sent = upload_file(node, local, digest_local_file(local, layout).manifest, streams=StreamPolicy(fixed=1))
     assert Path(sent.path_on_node).read_bytes() == CONTENT
     assert node.started == ["standby"]
@@ -209,7 +207,7 @@ def test_a_prepared_stream_that_was_lost_is_done_without(
 ) -> None:
     node = make_node(settings)
     _ = node.hello  # installs the payload, without which no stream comes up
-    node.prepare_stream()
+    node.prepare_streams(lambda _: 1)
     node.prepared_stream().close()
     manifest = digest_local_file(local, layout).manifest
     sent = upload_file(node, local, manifest, streams=StreamPolicy(fixed=1), retry=NEXT_TIME)
@@ -222,8 +220,21 @@ def test_a_prepared_stream_that_nobody_asks_for_ends_with_the_connection(
 ) -> None:
     node = make_node(settings)
     _ = node.hello  # installs the payload, without which no stream comes up
-    node.prepare_stream()
+    node.prepare_streams(lambda _: 1)
     stream = node.prepared_stream()
     node.disconnect()
     with pytest.raises(UnreachableError):
         stream.write(b"x" * MIB)
+
+
+def test_as_many_streams_are_prepared_as_the_path_needs(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, layout: LocalLayout, local: Path
+) -> None:
+    node = make_node(settings)
+    _ = node.hello
+    node.prepare_streams(lambda _: 3)
+    node.prepared_stream()
+    sent = upload_file(node, local, digest_local_file(local, layout).manifest, streams=StreamPolicy(fixed=3))
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    if any(facts.carried_by == "ssh" for facts in sent.streams):
+        assert node.started[:3] == ["standby"] * 3
