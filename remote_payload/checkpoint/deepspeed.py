@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 
 from remote_payload.checkpoint.deepspeed_parameters import MASTER, Assembled, assemble
 from remote_payload.checkpoint.errors import CheckpointError, MalformedCheckpointError, TruncatedCheckpointError
+from remote_payload.checkpoint.inert import Opaque
 from remote_payload.checkpoint.limits import Limits
 from remote_payload.checkpoint.parts import Parts, path_inside, reason
 from remote_payload.checkpoint.records import Folder, RawCheckpoint, integrity_problem
@@ -58,7 +59,8 @@ class DeepSpeedReader:
                 parts.raw.notes.append(
                     f"The model is cut into {slices} tensor-parallel slices; only the first is read, none are joined."
                 )
-            if isinstance(root.get("frozen_param_fragments"), dict):
+            frozen = root.get("frozen_param_fragments")
+            if isinstance(frozen, dict) and frozen:
                 parts.raw.notes.append("Fragments of frozen parameters are listed as they are and not joined.")
             if not shards:
                 return parts.finish(root)
@@ -148,6 +150,9 @@ def _field(partition: object, name: str) -> Any:
 
 
 def _plain(value: object) -> Optional[int]:
+    if isinstance(value, Opaque) and isinstance(value.arguments, tuple) and len(value.arguments) == 1:
+        # DeepSpeed's stage is a member of an enumeration.
+        value = value.arguments[0]
     return value if type(value) is int else None
 
 

@@ -77,11 +77,16 @@ class _Rank:
     groups: list[dict[Any, Any]]
 
     def moment(self, name: str) -> Optional[list[TensorRef]]:
-        """One flat tensor for each of the masters, as long as it; None where one is missing."""
+        """One flat tensor for each of the masters, as long as it; None where one is missing.
+
+        Of the masters DeepSpeed saves no padding, of the moments all of it.
+        """
         entries = [self.state.get(i) for i in range(len(self.masters))]
         found = [e.get(name) if isinstance(e, dict) else None for e in entries]
         flat = [t for t in found if isinstance(t, TensorRef) and _is_flat(t)]
-        return flat if [t.shape for t in flat] == [t.shape for t in self.masters] else None
+        if len(flat) < len(self.masters) or any(t.shape < m.shape for t, m in zip(flat, self.masters)):
+            return None
+        return [TensorRef(t.storage, t.dtype, t.offset, m.shape, (1,)) for t, m in zip(flat, self.masters)]
 
     def steps(self, count: int) -> list[Any]:
         entries = [e for e in (self.state.get(i) for i in range(count)) if isinstance(e, dict)]

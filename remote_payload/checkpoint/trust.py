@@ -40,6 +40,9 @@ _INERT = {
     "pytorch_lightning.utilities.parsing": ("AttributeDict",),
     "lightning_fabric.utilities.data": ("AttributeDict",),
     "lightning.fabric.utilities.data": ("AttributeDict",),
+    "deepspeed.runtime.zero.config": ("ZeroStageEnum",),
+    "deepspeed.runtime.fp16.loss_scaler": ("LossScaler", "DynamicLossScaler"),
+    "deepspeed.utils.tensor_fragment": ("fragment_address",),
     "torch": (
         "device",
         "Tensor",

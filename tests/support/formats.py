@@ -189,7 +189,8 @@ def write_deepspeed_checkpoint(folder: Path, stage: int = 2, ranks: int = 2) -> 
             optimizer["fp32_flat_groups"] = [part.clone()]
             optimizer["optimizer_state_dict"] = state
         else:
-            optimizer["single_partition_of_fp32_groups"] = [part.clone()]
+            own = sum(p.numel() for p in masters.values()) - rank * len(part)
+            optimizer["single_partition_of_fp32_groups"] = [part[:own].clone()]
             optimizer["base_optimizer_state"] = state
         prefix = "bf16_" if stage < 3 else ""
         torch.save(

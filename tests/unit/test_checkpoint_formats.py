@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import subprocess
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -322,6 +325,23 @@ def test_the_model_of_zero_stage_3_is_put_together_from_all_ranks(tmp_path: Path
             assert load_tensor(header, f"optimizer/state/{name}/{moment}").equal(value)
     assert header.parameter_count == sum(t.numel() for t in masters.values())
     assert header_findings(header) == []
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_that_is_a_member_of_deepspeeds_enumeration_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    module = "deepspeed.runtime.zero.config"
+    for depth in range(1, 5):
+        name = ".".join(module.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    stages = enum.IntEnum("ZeroStageEnum", {"gradients": 2, "weights": 3}, module=module)
+    sys.modules[module].ZeroStageEnum = stages  # type: ignore[attr-defined]
+    write_deepspeed_checkpoint(tmp_path / "run", stage)
+    edited(tmp_path / "run", "*_optim_states.pt", lambda p: p["optimizer_state_dict"].update(zero_stage=stages(stage)))
+    header = read_header(tmp_path / "run")
+    assert header_findings(header) == []
+    assert any(f"ZeRO stage {stage}" in note and "put together" in note for note in header.notes)
 
 
 def edited(folder: Path, pattern: str, change: Callable[[Any], None]) -> Path:
