@@ -27,7 +27,7 @@ def measure(path: Path, steps: str) -> None:
         "equal": lambda: compare_devices(path.parent / "small.pt"),
         "kernels": compare_kernels,
         "write": lambda: write_reference(path),
-        "warm": lambda: child([*run, "--repeats", "4"]),
+        "warm": lambda: child([*run, "--repeats", "5"]),
         "warm 32": lambda: child([*run, "--repeats", "3", "--block-mib", "32"]),
         "stages": lambda: stages(path),
         "by hand": lambda: by_hand(path),
@@ -178,17 +178,26 @@ sys.exit(main([sys.argv[1], "--out", sys.argv[2], "--device", "auto"]))
 
 
 def cold(path: Path) -> dict[str, Any]:
-    """The disk's speed by `dd` and by the pass in turn, each after the page cache was dropped."""
-    size = path.stat().st_size
-    ours, theirs = [], []
-    for _ in range(1):
-        _drop_cache()
+    """The disk's speed by `dd` and by the pass in turn, each after the page cache was dropped, each first as often as
+    the other: what is below a virtual disk may keep what was just read."""
+
+    def theirs() -> float:
         began = time.perf_counter()
         subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=64M"], check=True, capture_output=True, timeout=200)
-        theirs.append(size / 1e9 / (time.perf_counter() - began))
-        _drop_cache()
-        ours.append(child(["-m", "benchmarks.health", "pass", str(path)])["gigabytes_per_s"][0])
-    return {"ours_gigabytes_per_s": ours, "dd_gigabytes_per_s": theirs}
+        return path.stat().st_size / 1e9 / (time.perf_counter() - began)
+
+    def ours() -> float:
+        rate: float = child(["-m", "benchmarks.health", "pass", str(path)])["gigabytes_per_s"][0]
+        return rate
+
+    rates: dict[str, list[float]] = {"ours": [], "dd": []}
+    for turn in range(4):
+        pair = [("ours", ours), ("dd", theirs)]
+        for name, measure_rate in pair if turn % 2 else reversed(pair):
+            _drop_cache()
+            rates[name].append(measure_rate())
+    ratios = [a / b for a, b in zip(rates["ours"], rates["dd"], strict=True)]
+    return {f"{name}_gigabytes_per_s": found for name, found in rates.items()} | {"ratios": ratios}
 
 
 def _drop_cache() -> None:
