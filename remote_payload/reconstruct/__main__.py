@@ -8,13 +8,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from remote_payload.jobs.context import JobContext
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
 
 _JOB = "reconstruct"
+_ALL_GPUS = 1024
 
 
 class ConfigError(Exception):
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--num-samples", type=int, default=None, help="how many samples get pictures")
     parser.add_argument("--metric-samples", type=int, default=None, help="how many samples count; default: all")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--devices", type=int, default=None, help="so many GPUs at most, or processes of the CPU")
     parser.add_argument("--check", action="store_true", help="only say whether adapter, checkpoint and data fit")
     options = parser.parse_args(list(arguments))
     sys.path.insert(0, str(Path.cwd()))
@@ -76,9 +78,15 @@ def _plan(options: argparse.Namespace) -> NodePlan:
         jobs=(JobSpec(_JOB),),
         checkpoint_path=str(options.checkpoint.absolute()),
         settings=dataclasses.replace(settings, **changes),
-        gpu=GpuPolicy(device=options.device),
+        gpu=GpuPolicy(device=options.device, count=_device_count(options.devices, options.device)),
         overrun=OverrunPolicy(),
     )
+
+
+def _device_count(wanted: Optional[int], device: str) -> int:
+    if wanted is not None and wanted < 1:
+        raise ConfigError(f"--devices {wanted} is no number of devices")
+    return wanted or (1 if device == "cpu" else _ALL_GPUS)
 
 
 def _pair(item: str) -> tuple[str, str]:

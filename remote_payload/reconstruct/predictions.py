@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Optional
+from typing import Any, Optional
 
+import numpy as np
 import torch
 
 from remote_payload.checkpoint import CheckpointHeader
@@ -22,6 +24,8 @@ from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
 from remote_payload.reconstruct.runner import BatchRunner, cut
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.states import Phase
+
+_MOST_FILES = 100_000
 
 
 @contextlib.contextmanager
@@ -128,6 +132,22 @@ def _kept(store: Optional[PredictionStore], result: BatchResult) -> BatchResult:
     return result
 
 
+def _file_facts(path: str) -> list[list[Any]]:
+    """[name, size, time of change] of a file, or of what is in a folder: as many as a look may take."""
+    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names] or [path]
+    facts = []
+    for file in sorted(found)[:_MOST_FILES]:
+        with contextlib.suppress(OSError):
+            seen = os.stat(file)
+            facts.append([os.path.relpath(file, path), seen.st_size, seen.st_mtime_ns])
+    return facts
+
+
+def _cpu_facts() -> list[Any]:
+    """What decides the order in which a CPU adds."""
+    return ["cpu", torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+
+
 def _key(context: JobContext, header: CheckpointHeader, device: torch.device) -> str:
     """Everything that decides a prediction, as far as it is known: of another key nothing is taken over."""
     plan = context.plan
@@ -137,7 +157,8 @@ def _key(context: JobContext, header: CheckpointHeader, device: torch.device) ->
         "checkpoint": [plan.checkpoint_digest, list(header.fingerprint)],
         "settings": to_json(plan.settings),
         "code": to_json(plan.code) if plan.code is not None else None,
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "data": {name: _file_facts(path) for name, path in plan.settings.data.items()},
+        "versions": [str(torch.__version__), np.__version__],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_facts(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -47,14 +47,19 @@ def seed_all(seed: int) -> None:
 
 
 def pick_devices(wanted: str, count: int) -> list[torch.device]:
-    """Where samples are evaluated: every visible CUDA device, or the CPU, `count` times if it is asked for by name.
+    """Where samples are evaluated: `count` visible GPUs, or the CPU, `count` times if it is asked for by name.
 
-    `wanted` is cpu, cuda, or auto. Raises `RuntimeError` when CUDA is wanted and there is none.
+    `wanted` is cpu, cuda, or auto. A GPU of another model than the first is left out, and told of: numbers would depend
+    on which one a sample came to. Raises `RuntimeError` when CUDA is wanted and there is none.
     """
     if wanted == "cpu":
         return [torch.device("cpu")] * max(1, count)
     if torch.cuda.is_available():
-        found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        found = [torch.device("cuda", index) for index, name in enumerate(names) if name == names[0]]
+        if len(found) < min(count, len(names)):
+            print(f"of the GPUs {', '.join(names)} only those of the first's model are used")
+        found = found[: max(1, count)]
         if len(found) == 1:
             # One that does not work is seen here; several are used by processes of their own.
             torch.zeros(1, device=found[0])

@@ -20,6 +20,7 @@ from remote_payload.reconstruct import devices
 from remote_payload.reconstruct.devices import DeviceProcessError
 from remote_payload.reconstruct.job import ReconstructError
 from remote_payload.reconstruct.job import run as run_job
+from remote_payload.reconstruct.runner import pick_devices
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
@@ -242,6 +243,36 @@ def test_a_damaged_result_and_one_of_another_key_are_computed_again(
     log.unlink()
     run(plan(checkpoint, 1, seed=1), tmp_path / "other", tmp_path / "second", scratch=tmp_path / "third")
     assert len(batches(log)) == 6
+
+
+def test_data_that_changed_since_an_earlier_attempt_is_predicted_again(
+    checkpoint: Path, tmp_path: Path, log: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a").write_text("1")
+    given = plan(checkpoint, 1, data={"images": str(data)})
+    run(given, tmp_path / "one", scratch=tmp_path / "first")
+    log.unlink()
+    run(given, tmp_path / "same", tmp_path / "first", scratch=tmp_path / "second")
+    assert not log.exists()
+    (data / "a").write_text("22")
+    run(given, tmp_path / "changed", tmp_path / "second", scratch=tmp_path / "third")
+    assert len(batches(log)) == 6
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "indices"),
+    [(["H100", "H100"], 2, [0, 1]), (["H100", "H100"], 1, [0]), (["H100", "A100", "H100"], 3, [0, 2])],
+)
+def test_only_gpus_of_one_model_and_no_more_than_allowed_are_used(
+    monkeypatch: pytest.MonkeyPatch, names: list[str], count: int, indices: list[int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    assert [d.index for d in pick_devices("auto", count)] == indices
 
 
 def test_by_hand_nothing_is_kept(checkpoint: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def collected(adapter: Any, folder: Path) -> Collected:
     # The third sample has no target, so it takes no row and no latent.
     samples = [Sample(str(n), {"image": i}, {"image": i} if n != 2 else {}) for n, i in enumerate(images)]
     rows = Collected(_MODALITY, 5, folder)
-    runner = BatchRunner(adapter, nn.Identity(), samples, [_MODALITY], torch.device("cpu"), torch.float32, batch_size=2)
+    runner = BatchRunner(adapter, nn.Identity(), samples, [_MODALITY], torch.device("cpu"), torch.float32)
     for batch in cut(range(5), 2):
         result = runner.batch(batch)
         rows.add(result.positions, result.samples, result.predicted["image"])
