@@ -203,7 +203,7 @@ def sample_metric(
     more: dict[str, Any] = {}
     if len(kept) and pairwise is not None:
         null, more = _null_of_pairs(evaluated, pairwise, source, values, direction)
-    elif len(kept):
+    if len(kept) and null is None:
         null, more = _null_of_score(evaluated, score, source, values, direction, null_elements)
     baselines = {name: float(defined(found).mean()) if len(defined(found)) else None for name, found in theirs.items()}
     found = metric(
@@ -317,7 +317,8 @@ def _null_of_pairs(
     near = -(-evaluated.dependence // step)
     how, indices = statistics.pairings(len(rows), near, evaluated.ordered, _PAIRINGS, evaluated.seed)
     kept = defined(values[rows])
-    if not indices or not len(kept):
+    # Of samples so wide that few are looked at, few can be shifted far enough: single pairings do better there.
+    if len(indices) < statistics.FEWEST_SHUFFLES or not len(kept):
         return None, {}
     pairs = pairwise(products.Reordered(source.given, rows), products.Reordered(source.wanted, rows))
     sign = 1.0 if direction == HIGHER else -1.0
