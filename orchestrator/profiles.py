@@ -113,6 +113,10 @@ class ClusterProfile(_Strict):
     budgets_s: BudgetsProfile = Field(default=BudgetsProfile(), description="Phase budgets.")
     on_overrun: Literal["stop", "continue"] = Field(default="stop", description="After the stacks were written.")
     retry: RetryProfile = Field(default=RetryProfile(), description="Patience with the network.")
+    pack_floats: bool = Field(
+        default=True,
+        description="Send floats in fewer bytes where the link is slower than packing; costs processor time here.",
+    )
     bandwidth_limit_mbps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Upper bound for transfers, in megabits per second."
     )

@@ -111,6 +111,7 @@ def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadRes
         manifest,
         on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
         bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
+        packing=context.profile.pack_floats,
     )
 
 

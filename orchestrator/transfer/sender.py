@@ -14,8 +14,17 @@ from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalE
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
+from orchestrator.transfer.packing import Packer
 from orchestrator.transfer.progress import TokenBucket
-from remote_payload.wire.stream import RAW_ENCODING, ChunkTable, FinishedFacts, FrameKind, ReusedFacts, manifest_pages
+from remote_payload.wire.stream import (
+    PACKED_ENCODING,
+    RAW_ENCODING,
+    ChunkTable,
+    FinishedFacts,
+    FrameKind,
+    ReusedFacts,
+    manifest_pages,
+)
 
 PIECE_BYTES = 1024 * 1024
 _MAX_FINISH_ROUNDS = 8
@@ -111,6 +120,7 @@ class Sender:
         on_have: Callable[[bytearray], None],
         on_sent: Callable[[int], None],
         on_reused: Callable[[int], None],
+        packer: Packer | None = None,
     ) -> None:
         self.finished: FinishedFacts | None = None
         self._file = file
@@ -122,6 +132,7 @@ class Sender:
         self._on_have = on_have
         self._on_sent = on_sent
         self._on_reused = on_reused
+        self._packer = packer
 
     def serve(self, stream: ByteStream) -> None:
         """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
@@ -190,8 +201,10 @@ class Sender:
         offset, left = self._table.offset(index), self._table.length(index)
         if is_again:
             self._check_unchanged(index)
-        if self._encode is not None:
-            encoding, body = self._encode(self._file.read(offset, left))
+        encoded = self._encoded(offset, left)
+        begun = time.monotonic()
+        if encoded is not None:
+            encoding, body = encoded
             channel.send_data_header(index, len(body), encoding)
             view = memoryview(body)
             while view:
@@ -200,7 +213,9 @@ class Sender:
                 channel.send_data(piece)
                 view = view[len(piece) :]
             self._on_sent(left if encoding == RAW_ENCODING else len(body))
+            self._note_sent(len(body), begun)
             return
+        length = left
         channel.send_data_header(index, left)
         while left:
             count = min(left, self._bucket.piece_bytes(PIECE_BYTES))
@@ -210,6 +225,18 @@ class Sender:
                 sent = self._file.send(channel, offset, count)
                 self._on_sent(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
+        self._note_sent(length, begun)
+
+    def _encoded(self, offset: int, length: int) -> tuple[int, bytes] | None:
+        """(encoding, body) of a chunk that goes otherwise than straight from the file."""
+        if self._encode is not None:
+            return self._encode(self._file.read(offset, length))
+        packed = self._packer.pack(length, lambda: self._file.read(offset, length)) if self._packer else None
+        return None if packed is None else (PACKED_ENCODING, packed)
+
+    def _note_sent(self, count: int, begun: float) -> None:
+        if self._packer is not None:
+            self._packer.note_sent(count, time.monotonic() - begun)
 
     def _check_unchanged(self, index: int) -> None:
         """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""

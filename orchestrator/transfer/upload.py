@@ -23,6 +23,7 @@ from orchestrator.transfer.channel import (
     with_reconnects,
 )
 from orchestrator.transfer.flight import Flight
+from orchestrator.transfer.packing import Packer
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
 from orchestrator.transfer.sender import Encode, LocalFile, LocalFileChangedError, Sender, Source
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
@@ -59,6 +60,7 @@ def upload_file(
     bandwidth_limit_bytes_per_s: float | None = None,
     streams: StreamPolicy | None = None,
     encode: Encode | None = None,
+    packing: bool = True,
     order: Sequence[int] | None = None,
     retry: ReconnectPolicy | None = None,
     on_reconnect: ReconnectListener | None = None,
@@ -67,7 +69,8 @@ def upload_file(
 ) -> UploadResult:
     """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
-    `encode` may write a chunk in fewer bytes; `order` holds every chunk's index in the order in which they go. Raises
+    `packing`: floats go in fewer bytes where the link is slower than that takes. `encode` is used instead of it, for
+    every chunk; `order` holds every chunk's index in the order in which they go. Raises
     `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space, quota,
     permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
     `UnreachableError` family once `retry` is exhausted. Whatever arrived before any of them is kept on the node.
@@ -91,7 +94,7 @@ def upload_file(
         policy = retry or ReconnectPolicy()
         count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
         bucket = TokenBucket(bandwidth_limit_bytes_per_s)
-        upload = _Upload(opener, file, manifest, request, bucket, count, policy, encode, order, on_progress)
+        upload = _Upload(opener, file, manifest, request, bucket, count, policy, encode, packing, order, on_progress)
         finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
     finally:
         file.close()
@@ -118,6 +121,7 @@ class _Upload:
         count: StreamCount,
         retry: ReconnectPolicy,
         encode: Encode | None,
+        packing: bool,
         order: Sequence[int] | None,
         on_progress: ProgressListener | None,
     ) -> None:
@@ -135,6 +139,7 @@ class _Upload:
         self._count = count
         self._retry = retry
         self._encode = encode
+        self._packer = Packer() if packing and encode is None else None
         self._order = _first_of_each(range(len(self._table)) if order is None else order, self._table)
         self._meter = ProgressMeter(manifest.size)
         self._on_progress = on_progress
@@ -156,6 +161,7 @@ class _Upload:
             self._see_have,
             self._add_sent,
             self._add_reused,
+            self._packer,
         )
         self._has_begun = False
 

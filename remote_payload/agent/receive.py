@@ -14,10 +14,13 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.partial_file import PartialFile, SessionLock
 from remote_payload.agent.reuse import reuse_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES
+from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest
+from remote_payload.wire.packing import unpack
 from remote_payload.wire.stream import (
     MAX_CHUNKS,
+    PACKED_ENCODING,
     ChunkTable,
     DamagedStreamError,
     FinishedFacts,
@@ -115,10 +118,15 @@ class _Receiver:
 
     def _take_chunk(self, header: FrameHeader) -> None:
         index = header.argument
-        if index >= len(self._table) or header.length != self._table.length(index):
+        length = self._table.length(index) if index < len(self._table) else 0
+        is_packed = header.encoding == PACKED_ENCODING
+        if not (0 < header.length < length if is_packed else 0 < header.length == length):
             raise DamagedStreamError(f"a chunk numbered {index} of {header.length} bytes is not in the table")
         view = self._buffer[: header.length]
-        if self._read_hashed(view) == self._table.sha256(index):
+        digest = self._read_hashed(view)
+        if is_packed:
+            view, digest = _unpacked(view, length)
+        if digest == self._table.sha256(index):
             self._part.write(index, view)
             self._say(FrameKind.ACK, index)
             return
@@ -148,6 +156,15 @@ class _Receiver:
     def _say(self, kind: FrameKind, argument: int, body: bytes = b"") -> None:
         self._channel.send_frame(kind, argument, body)
         self._spoke_at = time.monotonic()
+
+
+def _unpacked(body: memoryview, length: int) -> tuple[memoryview, bytes]:
+    """(the chunk, its SHA-256); nothing, where it is damaged."""
+    try:
+        data = unpack(body, length)
+    except WireError:
+        return body[:0], b""
+    return memoryview(data), hashlib.sha256(data).digest()
 
 
 def _read_table(reader: FrameReader, request: ReceiveRequest) -> ChunkTable:

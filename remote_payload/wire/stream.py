@@ -6,7 +6,8 @@ except for DATA, whose body has a SHA-256 elsewhere.
     magic "RE" · version u8 · kind u8 · encoding u8 · zero u8 · length u32 · argument u64 · check u32
 
 `check` is the CRC-32 of the 18 bytes before it. `encoding` is one of `DATA_ENCODINGS` in a DATA frame and 0 in any
-other; 0: the bytes as they are. A frame that breaks these rules ends the stream; nothing it held was used.
+other; 0: the bytes as they are; 1: packed as `packing` says, which must make them fewer. A frame that breaks these
+rules ends the stream; nothing it held was used.
 
 `receive` puts a file into the store. The request's params are a `ReceiveRequest`. Then:
 
@@ -72,7 +73,8 @@ MAX_CHUNKS = 1_000_000
 MANIFEST_PAGE_CHUNKS = 16_384
 MAX_SPAN_BYTES = 64 * 1024 * 1024
 RAW_ENCODING = 0
-DATA_ENCODINGS = frozenset({RAW_ENCODING})
+PACKED_ENCODING = 1
+DATA_ENCODINGS = frozenset({RAW_ENCODING, PACKED_ENCODING})
 """How the body of a DATA frame may be written; a receiver refuses any other."""
 
 _MAGIC = b"RE"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import itertools
 import os
 import random
@@ -19,6 +20,8 @@ from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.agent import reuse
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.packing import pack
+from remote_payload.wire.stream import PACKED_ENCODING
 from tests.support.agent_streams import CutStream, ThreadOpener, check_stored, even_cuts, make_node_root, manifest_of
 
 AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
@@ -194,3 +197,57 @@ def test_twenty_checkpoints_are_looked_through_line_by_line(tmp_path: Path) -> N
     path.write_bytes(b"x" * 10_000_000 + b"\n" + line + b",\n" + line)
     found = list(itertools.islice(reuse._matches(str(path), {b"\xab" * 32: 5}), 5))
     assert found == [(b"\xab" * 32, 7)] * 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(width=st.sampled_from([1, 2, 4, 8]), links=st.lists(st.integers(0, 30_000), max_size=3))
+def test_packed_chunks_through_any_cuts_arrive_byte_for_byte(width: int, links: list[int]) -> None:
+    content = b"".join(bytes([value % 7 * 16, value % 251]) for value in range(20_000))
+    manifest = manifest_of(content, even_cuts(len(content), 5003))
+    with tempfile.TemporaryDirectory() as folder:
+        root, local = make_node_root(Path(folder)), Path(folder) / "local"
+        local.write_bytes(content)
+        wraps = [(lambda inner, cut=cut: CutStream(inner, cut, None)) for cut in links]
+        result = upload_file(
+            ThreadOpener(root, wraps),
+            local,
+            manifest,
+            retry=ReconnectPolicy(max_fruitless=100, first_wait_s=0.0, longest_wait_s=0.0),
+            encode=lambda data: (PACKED_ENCODING, pack(data, width)),
+        )
+        check_stored(root, manifest, content)
+        assert links or result.bytes_sent < len(content)
+
+
+def test_a_packed_body_that_is_damaged_is_refused_and_sent_again(root: Path) -> None:
+    content = b"\x3c\x01" * 5000
+    damaged = [True, False]
+
+    def encode(data: bytes) -> tuple[int, bytes]:
+        body = bytearray(pack(data, 2))
+        body[-1] ^= damaged.pop(0) if damaged else False
+        return PACKED_ENCODING, bytes(body)
+
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, [])
+    upload_file(ThreadOpener(root), local, manifest, retry=NO_PATIENCE, encode=encode)
+    assert damaged == []
+    check_stored(root, manifest, content)
+
+
+def test_a_slow_link_carries_weights_packed(root: Path) -> None:
+    source = random.Random(3)
+    weights = array.array("f", (source.gauss(0, 0.02) for _ in range(500_000)))
+    content = weights.tobytes()
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), 400_000))
+    limit = 2e6
+    plain = upload_file(
+        ThreadOpener(make_node_root(root)), local, manifest, packing=False, bandwidth_limit_bytes_per_s=4 * limit
+    )
+    packed = upload_file(ThreadOpener(root), local, manifest, bandwidth_limit_bytes_per_s=limit)
+    check_stored(root, manifest, content)
+    assert plain.bytes_sent == len(content)
+    assert packed.bytes_sent < 0.95 * len(content)

@@ -1,0 +1,86 @@
+"""Floats in fewer bytes: an element's bytes are split into planes, and those that hold exponents are Huffman-coded.
+
+A packed chunk: element width u8; for each plane, the first bytes of all elements first: kind u8, length u32 big-endian;
+then the planes in that order; then the bytes that fill no element. A plane is raw, a raw deflate stream, or one byte
+that is repeated. Only the standard library is needed to unpack it, and nothing larger than the chunk ever arises.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Union
+
+from remote_payload.wire.codec import WireError
+
+WIDTHS = (1, 2, 4, 8)
+_RAW, _DEFLATED, _REPEATED = 0, 1, 2
+_PLANE = struct.Struct(">BI")
+_WORTH = 0.95
+"""A plane that shrinks to no less than this is left as it is."""
+
+
+def pack(data: bytes, width: int) -> bytes:
+    """`data`, as elements of `width` bytes, packed; not always shorter."""
+    count = len(data) // width
+    whole = count * width
+    planes = [_pack_plane(data[start:whole:width]) for start in range(width)]
+    heads = b"".join(_PLANE.pack(kind, len(body)) for kind, body in planes)
+    return b"".join((bytes((width,)), heads, *(body for _, body in planes), data[whole:]))
+
+
+def unpack(body: Union[bytes, memoryview], length: int) -> bytearray:
+    """The `length` bytes that were packed. Raises `WireError` for anything else."""
+    width = body[0] if body else 0
+    if width not in WIDTHS or len(body) < 1 + width * _PLANE.size:
+        raise WireError("a packed chunk has no head")
+    count, rest = divmod(length, width)
+    view = memoryview(body)
+    at = 1 + width * _PLANE.size
+    data = bytearray(length)
+    for plane in range(width):
+        kind, packed_bytes = _PLANE.unpack_from(body, 1 + plane * _PLANE.size)
+        if packed_bytes > len(body) - at:
+            raise WireError("a packed chunk is shorter than it says")
+        data[plane : count * width : width] = _unpack_plane(kind, view[at : at + packed_bytes], count)
+        at += packed_bytes
+    if len(body) - at != rest:
+        raise WireError("a packed chunk has another length than it says")
+    data[count * width :] = view[at:]
+    return data
+
+
+def _pack_plane(plane: bytes) -> tuple[int, bytes]:
+    if plane and plane.count(plane[:1]) == len(plane):
+        return _REPEATED, plane[:1]
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    coded = coder.compress(plane) + coder.flush()
+    return (_DEFLATED, coded) if len(coded) < _WORTH * len(plane) else (_RAW, plane)
+
+
+def _unpack_plane(kind: int, packed: memoryview, count: int) -> bytes:
+    if kind == _RAW:
+        plane = bytes(packed)
+    elif kind == _REPEATED and len(packed) == 1:
+        plane = bytes(packed) * count
+    elif kind == _DEFLATED and count:
+        plane = _inflate(packed, count)
+    else:
+        raise WireError(f"a plane of unknown kind {kind}")
+    if len(plane) != count:
+        raise WireError("a plane has another length than its elements")
+    return plane
+
+
+def _inflate(packed: memoryview, count: int) -> bytes:
+    decoder = zlib.decompressobj(-15)
+    try:
+        plane = decoder.decompress(packed, count)
+        # What is left may be no more than the end of the stream's last block.
+        if not decoder.eof and decoder.decompress(decoder.unconsumed_tail, 1):
+            raise WireError("a plane is longer than its elements")
+    except zlib.error as error:
+        raise WireError(f"a plane is damaged: {error}") from None
+    if not decoder.eof or decoder.unused_data:
+        raise WireError("a plane does not end where it should")
+    return plane
