@@ -1,16 +1,20 @@
 """`python -m benchmarks.reconstruct_gpu PATH [--scale 1] [--steps a,b]`: the reconstruct job on a GPU.
 
 PATH is a checkpoint of the reference architecture as `python -m benchmarks.health gpu PATH --steps write` leaves it
-(with `--scale`, one of that scale). Needs the demonstration's data packages. Each step prints a JSON line.
+(with `--scale`, one of that scale). Needs the demonstration's data packages. Each step prints a JSON line. On several
+GPUs: `--steps "data,device rate,devices"`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +23,7 @@ from typing import Any
 from benchmarks.health import HostMemory, child
 
 _BATCH = 8
+_PASSES, _TURNS = 10, 5
 
 
 def main(arguments: list[str]) -> int:
@@ -27,10 +32,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", default="data,load warm,rate,evaluate,load cold")
-    parser.add_argument("--one", choices=("ours", "theirs", "rate"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=("ours", "theirs", "rate", "device rate"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one:
-        one = {"ours": load_ours, "theirs": load_theirs, "rate": rates}[options.one]
+        one = {"ours": load_ours, "theirs": load_theirs, "rate": rates, "device rate": device_rates}[options.one]
         print(json.dumps(one(options.path, options.scale, options.device)))
         return 0
     data = data_folder(options.path)
@@ -42,6 +47,7 @@ def main(arguments: list[str]) -> int:
         "load cold": lambda: {name: cold(lambda n=name: child([*again, n])) for name in ("ours", "theirs")},
         "rate": lambda: child([*again, "rate"]),
         "evaluate": lambda: evaluate(options.path, options.scale, options.device),
+        "device rate": lambda: child([*again, "device rate"]),
         "devices": lambda: compare_devices(options.path, options.scale),
     }
     for name in options.steps.split(","):
@@ -149,25 +155,75 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
 
     def ours() -> None:
         runner = BatchRunner(adapter, loaded.model, samples, modalities, target, loaded.dtype)
-        taken = [runner.batch(batch).predicted for batch in cut(range(len(samples)), _BATCH)]
-        assert len(taken) == -(-len(samples) // _BATCH)
+        for _ in range(_PASSES):
+            taken = [runner.batch(batch).predicted for batch in cut(range(len(samples)), _BATCH)]
+            assert len(taken) == -(-len(samples) // _BATCH)
 
     def theirs() -> None:
-        taken = []
         with torch.inference_mode():
-            for batch in DataLoader(samples, batch_size=_BATCH, collate_fn=adapter.collate):  # type: ignore[arg-type]
-                out = adapter.predict(loaded.model, to_device(batch, target, loaded.dtype))
-                taken.append({n: t.float().cpu() for n, t in out.items()})
+            for _ in range(_PASSES):
+                taken = []
+                for batch in DataLoader(samples, batch_size=_BATCH, collate_fn=adapter.collate):  # type: ignore[arg-type]
+                    out = adapter.predict(loaded.model, to_device(batch, target, loaded.dtype))
+                    taken.append({n: t.float().cpu() for n, t in out.items()})
 
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for _ in range(5):
-        for name, loop in (("ours", ours), ("theirs", theirs)):
+    return alternate({"ours": ours, "plain_loop": theirs}, _PASSES * len(samples), target)
+
+
+def device_rates(path: Path, scale: int, device: str) -> dict[str, Any]:
+    """Samples per second through one process on one device, and through one on each, their results read back.
+
+    Loading and each process's first batches are not timed. `--device cpu` takes two processes.
+    """
+    import torch
+
+    from remote_payload.checkpoint import read_header
+    from remote_payload.reconstruct.devices import DeviceProcesses
+    from remote_payload.reconstruct.prediction import PredictionStore
+    from remote_payload.reconstruct.protocol import AdapterConfig
+    from remote_payload.reconstruct.runner import cut, make_deterministic, pick_devices
+    from remote_payload.reference.adapter import ReferenceAdapter
+    from remote_payload.wire.codec import from_json
+    from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
+
+    make_deterministic(0)
+    settings = from_json(EvaluationSettings, job_settings(path, scale))
+    jobs, policy = (JobSpec("reconstruct"),), GpuPolicy(device)
+    plan = NodePlan("benchmark", "0" * 64, jobs, str(path), settings, policy, OverrunPolicy())
+    devices = pick_devices(device, 2 if device == "cpu" else 1024)
+    adapter = ReferenceAdapter()
+    config = AdapterConfig({"scale": scale}, checkpoint=read_header(str(path)).config)
+    batches = cut(range(len(adapter.samples(adapter.split, settings.data, config))), _BATCH)
+    with contextlib.ExitStack() as stack:
+        loops: dict[str, Callable[[], None]] = {}
+        for count in sorted({1, len(devices)}):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.parent)))
+            store = PredictionStore(folder, "benchmark")
+            processes = stack.enter_context(DeviceProcesses(plan, devices[:count], store))
+
+            def through(processes: DeviceProcesses = processes) -> None:
+                given = sum(len(result.samples) for result in processes.results(batches * _PASSES))
+                assert given == _PASSES * sum(map(len, batches))
+
+            through()
+            loops[f"devices_{count}"] = through
+        found = alternate(loops, sum(map(len, batches)) * _PASSES, torch.device("cpu"))
+    return {"devices": [str(d) for d in devices], **found}
+
+
+def alternate(loops: dict[str, Callable[[], None]], samples: int, target: Any) -> dict[str, Any]:
+    """Samples per second of loops over as many samples each, run in turns; the medians and how they compare."""
+    rates_of: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(_TURNS):
+        for name, loop in loops.items():
             began = time.perf_counter()
             loop()
             finish(target)
-            seconds[name].append(time.perf_counter() - began)
-    count = len(samples)
-    return {"samples": count, **{f"{n}_samples_per_s": [round(count / s, 2) for s in v] for n, v in seconds.items()}}
+            rates_of[name].append(round(samples / (time.perf_counter() - began), 2))
+    medians = {name: statistics.median(found) for name, found in rates_of.items()}
+    first, *_, last = medians
+    ratio = round(medians[last] / medians[first], 3)
+    return {"samples": samples, "samples_per_s": rates_of, "medians": medians, f"{last}/{first}": ratio}
 
 
 def compare_devices(path: Path, scale: int) -> dict[str, Any]:
@@ -186,14 +242,18 @@ def compare_devices(path: Path, scale: int) -> dict[str, Any]:
     return {**found, "files": len(names), "different": sorted(n for n in names if first.get(n) != second.get(n))}
 
 
+def job_settings(path: Path, scale: int) -> dict[str, Any]:
+    adapter = "remote_payload.reference.adapter:ReferenceAdapter"
+    data = {"film": str(data_folder(path))}
+    return {"adapter": adapter, "data": data, "batch_size": _BATCH, "user_config": {"scale": scale}}
+
+
 def evaluate(
     path: Path, scale: int, device: str, out: Path | None = None, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """The whole job by hand over the demonstration's test split."""
     config, out = path.parent / "eval.json", out or path.parent / "reconstruct"
-    adapter = "remote_payload.reference.adapter:ReferenceAdapter"
-    settings = {"adapter": adapter, "data": {"film": str(data_folder(path))}, "batch_size": _BATCH}
-    config.write_text(json.dumps({"remote_eval": {**settings, "user_config": {"scale": scale}}}))
+    config.write_text(json.dumps({"remote_eval": job_settings(path, scale)}))
     command = ["-m", "remote_payload.reconstruct", "--checkpoint", str(path), "--config", str(config)]
     began = time.perf_counter()
     done = subprocess.run(

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from remote_payload.checkpoint import read_header
+from remote_payload.checkpoint.errors import CheckpointError
 from remote_payload.reconstruct.loading import StructureError, choose_dtype, load_model
 from remote_payload.reconstruct.protocol import AdapterBase, AdapterConfig
 
@@ -210,3 +213,24 @@ def test_building_the_full_size_model_costs_no_memory() -> None:
 
     model = build_on_meta(Adapter(lambda: FilmAutoencoder(ReferenceSizes.at_scale(1))), AdapterConfig())
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_huggingface_folder_of_several_shards_fills_the_model(tmp_path: Path) -> None:
+    net = trained()
+    names = sorted(net.state_dict())
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, kept in shards.items():
+        save_file({name: net.state_dict()[name] for name in kept}, tmp_path / shard, metadata={"format": "pt"})
+    places = {name: shard for shard, kept in shards.items() for name in kept}
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Net"]}))
+    # Code beside the weights is never looked at.
+    (tmp_path / "modeling_net.py").write_text("raise SystemExit('this must not run')")
+    loaded = load(Adapter(Net), tmp_path)
+    x = torch.rand(5, 4)
+    torch.testing.assert_close(loaded.model(x), net.eval()(x), rtol=0, atol=0)
+    places.pop(names[0])
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((StructureError, CheckpointError)):
+        load(Adapter(Net), tmp_path)
