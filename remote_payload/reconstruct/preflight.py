@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Optional
 
@@ -32,6 +33,7 @@ from remote_payload.reconstruct.ranges import check_shape, prediction_finding, t
 from remote_payload.reconstruct.runner import predict
 from remote_payload.reconstruct.split import declared_modalities, open_samples
 from remote_payload.reconstruct.structure import fit_findings
+from remote_payload.wire.names import printable
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Dimension, Finding, Severity
 
@@ -204,6 +206,13 @@ def _collecting(findings: list[Finding]) -> Iterator[None]:
         findings.append(_error("reconstruct.checkpoint_unreadable", str(error), error.action))
     except MemoryError:
         findings.append(_error("reconstruct.out_of_memory", "The dry run of one sample ran out of memory", ""))
+    except Exception as error:  # noqa: BLE001 - what an adapter gives back may be anything, and break where it is used
+        words = f"{type(error).__name__}: {printable(str(error))[:1000]}"
+        told = f"What the adapter's methods give back cannot be used: {words}"
+        frames = traceback.extract_tb(error.__traceback__)
+        at = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        action = "Compare what each method gives back with remote_payload/reconstruct/protocol.py."
+        findings.append(_error("adapter.unusable_result", told, action, {"raised_at": at}))
 
 
 def _error(
