@@ -34,7 +34,7 @@ remote_eval:
 def demo(*, as_json: bool) -> int:
     """Train or reuse the small checkpoint, then run the whole job on the embedded node."""
     _refuse_missing_packages()
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     folder = world.layout.make_private(world.layout.demo(_reference_key()))
     with exclusive_lock(folder / "lock", "the demonstration's data"):
         checkpoint = _prepare(folder, world.reporter)

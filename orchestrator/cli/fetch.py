@@ -47,7 +47,7 @@ def fetch(
     if not (cluster and colon and path) or "/" in cluster:
         raise UsageError(f"{reference!r} names no file on a cluster", action="Write CLUSTER:PATH.")
     named = resolve_profile(cluster, find_project(Path.cwd()), LocalLayout.for_user())
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     limit = limit_mbps * 1e6 / 8 if limit_mbps is not None else named.profile.bandwidth_limit_bytes_per_s
     results: list[FetchResult] = []
     with world.open_node(named.profile, build_payload(world.layout)) as node:
@@ -90,7 +90,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     cluster, _, path = reference.partition(":")
     layout, project = LocalLayout.for_user(), find_project(Path.cwd())
     near, far = resolve_profile(cluster, project, layout), resolve_profile(other, project, layout)
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     payload = build_payload(world.layout)
     limits = [named.profile.bandwidth_limit_bytes_per_s for named in (near, far)]
     limits.append(limit_mbps * 1e6 / 8 if limit_mbps is not None else None)

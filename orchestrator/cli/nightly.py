@@ -26,7 +26,7 @@ def tick(file: Path | None, *, as_json: bool) -> int:
     from orchestrator import nightly
 
     layout = LocalLayout.for_user()
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     path = file or layout.nightly_file
     if not path.exists():
         raise ConfigurationError(

@@ -6,9 +6,11 @@ import json
 import logging
 import logging.handlers
 import os
+import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import ExitCode, RemoteEvalError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from remote_payload.wire.states import AttemptStatus
 
 _LOG_BYTES = 2 * 1024 * 1024
+_EVENT_INTERVAL_S = 1.0
 _log = logging.getLogger("remote_eval")
 
 
@@ -86,6 +89,58 @@ def report_bug(error: BaseException, log_hint: str) -> int:
     return int(ExitCode.INTERNAL)
 
 
+def transfer_line(what: str, progress: TransferProgress) -> str:
+    """Bytes, rate, streams, time left, and what needed no sending and why, for a person."""
+    done, total = human_bytes(progress.bytes_done), human_bytes(progress.bytes_total)
+    parts = [f"{done} of {total}", f"{human_bytes(progress.bytes_per_s)}/s"]
+    if progress.streams > 1:
+        parts.append(f"{progress.streams} streams")
+    if progress.eta_s is not None and progress.bytes_done < progress.bytes_total:
+        parts.append(f"{progress.eta_s:.0f} s left")
+    saved = (
+        (progress.bytes_saved, "was there already"),
+        (progress.bytes_reused, "reused"),
+        (progress.bytes_packed, "saved by packing"),
+    )
+    parts += [f"{human_bytes(count)} {why}" for count, why in saved if count]
+    return f"{what}: {', '.join(parts)}"
+
+
+def transfer_event(what: str, progress: TransferProgress) -> dict[str, Any]:
+    """The same for a program; documented in docs/architecture.md."""
+    return {
+        "event": "transfer",
+        "what": printable(what),
+        "bytes_done": progress.bytes_done,
+        "bytes_total": progress.bytes_total,
+        "bytes_per_s": round(progress.bytes_per_s),
+        "eta_s": round(progress.eta_s, 1) if progress.eta_s is not None else None,
+        "streams": progress.streams,
+        "saved": {
+            "already_there": progress.bytes_saved,
+            "reused": progress.bytes_reused,
+            "packed": progress.bytes_packed,
+        },
+    }
+
+
+class Pace:
+    """Lets through what is told of each thing at most once every `interval_s`, and its end at once and only once."""
+
+    def __init__(self, interval_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval_s = interval_s
+        self._clock = clock
+        self._told: dict[str, tuple[float, bool]] = {}
+
+    def allows(self, what: str, *, is_last: bool) -> bool:
+        now = self._clock()
+        told_s, was_last = self._told.get(what, (float("-inf"), False))
+        if (is_last and was_last) or (not is_last and now - told_s < self._interval_s):
+            return False
+        self._told[what] = (now, is_last)
+        return True
+
+
 class ConsoleReporter:
     """Tells a person on stderr what the pipeline does: one line an event, a live line for progress on a terminal."""
 
@@ -93,7 +148,7 @@ class ConsoleReporter:
         self._quiet = quiet
         self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._live = False
-        self._last_progress_s = 0.0
+        self._pace = Pace(0.2 if self._is_terminal else 10.0)
         self._shown: dict[str, tuple[Any, ...]] = {}
 
     def stage(self, name: str) -> None:
@@ -116,10 +171,8 @@ class ConsoleReporter:
         )
 
     def transfer(self, what: str, progress: TransferProgress) -> None:
-        eta = f", {progress.eta_s:.0f} s left" if progress.eta_s is not None else ""
-        done, total = human_bytes(progress.bytes_done), human_bytes(progress.bytes_total)
-        text = f"  {what}: {done} of {total}, {human_bytes(progress.bytes_per_s)}/s{eta}"
-        self._progress(text, is_last=progress.bytes_done >= progress.bytes_total)
+        is_last = progress.bytes_done >= progress.bytes_total
+        self._progress(what, f"  {transfer_line(what, progress)}", is_last=is_last)
 
     def attempt(self, status: AttemptStatus) -> None:
         for name, job in status.jobs.items():
@@ -131,7 +184,7 @@ class ConsoleReporter:
                 overran = f" (overran: {', '.join(job.overran)})" if job.overran else ""
                 self._line(f"  {name}: {job.state.value}{f', {phase}' if phase else ''}{extra}{overran}")
             elif job.state.value == "running" and job.total:
-                self._progress(f"  {name}: {phase} {job.counter} of {job.total} {job.message}", is_last=False)
+                self._progress(name, f"  {name}: {phase} {job.counter} of {job.total} {job.message}", is_last=False)
 
     def _line(self, text: str) -> None:
         _log.info("%s", printable(text.strip()))
@@ -142,17 +195,29 @@ class ConsoleReporter:
             self._live = False
         print(printable(text), file=sys.stderr, flush=True)
 
-    def _progress(self, text: str, *, is_last: bool) -> None:
-        now = time.monotonic()
-        if self._quiet or (not is_last and now - self._last_progress_s < (0.2 if self._is_terminal else 10.0)):
+    def _progress(self, what: str, text: str, *, is_last: bool) -> None:
+        if self._quiet or not self._pace.allows(what, is_last=is_last):
             return
-        self._last_progress_s = now
         if not self._is_terminal:
             print(printable(text), file=sys.stderr, flush=True)
             return
-        sys.stderr.write("\r\x1b[K" + printable(text).replace("\n", " ")[:200])
+        # A line that wraps is not taken back by the next one.
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write("\r\x1b[K" + printable(text).replace("\n", " ")[:width])
         sys.stderr.flush()
         self._live = True
+
+
+class JsonReporter(ConsoleReporter):
+    """For programs: nothing but a JSON object a line on stderr, at most one a second, while bytes travel."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self._pace = Pace(_EVENT_INTERVAL_S)
+
+    def transfer(self, what: str, progress: TransferProgress) -> None:
+        if self._pace.allows(what, is_last=progress.bytes_done >= progress.bytes_total):
+            print(json.dumps(transfer_event(what, progress), sort_keys=True), file=sys.stderr, flush=True)
 
 
 def ask_on_terminal(text: str, echo: bool) -> str | None:

@@ -38,7 +38,7 @@ def run(
 
     if checkpoint is None:
         raise UsageError("no checkpoint was named", action="Give --checkpoint PATH or --checkpoint CLUSTER:PATH.")
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     world.reporter.stage("resolve")
     asked = [name.strip() for name in jobs.split(",") if name.strip()] if jobs is not None else None
     plan = resolve(
@@ -50,7 +50,7 @@ def run(
 
 
 def resume(run_id: str | None, *, retry: bool, detach: bool, as_json: bool) -> int:
-    return take_to_end(plan_of(run_id), services(quiet=as_json), detach=detach, retry=retry, as_json=as_json)
+    return take_to_end(plan_of(run_id), services(as_json=as_json), detach=detach, retry=retry, as_json=as_json)
 
 
 def take_to_end(plan: RunPlan, world: Services, *, detach: bool, retry: bool, as_json: bool) -> int:
@@ -216,7 +216,7 @@ def cancel(run_id: str | None, *, as_json: bool) -> int:
     from orchestrator.pipeline import run as driver
 
     plan = plan_of(run_id)
-    ended = driver.cancel(plan, services(quiet=as_json))
+    ended = driver.cancel(plan, services(as_json=as_json))
     state = ended.state.value if ended is not None else "not started"
     if as_json:
         print_json({"run_id": plan.run_id, "state": state})
@@ -231,7 +231,7 @@ def collect(run_id: str | None, *, as_json: bool) -> int:
     from orchestrator.pipeline.run import open_run
 
     plan = plan_of(run_id)
-    context = open_run(plan, services(quiet=as_json))
+    context = open_run(plan, services(as_json=as_json))
     attempt = context.record().current_attempt
     if attempt is None:
         raise UsageError(f"{plan.run_id} was not launched yet", action=f"remote-eval resume {plan.run_id}")
@@ -250,7 +250,7 @@ def report(run_id: str | None, *, as_json: bool) -> int:
     from orchestrator.pipeline.run import RunOutcome, open_run
 
     plan = plan_of(run_id)
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     context = open_run(plan, world)
     if context.record().collected is None:
         raise UsageError(f"{plan.run_id} was not collected yet", action=f"remote-eval resume {plan.run_id}")

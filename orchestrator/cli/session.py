@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from orchestrator.plan import RunPlan
 
 
-def services(*, quiet: bool = False) -> Services:
-    from orchestrator.cli.output import ConsoleReporter, ask_on_terminal
+def services(*, quiet: bool = False, as_json: bool = False) -> Services:
+    """`as_json`: what happens is told to a program, in lines on stderr; `quiet`: to nobody."""
+    from orchestrator.cli.output import ConsoleReporter, JsonReporter, ask_on_terminal
     from orchestrator.pipeline.world import make_services
 
-    return make_services(LocalLayout.for_user(), ConsoleReporter(quiet=quiet), ask_on_terminal)
+    reporter = JsonReporter() if as_json else ConsoleReporter(quiet=quiet)
+    return make_services(LocalLayout.for_user(), reporter, ask_on_terminal)
 
 
 def journal() -> Journal:

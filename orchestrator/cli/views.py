@@ -58,7 +58,7 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
         else:
             print(render_local(path), end="")
         return int(ExitCode.DONE)
-    with _node(services(quiet=as_json), _profile(reference.cluster)) as node:
+    with _node(services(as_json=as_json), _profile(reference.cluster)) as node:
         path_there = node_path(reference, node.profile.checkpoint_roots)
         request = InspectRequest(path_there, node.layout.root)
         found = node.call_json("inspect", to_json(request), timeout_s=_INSPECT_TIMEOUT_S)
@@ -105,7 +105,7 @@ def doctor(cluster: str | None, *, as_json: bool) -> int:
         shown.show(check)
     profile = _profile(cluster, optional=True)
     if profile is not None:
-        with _node(services(quiet=as_json), profile) as node:
+        with _node(services(as_json=as_json), profile) as node:
             for check in check_node(node, profile.profile.gpu.device):
                 shown.show(check)
     shown.finish()
@@ -155,7 +155,7 @@ def gc(cluster: str | None, keep_days: float, keep_gib: float | None, *, delete:
     from remote_payload.wire.codec import to_json
     from remote_payload.wire.messages import GcReport, GcRequest
 
-    world = services(quiet=as_json)
+    world = services(as_json=as_json)
     unfinished = tuple(r for r in world.journal.run_ids() if not fold(world.journal.entries(r)).reported)
     with _node(world, _profile(cluster)) as node:
         request = GcRequest(

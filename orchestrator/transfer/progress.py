@@ -14,9 +14,11 @@ _RATE_WINDOW_S = 12.0
 
 @dataclasses.dataclass(frozen=True)
 class TransferProgress:
-    """`bytes_done` counts what is at its target, `bytes_saved` the part of it that needed no sending.
+    """`bytes_done` counts what is at its target.
 
     `bytes_per_s` is of the last seconds; `eta_s` None where nothing moved in them. `streams`: how many carry it now.
+    What needed no sending, by why: `bytes_saved` were there at the start, `bytes_reused` the target copied from other
+    files that it has, `bytes_packed` are what packing took off what was sent.
     """
 
     bytes_done: int
@@ -25,6 +27,8 @@ class TransferProgress:
     eta_s: float | None
     bytes_saved: int = 0
     streams: int = 1
+    bytes_reused: int = 0
+    bytes_packed: int = 0
 
 
 ProgressListener = Callable[[TransferProgress], None]
@@ -39,7 +43,9 @@ class ProgressMeter:
         self._clock = clock
         self._seen: collections.deque[tuple[float, int]] = collections.deque()
 
-    def measure(self, bytes_moved: int, bytes_saved: int, streams: int = 1) -> TransferProgress:
+    def measure(
+        self, bytes_moved: int, bytes_saved: int, streams: int = 1, *, bytes_reused: int = 0, bytes_packed: int = 0
+    ) -> TransferProgress:
         """`bytes_moved` counts from the start of the transfer, without what was saved."""
         now = self._clock()
         done = min(bytes_moved + bytes_saved, self._total)
@@ -50,7 +56,7 @@ class ProgressMeter:
         then, moved_then = self._seen[0]
         rate = max(bytes_moved - moved_then, 0) / (now - then) if now > then else 0.0
         eta_s = (self._total - done) / rate if rate > 0 else None
-        return TransferProgress(done, self._total, rate, eta_s, bytes_saved, streams)
+        return TransferProgress(done, self._total, rate, eta_s, bytes_saved, streams, bytes_reused, bytes_packed)
 
 
 class TokenBucket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,14 @@ def test_a_file_comes_verified_under_its_own_name_and_again_costs_nothing(world:
     assert done["bytes_received"] == len(CONTENT)
     again = world.json("fetch", "lab:best.pt", str(world.home))
     assert (again["bytes_received"], again["files"][0]["how"]) == (0, "unchanged")
+
+
+def test_progress_goes_to_stderr_as_json_lines_and_the_document_alone_to_stdout(world: World) -> None:
+    done = world.cli("fetch", "lab:best.pt", str(world.home), "--json")
+    assert json.loads(done.stdout)["bytes"] == len(CONTENT)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {event["event"] for event in events} == {"transfer"}
+    assert events[-1]["bytes_done"] == events[-1]["bytes_total"] == len(CONTENT)
 
 
 def test_another_file_is_not_overwritten_unless_forced(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -43,6 +44,14 @@ def test_a_local_checkpoint_is_sent_once_and_found_by_content_from_then_on(world
     other.write_bytes((world.project / "best.pt").read_bytes())
     second = world.json("--checkpoint", other.name, "--jobs", "health")
     assert '"bytes_sent": 0' in (world.run_folder(second["run_id"]) / "provenance.json").read_text()
+
+
+def test_with_json_the_upload_is_told_in_json_lines_on_stderr(world: World) -> None:
+    (world.node / "data" / "best.pt").unlink()
+    done = world.cli("--checkpoint", "best.pt", "--jobs", "count", "--json")
+    assert "verdict" in json.loads(done.stdout), done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {"checkpoint", "artifacts"} <= {e["what"] for e in events if e["bytes_done"] == e["bytes_total"]}
 
 
 def test_a_file_of_the_same_content_under_a_root_is_never_sent(world: World) -> None:
