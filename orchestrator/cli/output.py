@@ -98,7 +98,7 @@ def transfer_line(what: str, progress: TransferProgress) -> str:
     if progress.eta_s is not None and progress.bytes_done < progress.bytes_total:
         parts.append(f"{progress.eta_s:.0f} s left")
     saved = (
-        (progress.bytes_saved, "was there already"),
+        (progress.bytes_saved - progress.bytes_reused, "was there already"),
         (progress.bytes_reused, "reused"),
         (progress.bytes_packed, "saved by packing"),
     )
@@ -117,7 +117,7 @@ def transfer_event(what: str, progress: TransferProgress) -> dict[str, Any]:
         "eta_s": round(progress.eta_s, 1) if progress.eta_s is not None else None,
         "streams": progress.streams,
         "saved": {
-            "already_there": progress.bytes_saved,
+            "already_there": progress.bytes_saved - progress.bytes_reused,
             "reused": progress.bytes_reused,
             "packed": progress.bytes_packed,
         },

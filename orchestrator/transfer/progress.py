@@ -17,8 +17,8 @@ class TransferProgress:
     """`bytes_done` counts what is at its target.
 
     `bytes_per_s` is of the last seconds; `eta_s` None where nothing moved in them. `streams`: how many carry it now.
-    What needed no sending, by why: `bytes_saved` were there at the start, `bytes_reused` the target copied from other
-    files that it has, `bytes_packed` are what packing took off what was sent.
+    `bytes_saved` needed no sending; `bytes_reused` is the part of them that the target copied from other files that it
+    has. `bytes_packed` is what packing took off what was sent.
     """
 
     bytes_done: int

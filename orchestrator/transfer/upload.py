@@ -242,7 +242,9 @@ class _Upload:
         """What a cut took back is not told as a step back: it comes again before anything new does."""
         self._most_moved = max(self._most_moved, min(bytes_moved, self._table.size - (self.bytes_saved or 0)))
         if self._on_progress is not None:
-            self._on_progress(self._meter.measure(self._most_moved, self.bytes_saved or 0, streams))
+            saved = self.bytes_saved or 0
+            reused = min(self.bytes_reused, saved)
+            self._on_progress(self._meter.measure(self._most_moved, saved, streams, bytes_reused=reused))
 
 
 def _first_of_each(order: Sequence[int], table: ChunkTable) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.cli.output import ConsoleReporter, JsonReporter, Pace, transfer_line
 from orchestrator.transfer.progress import TransferProgress
 
-HALF = TransferProgress(500_000_000, 1_000_000_000, 1e8, 5.0, 100_000_000, 4, 200_000_000, 30_000_000)
+HALF = TransferProgress(500_000_000, 1_000_000_000, 1e8, 5.0, 300_000_000, 4, 200_000_000, 30_000_000)
 ALL = TransferProgress(1_000_000_000, 1_000_000_000, 1e8, 0.0, 100_000_000, 4)
 
 
