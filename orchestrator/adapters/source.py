@@ -50,7 +50,8 @@ def find_source(name: str, project: Project) -> AdapterSource | Check:
             f"Add `{relative.parts[0]}` under `code:` in {project.path or 'remote-eval.yaml'}.",
         )
     try:
-        data = path.read_bytes()[: _MAX_SOURCE_BYTES + 1]
+        with path.open("rb") as file:
+            data = file.read(_MAX_SOURCE_BYTES + 1)
         if len(data) > _MAX_SOURCE_BYTES:
             return _error("file", f"{relative} is larger than {_MAX_SOURCE_BYTES} bytes", "Is it a source file?")
         return AdapterSource(name, class_name, path, data.decode())

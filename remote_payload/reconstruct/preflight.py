@@ -132,7 +132,11 @@ def _sample_findings(
         return findings
     told(f"layout and range of one sample: {', '.join(m.name for m in modalities)}")
     parameters = sum(p.numel() for p in model.parameters())
-    if not is_sound or parameters > DRY_RUN_PARAMETERS:
+    if not is_sound:
+        told("dry run left out: the checkpoint does not fill the model")
+        return findings
+    if parameters > DRY_RUN_PARAMETERS:
+        told(f"dry run left out: {parameters:,} parameters are loaded only for the run itself")
         return findings
     # A checkpoint that is yet to be sent has its header here and no tensors.
     has_weights = all(os.path.exists(file.path) for file in header.files)

@@ -118,6 +118,15 @@ def test_an_adapter_that_is_not_shipped_is_refused(tmp_path: Path) -> None:
     assert isinstance(found, AdapterSource)
 
 
+def test_a_source_of_gigabytes_is_refused_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "remote-eval.yaml").write_text("adapter: mine:Mine\ncode: [mine.py]\n")
+    with (tmp_path / "mine.py").open("wb") as file:
+        file.truncate(1 << 40)
+    found = find_source("mine:Mine", find_project(tmp_path))
+    assert isinstance(found, Check)
+    assert "is larger than" in found.message
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_a_first_adapter_of_every_kind_is_well_and_well_written(kind: str, tmp_path: Path) -> None:
     text = scaffold(kind, "Mine")
