@@ -67,12 +67,14 @@ class Flight:
                 raise TimeoutError
             if lane.error is not None:
                 raise lane.error
-            if self._is_done(lane):
-                return None
-            index = self._to_send.popleft()
-            lane.in_flight.add(index)
-            lane.in_flight_bytes += self._table.length(index)
-            return index, self._refusals[index] > 0
+            return None if self._is_done(lane) else self._take(lane)
+
+    def chunk_ahead(self, lane: Lane) -> tuple[int, bool] | None:
+        """As `next_chunk`, for a lane that has not sent all it took: None where it would have to wait for one."""
+        with self.changed:
+            if lane.error is not None:
+                raise lane.error
+            return self._take(lane) if self._can_take(lane) else None
 
     def acknowledge(self, lane: Lane, index: int) -> None:
         with self.changed:
@@ -187,6 +189,12 @@ class Flight:
         if lane.retires or not self._to_send:
             return False
         return not lane.in_flight or lane.in_flight_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
+
+    def _take(self, lane: Lane) -> tuple[int, bool]:
+        index = self._to_send.popleft()
+        lane.in_flight.add(index)
+        lane.in_flight_bytes += self._table.length(index)
+        return index, self._refusals[index] > 0
 
     def _is_done(self, lane: Lane) -> bool:
         if lane.retires:

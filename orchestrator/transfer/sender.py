@@ -14,7 +14,7 @@ from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalE
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
-from orchestrator.transfer.packing import Packer
+from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.progress import TokenBucket
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
@@ -31,6 +31,8 @@ _MAX_FINISH_ROUNDS = 8
 _LAST_WORDS_S = 5.0
 _ANSWERS_END_S = 120.0
 """How long an agent may take to make durable what it acknowledged, before it ends."""
+_NEXT_CHUNK_S = 10 * _ANSWERS_END_S
+_CHUNKS_AHEAD = 2
 
 Encode = Callable[[bytes], "tuple[int, bytes]"]
 """A chunk's bytes → (encoding of its DATA frame, body). Called from several threads."""
@@ -162,8 +164,7 @@ class Sender:
 
     def _fly(self, channel: FrameChannel, stream: ByteStream, lane: Lane, answers: _Answers) -> None:
         for _ in range(_MAX_FINISH_ROUNDS):
-            while (following := self._flight.next_chunk(lane, _ANSWERS_END_S * 10)) is not None:
-                self._send_chunk(channel, *following)
+            self._send_chunks(channel, lane)
             if not self._flight.is_last(lane):
                 # The agent makes durable and journals what it acknowledged when its input ends.
                 stream.close_write()
@@ -197,25 +198,39 @@ class Sender:
             if header.kind is FrameKind.HAVE:
                 return bitmap(body, len(self._table))
 
-    def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool) -> None:
+    def _send_chunks(self, channel: FrameChannel, lane: Lane) -> None:
+        """Send until the lane has no more to do."""
+        if self._packer is None:
+            while (following := self._flight.next_chunk(lane, _NEXT_CHUNK_S)) is not None:
+                self._send_chunk(channel, *following)
+            return
+        ahead = _Ahead(self._packer, self._flight, lane, self._table, self._file)
+        try:
+            while self._send_next(channel, ahead, self._packer):
+                pass
+        finally:
+            ahead.drop()
+
+    def _send_next(self, channel: FrameChannel, ahead: _Ahead, packer: Packer) -> bool:
+        """Whether there was a chunk to send. Its bytes are let go of with this call."""
+        following = ahead.next_chunk()
+        if following is None:
+            return False
+        index, is_again, packed = following
+        with packer.sending():
+            self._send_chunk(channel, index, is_again, packed)
+        return True
+
+    def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool, packed: bytes | None = None) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
         if is_again:
             self._check_unchanged(index)
-        encoded = self._encoded(offset, left)
-        begun = time.monotonic()
-        if encoded is not None:
-            encoding, body = encoded
-            channel.send_data_header(index, len(body), encoding)
-            view = memoryview(body)
-            while view:
-                piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
-                self._bucket.take(len(piece))
-                channel.send_data(piece)
-                view = view[len(piece) :]
-            self._on_sent(left if encoding == RAW_ENCODING else len(body))
-            self._note_sent(len(body), begun)
+        if packed is not None:
+            self._send_body(channel, index, PACKED_ENCODING, packed)
             return
-        length = left
+        if self._encode is not None:
+            self._send_body(channel, index, *self._encode(self._file.read(offset, left)))
+            return
         channel.send_data_header(index, left)
         while left:
             count = min(left, self._bucket.piece_bytes(PIECE_BYTES))
@@ -224,25 +239,87 @@ class Sender:
             while count:
                 sent = self._file.send(channel, offset, count)
                 self._on_sent(sent)
+                self._note_sent(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
-        self._note_sent(length, begun)
 
-    def _encoded(self, offset: int, length: int) -> tuple[int, bytes] | None:
-        """(encoding, body) of a chunk that goes otherwise than straight from the file."""
-        if self._encode is not None:
-            return self._encode(self._file.read(offset, length))
-        packed = self._packer.pack(length, lambda: self._file.read(offset, length)) if self._packer else None
-        return None if packed is None else (PACKED_ENCODING, packed)
+    def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:
+        channel.send_data_header(index, len(body), encoding)
+        view = memoryview(body)
+        while view:
+            piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
+            self._bucket.take(len(piece))
+            channel.send_data(piece)
+            self._note_sent(len(piece))
+            view = view[len(piece) :]
+        self._on_sent(self._table.length(index) if encoding == RAW_ENCODING else len(body))
 
-    def _note_sent(self, count: int, begun: float) -> None:
+    def _note_sent(self, count: int) -> None:
         if self._packer is not None:
-            self._packer.note_sent(count, time.monotonic() - begun)
+            self._packer.note_sent(count)
 
     def _check_unchanged(self, index: int) -> None:
         """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""
         data = self._file.read(self._table.offset(index), self._table.length(index))
         if hashlib.sha256(data).digest() != self._table.sha256(index):
             raise self._file.changed()
+
+
+class _Ahead:
+    """The chunks that a stream took and has not sent, because they are being packed. For the stream's thread alone.
+
+    The link never waits for a worker: while none of them is ready, another chunk goes as it is.
+    """
+
+    def __init__(self, packer: Packer, flight: Flight, lane: Lane, table: ChunkTable, file: Source) -> None:
+        self._packer = packer
+        self._flight = flight
+        self._lane = lane
+        self._table = table
+        self._file = file
+        self._chunks: list[tuple[int, bool, PackedChunk]] = []
+        self._given: PackedChunk | None = None
+
+    def next_chunk(self) -> tuple[int, bool, bytes | None] | None:
+        """(chunk, whether it was refused before, its packed bytes) to be sent now; None when the lane has no more to
+        do. The one before is taken for sent. Raises what reading a chunk or `Flight.next_chunk` does."""
+        self._let_go()
+        while len(self._chunks) < _CHUNKS_AHEAD and (following := self._take()) is not None:
+            packed = self._begin(following[0])
+            if packed is None:
+                return *following, None
+            self._chunks.append((*following, packed))
+        if not self._chunks:
+            return None
+        ready = next((number for number, (_, _, packed) in enumerate(self._chunks) if packed.done()), None)
+        if ready is None and (another := self._flight.chunk_ahead(self._lane)) is not None:
+            return *another, None
+        return self._give(ready or 0)
+
+    def drop(self) -> None:
+        """Give up what was not sent; the flight takes it back when the lane leaves."""
+        self._let_go()
+        for _, _, packed in self._chunks:
+            self._packer.end(packed)
+        self._chunks.clear()
+
+    def _take(self) -> tuple[int, bool] | None:
+        if self._chunks:
+            return self._flight.chunk_ahead(self._lane)
+        return self._flight.next_chunk(self._lane, _NEXT_CHUNK_S)
+
+    def _begin(self, index: int) -> PackedChunk | None:
+        offset, length = self._table.offset(index), self._table.length(index)
+        return self._packer.begin(length, lambda: self._file.read(offset, length))
+
+    def _give(self, number: int) -> tuple[int, bool, bytes | None]:
+        """A chunk that is packed, or whose packing is not begun or is to be awaited."""
+        index, is_again, self._given = self._chunks.pop(number)
+        return index, is_again, None if self._given.cancel() else self._given.result()
+
+    def _let_go(self) -> None:
+        if self._given is not None:
+            self._packer.end(self._given)
+            self._given = None
 
 
 class _Answers:

@@ -95,7 +95,10 @@ def upload_file(
         count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
         bucket = TokenBucket(bandwidth_limit_bytes_per_s)
         upload = _Upload(opener, file, manifest, request, bucket, count, policy, encode, packing, order, on_progress)
-        finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
+        try:
+            finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
+        finally:
+            upload.close()
     finally:
         file.close()
     expected = FinishedFacts(opener.layout.checkpoint(manifest.digest), manifest.digest, manifest.size)
@@ -201,6 +204,11 @@ class _Upload:
         if self.bytes_saved is None:
             self.bytes_saved = self._table.size
         return sender.finished
+
+    def close(self) -> None:
+        """Nothing is read from the file any more afterwards."""
+        if self._packer is not None:
+            self._packer.close()
 
     def report_done(self) -> None:
         self._report(self._table.size - (self.bytes_saved or 0), 0)

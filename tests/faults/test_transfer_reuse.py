@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import UnreachableError
-from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
+from orchestrator.transfer.sender import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.agent import reuse
@@ -236,10 +238,13 @@ def test_a_packed_body_that_is_damaged_is_refused_and_sent_again(root: Path) -> 
     check_stored(root, manifest, content)
 
 
-def test_a_slow_link_carries_weights_packed(root: Path) -> None:
+def weights(count: int) -> bytes:
     source = random.Random(3)
-    weights = array.array("f", (source.gauss(0, 0.02) for _ in range(500_000)))
-    content = weights.tobytes()
+    return array.array("f", (source.gauss(0, 0.02) for _ in range(count))).tobytes()
+
+
+def test_a_slow_link_carries_weights_packed(root: Path) -> None:
+    content = weights(500_000)
     local = root.parent / "local"
     local.write_bytes(content)
     manifest = manifest_of(content, even_cuts(len(content), 400_000))
@@ -251,3 +256,62 @@ def test_a_slow_link_carries_weights_packed(root: Path) -> None:
     check_stored(root, manifest, content)
     assert plain.bytes_sent == len(content)
     assert packed.bytes_sent < 0.95 * len(content)
+
+
+def test_streams_that_are_cut_give_back_what_is_being_packed(root: Path) -> None:
+    content = weights(1_000_000) * 4
+    content = b"".join(
+        bytes((number,)) * 8 + content[at : at + 299_992] for number, at in enumerate(range(0, 12_000_000, 300_000))
+    )
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), 300_000))
+    wraps = [
+        (lambda inner, cut=cut: CutStream(inner, cut, None)) for cut in (2_900_000, 1_100_000, 3_300_000, 2_000_000)
+    ]
+    result = upload_file(
+        ThreadOpener(root, wraps),
+        local,
+        manifest,
+        retry=ReconnectPolicy(max_fruitless=100, first_wait_s=0.0, longest_wait_s=0.0),
+        streams=StreamPolicy(fixed=3),
+        bandwidth_limit_bytes_per_s=8e6,
+    )
+    check_stored(root, manifest, content)
+    assert result.bytes_sent < len(content)
+
+
+class ReadsWhileSending(LocalFile):
+    """Reads, which packing alone does, end only when the stream has sent on meanwhile, or after a while."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.overlapped = 0
+        self._sent = threading.Condition()
+        self._sends = 0
+
+    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        sent = super().send(channel, offset, count)
+        with self._sent:
+            self._sends += 1
+            self._sent.notify_all()
+        return sent
+
+    def read(self, offset: int, count: int) -> bytes:
+        with self._sent:
+            before = self._sends
+            self.overlapped += self._sent.wait_for(lambda: self._sends > before, 1.0)
+        return super().read(offset, count)
+
+
+def test_a_stream_sends_on_while_chunks_are_packed(root: Path) -> None:
+    content = weights(1_000_000)
+    local = root.parent / "local"
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), 300_000))
+    file = ReadsWhileSending(local)
+    upload_file(
+        ThreadOpener(root), file, manifest, streams=StreamPolicy(fixed=1), bandwidth_limit_bytes_per_s=2e6, wait_s=10.0
+    )
+    check_stored(root, manifest, content)
+    assert file.overlapped >= 2

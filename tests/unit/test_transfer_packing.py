@@ -6,6 +6,8 @@ import array
 import contextlib
 import random
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.transfer.packing import MIN_BYTES, Packer, best_width
+from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, best_width
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, pack, unpack
 
@@ -76,21 +78,95 @@ def test_a_bomb_is_refused_without_being_inflated() -> None:
         unpack(body, 1000)
 
 
+class Clock:
+    """A clock that is moved by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def over_link(bytes_per_s: float, workers: int = 1, streams: int = 1) -> Packer:
+    """A packer that has measured such a link for a second, shared by so many streams."""
+    clock = Clock()
+    packer = Packer(clock, workers)
+    with contextlib.ExitStack() as stack:
+        for _ in range(streams):
+            stack.enter_context(packer.sending())
+        for _ in range(100):
+            clock.now_s += 0.01
+            for _ in range(streams):
+                packer.note_sent(int(bytes_per_s / 100 / streams))
+    clock.now_s += 1000.0  # nobody sends: this says nothing of the link
+    return packer
+
+
+def no_read() -> bytes:
+    pytest.fail("the file was read for nothing")
+
+
 def test_chunks_go_packed_only_where_the_link_is_slower_than_packing() -> None:
     data = bfloat16(MIN_BYTES)
-    packer = Packer()
-    assert packer.pack(len(data), lambda: data) is None  # nothing is known of the link
-    packer.note_sent(8_000_000, 8.0)
-    packed = packer.pack(len(data), lambda: data)
+    assert Packer().begin(len(data), no_read) is None  # nothing is known of the link
+    chunk = over_link(1e6).begin(len(data), lambda: data)
+    assert chunk is not None
+    packed = chunk.result()
     assert packed is not None
     assert unpack(packed, len(data)) == data
-    fast = Packer()
-    fast.note_sent(8_000_000, 0.01)
-    assert fast.pack(len(data), lambda: pytest.fail("the file was read for nothing")) is None
+    assert over_link(1e9).begin(len(data), no_read) is None
+
+
+def test_a_link_is_compared_with_all_packers_together() -> None:
+    assert not over_link(115e6, workers=1).pays
+    assert over_link(115e6, workers=2).pays
+
+
+def test_streams_that_send_at_once_are_measured_as_one_link() -> None:
+    packer = over_link(140e6, streams=2)  # though each sees 70
+    assert not packer.pays
+    with packer.sending():
+        packer.note_sent(1)
+    assert not packer.pays
 
 
 def test_what_does_not_shrink_goes_as_it_is_on_any_link() -> None:
-    packer = Packer()
-    packer.note_sent(8_000_000, 80.0)
     data = random.Random(2).randbytes(MIN_BYTES)
-    assert packer.pack(len(data), lambda: data) is None
+    chunk = over_link(1e5).begin(len(data), lambda: data)
+    assert chunk is not None
+    assert chunk.result() is None
+
+
+def test_chunks_ahead_are_bounded_and_a_place_is_free_again_once_its_chunk_is_sent() -> None:
+    packer = over_link(1e5)
+    data = bfloat16(MIN_BYTES)
+    chunks = [packer.begin(len(data), lambda: data) for _ in range(9)]
+    held = [chunk for chunk in chunks if chunk is not None]
+    assert len(held) == 1 + SPARE_CHUNKS
+    for chunk in held:
+        chunk.result()
+    assert packer.begin(len(data), no_read) is None
+    packer.end(held[0])
+    assert packer.begin(len(data), lambda: data) is not None
+
+
+def test_a_closed_packer_reads_nothing_any_more() -> None:
+    packer = over_link(1e5)
+    go_on, reads = threading.Event(), []
+
+    def read() -> bytes:
+        reads.append(1)
+        assert go_on.wait(30)
+        return bytes(MIN_BYTES)
+
+    begun = [packer.begin(MIN_BYTES, read) for _ in range(2)]
+    while not reads:
+        time.sleep(0.001)
+    closing = threading.Thread(target=packer.close)
+    closing.start()
+    go_on.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert all(chunk is not None and chunk.done() for chunk in begun)
+    assert packer.begin(MIN_BYTES, no_read) is None
