@@ -59,6 +59,8 @@ _GLYPHS = {
     ".": "..... ..... ..... ..... ..... .##.. .##..",
     ",": "..... ..... ..... ..... .##.. ..#.. .#...",
     ":": "..... .##.. .##.. ..... .##.. .##.. .....",
+    ";": "..... .##.. .##.. ..... .##.. ..#.. .#...",
+    "'": "..#.. ..#.. .#... ..... ..... ..... .....",
     "-": "..... ..... ..... ##### ..... ..... .....",
     "+": "..... ..#.. ..#.. ##### ..#.. ..#.. .....",
     "=": "..... ..... ##### ..... ##### ..... .....",
@@ -118,19 +120,25 @@ def frame(picture: Picture, top: int, left: int, bottom: int, right: int, colour
     fill(picture, top - 1, right, bottom + 1, right + 1, colour)
 
 
-def enlarge(picture: Picture, factor: int) -> Picture:
-    """Bilinear, so that few pixels still read as a picture."""
-    if factor <= 1:
-        return picture
-    height, width = picture.shape[:2]
-    rows, columns = (np.clip((np.arange(n * factor) + 0.5) / factor - 0.5, 0, n - 1) for n in (height, width))
-    top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
-    bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
-    down, along = (rows - top)[:, None, None], (columns - left)[None, :, None]
+def resized(picture: Picture, height: int, width: int) -> Picture:
+    """To this size: means of blocks where it shrinks, so that nothing aliases, and bilinear for the rest."""
     values = picture.astype(np.float64)
-    upper = values[top][:, left] * (1 - along) + values[top][:, right] * along
-    lower = values[bottom][:, left] * (1 - along) + values[bottom][:, right] * along
-    return np.asarray(np.rint(upper * (1 - down) + lower * down), dtype=np.uint8)
+    for axis, side in ((0, height), (1, width)):
+        step = max(1, values.shape[axis] // side)
+        if step > 1:
+            starts = np.arange(0, values.shape[axis] - step + 1, step)
+            values = np.add.reduceat(values.take(np.arange(starts[-1] + step), axis), starts, axis) / step
+        values = _interpolated(values, axis, side)
+    return np.asarray(np.rint(values), dtype=np.uint8)
+
+
+def _interpolated(values: NDArray[Any], axis: int, side: int) -> NDArray[Any]:
+    count = values.shape[axis]
+    places = np.clip((np.arange(side) + 0.5) * count / side - 0.5, 0, count - 1)
+    below = np.floor(places).astype(int)
+    share = (places - below).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+    above = np.minimum(below + 1, count - 1)
+    return np.asarray(values.take(below, axis) * (1 - share) + values.take(above, axis) * share)
 
 
 def blocks(picture: Picture, down: int, along: int) -> Picture:

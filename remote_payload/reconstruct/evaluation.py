@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -20,7 +20,7 @@ from remote_payload.reconstruct.collect import Collected
 from remote_payload.reconstruct.feature_metrics import Extractor, extractors_of
 from remote_payload.reconstruct.judge import Judgement, judge, overall
 from remote_payload.reconstruct.loading import FittedModel, choose_dtype, fit_model
-from remote_payload.reconstruct.measured import Evaluated, Metric
+from remote_payload.reconstruct.measured import NEAREST, Evaluated, Metric
 from remote_payload.reconstruct.prediction import BatchResult
 from remote_payload.reconstruct.predictions import Predictions, prediction_store
 from remote_payload.reconstruct.protocol import (
@@ -39,6 +39,7 @@ from remote_payload.reconstruct.runner import (
     pick_devices,
 )
 from remote_payload.reconstruct.split import declared_modalities, open_samples
+from remote_payload.reconstruct.statistics import RowsLike
 from remote_payload.reconstruct.training import Baselines, Shown, baselines_of, look_at_inputs
 from remote_payload.reconstruct.voxel_metrics import voxelwise_map
 from remote_payload.wire.codec import to_json
@@ -98,6 +99,7 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
     ordered = bool(samples[positions[0]].group)
     judged = []
     compared: list[dict[str, Any]] = []
+    nearest: dict[str, RowsLike] = {}
     extractors = extractors_of(settings.features)
     for number, rows in enumerate(collected):
         counter = len(positions) + 2 * number
@@ -107,11 +109,12 @@ def evaluate(context: JobContext, adapter_name: str) -> EvaluationOutcome:
             plain = rows.evaluated(baselines, ordered, adapter.dependence, settings.seed)
             predictors = simple_predictors(plain, rows.positions, shown, baselines, reference, context.artifacts)
             compared += baseline_facts(rows.modality.name, predictors)
+            nearest.update((rows.modality.name, p.rows) for p in predictors if p.name == NEAREST and p.rows is not None)
         context.progress(Phase.RUN, counter + 1, None, f"measuring {rows.modality.name}")
         judged.append(
             judge_modality(rows, baselines, ordered, adapter.dependence, settings.seed, extractors, predictors)
         )
-    drawn = _draw(context, collected, judged, samples)
+    drawn = _draw(context, collected, judged, samples, nearest)
     task, headline = overall([j.judgement for j in judged])
     # What is wrong with the file itself: it may have been readable all the same.
     findings = [f for f in header.problems if f.severity is not Severity.INFO]
@@ -277,7 +280,11 @@ def _take_in(
 
 
 def _draw(
-    context: JobContext, collected: Sequence[Collected], judged: Sequence[JudgedModality], samples: Sequence[Sample]
+    context: JobContext,
+    collected: Sequence[Collected],
+    judged: Sequence[JudgedModality],
+    samples: Sequence[Sample],
+    nearest: Mapping[str, RowsLike],
 ) -> list[dict[str, Any]]:
     drawn: list[dict[str, Any]] = []
     for number, verdict in enumerate(judged):
@@ -286,9 +293,11 @@ def _draw(
             context.write_bytes(f"voxelwise_correlation_{number}.npy", voxelwise_map(verdict.evaluated))
     ranking = next((j.errors for j in judged if j.errors), {})
     shown = pictures.choose_shown(ranking, context.plan.settings.num_samples)
+    share = pictures.share_of([rows.modality for rows in collected], len(shown))
     for number, chosen in enumerate(shown, start=1):
         for rows in collected:
-            drawn += pictures.draw_sample(rows, samples, chosen, number, context.job, context.write_bytes)
+            near = nearest.get(rows.modality.name)
+            drawn += pictures.draw_sample(rows, samples, chosen, number, context.job, context.write_bytes, near, share)
         context.progress(Phase.RUN, number, len(shown), "pictures")
     return drawn
 

@@ -1,4 +1,4 @@
-"""What is shown of a sample: original, reconstruction and difference, by kind of modality."""
+"""What is shown of a sample: original, reconstruction, difference and nearest training sample, by kind of modality."""
 
 from __future__ import annotations
 
@@ -9,58 +9,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import drawing
-from remote_payload.reconstruct.drawing import ACCENT, FAINT, INK, MUTED
+from remote_payload.reconstruct.drawing import ACCENT, INK, MUTED
 from remote_payload.reconstruct.images import Picture
 from remote_payload.reconstruct.protocol import Kind, Modality
 
-ROLES = ("original", "reconstruction", "difference")
 MAX_FRAMES = 5
+_ROLES = ("original", "reconstruction", "difference", "nearest training")
 _TILE_WIDTH, _TILE_HEIGHT = 168, 126
 _MATRIX_WIDTH = 640
-_LABEL_WIDTH = 96
+_LABEL_WIDTH = 104
 _GAP = 6
+_NOTE_HEIGHT = 12
 _MARGIN = 10
 _DIFFERENCE_SHARE = 0.5
 """The difference's colours saturate at this share of the declared range."""
 
+Arrays = Sequence[NDArray[Any]]
+"""One sample three ways: original, reconstruction and, where there is one, the nearest training sample."""
+
 
 def film_strip(
-    modality: Modality, frames: Sequence[tuple[str, NDArray[Any], NDArray[Any]]], marked: Optional[int] = None
+    modality: Modality, frames: Sequence[tuple[str, Arrays]], marked: Optional[int] = None, scale: float = 1.0
 ) -> Picture:
-    """Rows original, reconstruction, difference; a column for each (caption, original, reconstruction) frame.
+    """A column for each (caption, arrays) frame; all share the original's range.
 
-    The column `marked` is the sample that was chosen; the others are its neighbours.
+    The column `marked` is the sample that was chosen; the others are its neighbours. `scale` times a tile's usual size.
     """
-    low, high = shown_range(modality, [f[1] for f in frames])
+    low, high = shown_range(modality, [arrays[0] for _, arrays in frames])
+    box = scale * (2.0 if len(frames) == 1 else 1.0)
     columns = []
-    for caption, original, given in frames:
-        tiles = [
-            _tile(as_rgb(original, low, high)),
-            _tile(as_rgb(given, low, high)),
-            _tile(drawing.diverging(_grey(given) - _grey(original), _DIFFERENCE_SHARE * (high - low))),
-        ]
-        columns.append((caption, tiles))
-    return _grid(columns, _difference_note(modality, low, high), marked)
+    for caption, arrays in frames:
+        original, given = arrays[:2]
+        tiles = [_tile(as_rgb(a, low, high), box) for a in arrays]
+        difference = drawing.diverging(_grey(given) - _grey(original), _DIFFERENCE_SHARE * (high - low))
+        columns.append((caption, [*tiles[:2], _tile(difference, box), *tiles[2:]]))
+    several = "; mean of the channels" if frames[0][1][0].shape[2] > 1 else ""
+    return grid(
+        columns,
+        [f"shown from {low:.3g} to {_with_unit(high, modality)}", _signed(modality, low, high) + several],
+        marked,
+    )
 
 
-def matrices(modality: Modality, original: NDArray[Any], given: NDArray[Any]) -> Picture:
+def matrices(modality: Modality, arrays: Arrays) -> Picture:
     """Codes, mel or embeddings as colours: time (or dimension) from left to right."""
-    rows = [as_matrix(modality, a) for a in (original, given)]
+    rows = [as_matrix(modality, a) for a in arrays]
     low, high = shown_range(modality, rows[:1])
     along = max(1, _MATRIX_WIDTH // rows[0].shape[1])
     down = max(1, min(along, 110 // rows[0].shape[0]))
     tiles = [drawing.blocks(drawing.sequential(r, low, high), down, along) for r in rows]
-    difference = drawing.diverging(rows[1] - rows[0], _DIFFERENCE_SHARE * (high - low))
-    tiles.append(drawing.blocks(difference, down, along))
-    return _grid([("", tiles)], _difference_note(modality, low, high))
-
-
-def waveforms(modality: Modality, original: NDArray[Any], given: NDArray[Any]) -> Picture:
-    """The envelope of each signal, first channel."""
-    signals = [as_signal(modality, a)[:, 0] for a in (original, given)]
-    signals.append(signals[1] - signals[0])
-    extent = max(float(np.abs(signals[0]).max()), 1e-9)
-    return _grid([("", [_envelope(s, extent) for s in signals])], f"full height: +-{extent:.3g} {modality.unit}")
+    if modality.kind is Kind.CODES:
+        # Codes are names: how far apart two of them are as numbers says nothing.
+        apart, note = np.rint(rows[1]) != np.rint(rows[0]), "difference: white the same code, red another one"
+        difference = drawing.diverging(apart.astype(np.float64), 1.0)
+    else:
+        difference = drawing.diverging(rows[1] - rows[0], _DIFFERENCE_SHARE * (high - low))
+        note = _signed(modality, low, high)
+    tiles.insert(2, drawing.blocks(difference, down, along))
+    return grid([("", tiles)], [f"dark {low:.3g}, yellow {_with_unit(high, modality)}", note])
 
 
 def as_frames(modality: Modality, value: NDArray[Any]) -> list[NDArray[Any]]:
@@ -106,14 +112,17 @@ def shown_range(modality: Modality, originals: Sequence[NDArray[Any]]) -> tuple[
     return (low, high) if high > low else (low, low + 1.0)
 
 
-def _grid(columns: Sequence[tuple[str, Sequence[Picture]]], note: str, marked: Optional[int] = None) -> Picture:
+def grid(
+    columns: Sequence[tuple[str, Sequence[Picture]]], notes: Sequence[str], marked: Optional[int] = None
+) -> Picture:
+    """Columns of tiles, a row for each of the roles that there are, and lines of notes below."""
     tiles = columns[0][1]
     tile_width = max(t.shape[1] for _, c in columns for t in c)
     heights = [max(c[row].shape[0] for _, c in columns) for row in range(len(tiles))]
     caption_height = 14 if any(caption for caption, _ in columns) else 0
     width = 2 * _MARGIN + _LABEL_WIDTH + len(columns) * (tile_width + _GAP) - _GAP
-    width = max(width, 2 * _MARGIN + drawing.text_width(note))
-    height = 2 * _MARGIN + caption_height + sum(heights) + _GAP * (len(heights) - 1) + 16
+    width = max(width, 2 * _MARGIN + max(drawing.text_width(note) for note in notes))
+    height = 2 * _MARGIN + caption_height + sum(heights) + _GAP * len(heights) + _NOTE_HEIGHT * len(notes)
     picture = drawing.canvas(height, width)
     for number, (caption, column) in enumerate(columns):
         left = _MARGIN + _LABEL_WIDTH + number * (tile_width + _GAP)
@@ -124,34 +133,29 @@ def _grid(columns: Sequence[tuple[str, Sequence[Picture]]], note: str, marked: O
             outline = ACCENT if number == marked else MUTED
             drawing.frame(picture, top, left, top + tile.shape[0], left + tile.shape[1], outline)
             if number == 0:
-                drawing.write(picture, top + heights[row] // 2 - 4, _MARGIN, ROLES[row], INK)
+                drawing.write(picture, top + heights[row] // 2 - 4, _MARGIN, _ROLES[row], INK)
             top += heights[row] + _GAP
-    drawing.write(picture, height - _MARGIN - drawing.GLYPH_HEIGHT, _MARGIN, note, FAINT)
+    for number, note in enumerate(notes):
+        drawing.write(picture, height - _MARGIN - _NOTE_HEIGHT * (len(notes) - number) + 4, _MARGIN, note, INK)
     return picture
 
 
-def _tile(picture: Picture) -> Picture:
+def _tile(picture: Picture, scale: float) -> Picture:
     height, width = picture.shape[:2]
-    factor = max(1, min(round(_TILE_WIDTH / width), round(_TILE_HEIGHT / height)))
-    step = max(1, -(-width // (2 * _TILE_WIDTH)), -(-height // (2 * _TILE_HEIGHT)))
+    factor = scale * min(_TILE_WIDTH / width, _TILE_HEIGHT / height)
+    tile = drawing.resized(picture, max(1, round(factor * height)), max(1, round(factor * width)))
     # Six bits a colour: no eye sees it, and the file is a third smaller.
-    return np.asarray(drawing.enlarge(picture[::step, ::step], factor) & 0xFC | 0x02, dtype=np.uint8)
+    return np.asarray(tile & 0xFC | 0x02, dtype=np.uint8)
 
 
 def _grey(frame: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(frame.astype(np.float64).mean(axis=2))
 
 
-def _envelope(signal: NDArray[Any], extent: float, width: int = 640, height: int = 90) -> Picture:
-    picture = drawing.canvas(height, width)
-    edges = np.linspace(0, len(signal), width + 1).astype(int)
-    for column in range(width):
-        piece = signal[edges[column] : max(edges[column] + 1, edges[column + 1])]
-        top, bottom = ((1 - np.clip(v / extent, -1, 1)) / 2 * (height - 1) for v in (piece.max(), piece.min()))
-        drawing.fill(picture, int(top), column, int(bottom) + 1, column + 1, drawing.ACCENT)
-    return picture
+def _with_unit(value: float, modality: Modality) -> str:
+    return f"{value:.3g}" if modality.unit == "1" else f"{value:.3g} {modality.unit}"
 
 
-def _difference_note(modality: Modality, low: float, high: float) -> str:
+def _signed(modality: Modality, low: float, high: float) -> str:
     extent = _DIFFERENCE_SHARE * (high - low)
-    return f"difference: reconstruction - original, blue -{extent:.3g}, white 0, red +{extent:.3g} {modality.unit}"
+    return f"difference: reconstruction - original, blue -{extent:.3g}, white 0, red +{_with_unit(extent, modality)}"

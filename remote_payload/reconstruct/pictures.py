@@ -9,16 +9,21 @@ from typing import Any, Callable, Optional
 import numpy as np
 from numpy.typing import NDArray
 
-from remote_payload.reconstruct import images, panels, voxel_panels
+from remote_payload.reconstruct import images, panels, sound_panels, voxel_panels
 from remote_payload.reconstruct.collect import Collected
 from remote_payload.reconstruct.images import Picture
 from remote_payload.reconstruct.measured import Evaluated
 from remote_payload.reconstruct.protocol import Kind, Modality, Sample
+from remote_payload.reconstruct.statistics import RowsLike
 from remote_payload.reconstruct.voxel_metrics import shifted_voxelwise_correlations, voxelwise_correlations
 
 Write = Callable[[str, bytes], object]
 
 _STRIDES = (4, 3, 2, 1)
+_TRIES, _SMALLEST = 6, 0.15
+_PICTURES_BYTES, _SOUNDS_BYTES = 4_250_000, 1_750_000
+"""Of all samples together: in base64 they leave room in a report of 10 MB."""
+_WAV_HEADER_BYTES = 44
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +52,52 @@ def choose_shown(errors: Mapping[int, float], wanted: int) -> list[Shown]:
     return [chosen[p] for p in sorted(chosen)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one sample's picture, and all sounds of it, may take of a report."""
+
+    picture_bytes: int = _PICTURES_BYTES
+    sound_bytes: int = _SOUNDS_BYTES
+
+
+def share_of(modalities: Sequence[Modality], samples: int) -> Share:
+    """An equal part for each sample of each modality that takes many bytes."""
+    kinds = [m.kind for m in modalities]
+    large = sum(kind in (Kind.IMAGE, Kind.VIDEO, Kind.AUDIO_WAVEFORM, Kind.MEL) for kind in kinds)
+    audible = kinds.count(Kind.AUDIO_WAVEFORM)
+    return Share(_PICTURES_BYTES // max(1, large * samples), _SOUNDS_BYTES // max(1, audible * samples))
+
+
 def draw_sample(
-    collected: Collected, samples: Sequence[Sample], shown: Shown, number: int, job: str, write: Write
+    collected: Collected,
+    samples: Sequence[Sample],
+    shown: Shown,
+    number: int,
+    job: str,
+    write: Write,
+    nearest: Optional[RowsLike] = None,
+    share: Share = Share(),
 ) -> list[dict[str, Any]]:
-    """The pictures (and sounds) of one modality of one sample; none if the sample lacks it or it has no picture."""
+    """The pictures (and sounds) of one modality of one sample; none if the sample lacks it or it has no picture.
+
+    `nearest` are the nearest training samples, a row beside each of `collected`. What would take more than its share
+    is drawn smaller, and sounds are cut to their beginning.
+    """
     if shown.position not in collected.positions:
         return []
     row = collected.positions.index(shown.position)
     modality = collected.modality
-    picture = _picture(collected, samples, row)
+    picture = _picture(_Sight(collected, samples, nearest), row, share.picture_bytes)
     if picture is None:
         return []
     sample = samples[shown.position]
     entry = _Entry(job, modality, sample.id, f"sample-{number:02d}-{file_name(modality.name)}", write)
-    roles = "original, reconstruction and difference"
+    roles = "original, reconstruction, difference" + ("" if nearest is None else ", nearest training sample")
     entries = [
         entry.picture("", picture, f"{sample.id}: {roles}", f"{shown.why} of the evaluated samples", "comparison")
     ]
     if modality.kind is Kind.AUDIO_WAVEFORM and modality.sample_rate_hz:
-        entries += entry.sounds(collected.original(row), collected.reconstruction(row), shown.why)
+        entries += entry.sounds(collected.original(row), collected.reconstruction(row), shown.why, share.sound_bytes)
     return entries
 
 
@@ -80,7 +112,7 @@ def draw_voxels(evaluated: Evaluated, job: str, write: Write) -> list[dict[str, 
     drawn = [
         entry.picture(
             "-histogram",
-            voxel_panels.histogram(observed, null),
+            images.png_bytes(voxel_panels.histogram(observed, null)),
             "Voxelwise correlation over time",
             "blue: the model; grey: the same predictions paired with the wrong times",
             "histogram",
@@ -91,7 +123,7 @@ def draw_voxels(evaluated: Evaluated, job: str, write: Write) -> list[dict[str, 
         drawn.append(
             entry.picture(
                 "-map",
-                voxel_panels.slices(observed, modality.places, extent),
+                images.png_bytes(voxel_panels.slices(observed, modality.places, extent)),
                 "Map of voxelwise correlation over time",
                 "axial slices from bottom to top, front up",
                 "map",
@@ -114,24 +146,27 @@ class _Entry:
     stem: str
     write: Write
 
-    def picture(self, suffix: str, picture: Picture, title: str, caption: str, role: str) -> dict[str, Any]:
-        return self._written(
-            f"pictures/{self.stem}{suffix}.png", images.png_bytes(picture), "image", title, caption, role
-        )
+    def picture(self, suffix: str, png: bytes, title: str, caption: str, role: str) -> dict[str, Any]:
+        return self._written(f"pictures/{self.stem}{suffix}.png", png, "image", title, caption, role)
 
-    def sounds(self, original: NDArray[Any], given: NDArray[Any], why: str) -> list[dict[str, Any]]:
+    def sounds(self, original: NDArray[Any], given: NDArray[Any], why: str, limit_bytes: int) -> list[dict[str, Any]]:
         rate = self.modality.sample_rate_hz or 0
         peak = max(float(np.abs(original).max()), 1e-9)
+        signals = [panels.as_signal(self.modality, a) for a in (original, given)]
+        length, channels = signals[0].shape
+        kept = max(1, (limit_bytes // 2 - _WAV_HEADER_BYTES) // (2 * channels))
+        if kept < length:
+            why = f"{why}; the first {kept / rate:.1f} s of {length / rate:.1f} s"
         return [
             self._written(
                 f"sounds/{self.stem}-{role}.wav",
-                images.wav_bytes(panels.as_signal(self.modality, signal), rate, peak),
+                images.wav_bytes(signal[:kept], rate, peak),
                 "audio",
                 f"{self.sample}: {role}",
                 why,
                 role,
             )
-            for role, signal in (("original", original), ("reconstruction", given))
+            for role, signal in zip(("original", "reconstruction"), signals)
         ]
 
     def _written(self, name: str, data: bytes, kind: str, title: str, caption: str, role: str) -> dict[str, Any]:
@@ -148,34 +183,56 @@ class _Entry:
         }
 
 
-def _picture(collected: Collected, samples: Sequence[Sample], row: int) -> Optional[Picture]:
-    modality = collected.modality
-    original, given = collected.original(row), collected.reconstruction(row)
+@dataclasses.dataclass(frozen=True)
+class _Sight:
+    collected: Collected
+    samples: Sequence[Sample]
+    nearest: Optional[RowsLike]
+
+    def arrays(self, row: int) -> list[NDArray[Any]]:
+        """Original, reconstruction and, where there is one, the nearest training sample."""
+        arrays = [self.collected.original(row), self.collected.reconstruction(row)]
+        if self.nearest is not None:
+            arrays.append(np.asarray(self.nearest[row]).reshape(self.collected.modality.shape))
+        return arrays
+
+
+def _picture(sight: _Sight, row: int, limit_bytes: int) -> Optional[bytes]:
+    modality = sight.collected.modality
     if modality.kind in (Kind.IMAGE, Kind.VIDEO):
-        rows = _neighbours(collected, samples, row)
-        marked = rows.index(row) if len(rows) > 1 else None
-        return panels.film_strip(modality, _frames(collected, samples, rows), marked)
+        rows = _neighbours(sight.collected, sight.samples, row)
+        frames, marked = _frames(sight, rows), rows.index(row) if len(rows) > 1 else None
+        return _within(lambda scale: panels.film_strip(modality, frames, marked, scale), limit_bytes)
     if modality.kind is Kind.AUDIO_WAVEFORM:
-        return panels.waveforms(modality, original, given)
-    if modality.kind in (Kind.CODES, Kind.MEL, Kind.TEXT_EMBEDDING):
-        return panels.matrices(modality, original, given)
-    return None
+        drawn = sound_panels.waveforms(modality, sight.arrays(row))
+    elif modality.kind in (Kind.CODES, Kind.MEL, Kind.TEXT_EMBEDDING):
+        drawn = panels.matrices(modality, sight.arrays(row))
+    else:
+        return None
+    return images.png_bytes(drawn)
 
 
-def _frames(
-    collected: Collected, samples: Sequence[Sample], rows: Sequence[int]
-) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
-    """(caption, original, reconstruction) of at most `MAX_FRAMES` frames of each row."""
-    modality = collected.modality
+def _within(draw: Callable[[float], Picture], limit_bytes: int) -> bytes:
+    """As large as fits, or the smallest that is still drawn. Bytes grow about as the area does."""
+    scale, png = 1.0, b""
+    for _ in range(_TRIES):
+        png = images.png_bytes(draw(scale))
+        if len(png) <= limit_bytes or scale <= _SMALLEST:
+            break
+        scale = max(_SMALLEST, 0.93 * scale * (limit_bytes / len(png)) ** 0.5)
+    return png
+
+
+def _frames(sight: _Sight, rows: Sequence[int]) -> list[tuple[str, list[NDArray[Any]]]]:
+    """(caption, arrays) of at most `MAX_FRAMES` frames of each row."""
+    collected = sight.collected
     frames = []
     for r in rows:
-        originals = panels.as_frames(modality, collected.original(r))
-        given = panels.as_frames(modality, collected.reconstruction(r))
-        kept = np.unique(np.linspace(0, len(originals) - 1, min(len(originals), panels.MAX_FRAMES)).round().astype(int))
-        name = samples[collected.positions[r]].id
-        for i in kept:
-            caption = f"{name} {i}" if len(originals) > 1 else name
-            frames.append((caption, originals[i], given[i]))
+        films = [panels.as_frames(collected.modality, a) for a in sight.arrays(r)]
+        count = len(films[0])
+        kept = np.unique(np.linspace(0, count - 1, min(count, panels.MAX_FRAMES)).round().astype(int))
+        name = sight.samples[collected.positions[r]].id
+        frames += [(f"{name} {i}" if count > 1 else name, [film[i] for film in films]) for i in kept]
     return frames
 
 

@@ -63,7 +63,7 @@ def slices(values: Floats, places: VoxelPlaces, extent: float, target_width: int
     factor = max(1, (target_width - 2 * _MARGIN) // (per_row * (shape[0] + 1)))
     tile_height, tile_width = shape[1] * factor, (shape[0] + 1) * factor
     rows = -(-len(chosen) // per_row)
-    width = max(2 * _MARGIN + per_row * tile_width, 420)
+    width = max(2 * _MARGIN + per_row * tile_width, 620)
     picture = drawing.canvas(2 * _MARGIN + rows * (tile_height + _MARGIN) + 20, width)
     for number, level in enumerate(chosen):
         top = _MARGIN + (number // per_row) * (tile_height + _MARGIN)
@@ -94,7 +94,13 @@ def _colour_bar(picture: Picture, extent: float) -> None:
     drawing.write(picture, top + 2, _MARGIN, low, INK)
     drawing.paste(picture, top, left, drawing.blocks(ramp, 11, 1))
     drawing.frame(picture, top, left, top + 11, left + 160, MUTED)
-    drawing.write(picture, top + 2, left + 166, f"{high}   correlation over time", INK)
+    drawing.write(
+        picture,
+        top + 2,
+        left + 166,
+        f"{high}   correlation over time; axial, bottom to top, front up, left is left",
+        INK,
+    )
 
 
 def _median_mark(picture: Picture, median: float, left: int, right: int, ceiling: int, floor: int) -> None:
