@@ -38,7 +38,7 @@ RNG = np.random.default_rng(0)
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
-    for name in ("image_autoencoder_adapter", "plain_module_adapter"):
+    for name in ("huggingface_adapter", "image_autoencoder_adapter", "plain_module_adapter"):
         sys.modules.pop(name, None)
 
 
@@ -108,6 +108,35 @@ def test_the_image_example_passes_when_the_model_is_good(examples: None, tmp_pat
 
 def test_the_image_example_fails_when_the_model_is_untrained(examples: None, tmp_path: Path) -> None:
     assert task(run(image_case(tmp_path, good=False), tmp_path / "out")) == "fail"
+
+
+def test_the_huggingface_example_passes_and_runs_no_code_of_the_folder(examples: None, tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForMaskedImageModeling
+
+    image_case(tmp_path, good=False)
+    inputs = torch.tensor(np.load(tmp_path / "train.npy")).float() / 255
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model = ViTForMaskedImageModeling(ViTConfig(**sizes, image_size=16, patch_size=4, encoder_stride=4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs).reconstruction, inputs).backward()
+        optimizer.step()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForMaskedImageModeling": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_evil.py").write_text("raise SystemExit('this must not run')")
+    plan = make_plan(
+        folder / "model.safetensors",
+        adapter="huggingface_adapter:HuggingFaceAdapter",
+        data={"images": str(tmp_path)},
+        user_config={"model": str(folder)},
+    )
+    assert check(plan, read_header(plan.checkpoint_path)) == []
+    assert task(run(plan, tmp_path / "out")) == "pass"
 
 
 def encoding_case(folder: Path) -> NodePlan:
