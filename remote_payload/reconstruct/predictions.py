@@ -17,7 +17,7 @@ import torch
 
 from remote_payload.checkpoint import CheckpointHeader
 from remote_payload.jobs.context import JobContext
-from remote_payload.reconstruct.devices import DeviceProcesses
+from remote_payload.reconstruct.devices import DeviceProcessError, DeviceProcesses
 from remote_payload.reconstruct.loading import FittedModel, fill_model
 from remote_payload.reconstruct.prediction import BatchResult, PredictionStore
 from remote_payload.reconstruct.protocol import Adapter, Modality, Sample
@@ -88,8 +88,11 @@ class Predictions:
         for batch in batches:
             if batch in awaited:
                 yield next(new)
-            elif self._store is not None and (result := self._store.read(batch)) is not None:
-                yield result
+                continue
+            result = None if self._store is None else self._store.read(batch)
+            if result is None:
+                raise DeviceProcessError(f"the kept result of the batch at sample {batch[0]} is no longer whole")
+            yield result
 
     def _computed(self, missing: Sequence[tuple[int, ...]]) -> Iterator[BatchResult]:
         if not missing:

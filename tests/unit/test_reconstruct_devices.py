@@ -20,6 +20,7 @@ from remote_payload.reconstruct import devices
 from remote_payload.reconstruct.devices import DeviceProcessError
 from remote_payload.reconstruct.job import ReconstructError
 from remote_payload.reconstruct.job import run as run_job
+from remote_payload.reconstruct.prediction import PredictionStore
 from remote_payload.reconstruct.runner import pick_devices
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
@@ -306,3 +307,20 @@ def _is_alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_kept_result_that_is_lost_meanwhile_ends_the_run_and_drops_no_sample(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    run(plan(checkpoint, 1), tmp_path / "whole", scratch=scratch)
+    read, seen = PredictionStore.read, []
+
+    def read_once(store: PredictionStore, positions: Any) -> Any:
+        again = tuple(positions) in seen
+        seen.append(tuple(positions))
+        return None if again else read(store, positions)
+
+    monkeypatch.setattr(PredictionStore, "read", read_once)
+    with pytest.raises(DeviceProcessError, match="no longer whole"):
+        run(plan(checkpoint, 1), tmp_path / "again", scratch=scratch)
