@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def open_database(path: Path, schema: str, *, component: str, version: int) -> I
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _mapped(path), contextlib.closing(_connect(f"{_uri(path)}?mode=rwc")) as connection:
         path.chmod(0o600)
-        connection.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous = FULL")
         if _version(connection, component) != version:
             _migrate(connection, schema, component, version, path)
@@ -91,6 +92,21 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)
 
 
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Have the file's log written ahead, waiting for other processes that open it at this moment, too."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            # Two that change a new file's mode at once would wait for each other, so SQLite refuses one without a wait.
+            if not _is_locked(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
 def _uri(path: Path) -> str:
     return path.absolute().as_uri()
 
@@ -130,10 +146,7 @@ def _mapped(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        # Python 3.10 has no error codes: there SQLite's own fixed text is all that tells a lock from the rest.
-        is_locked = code in (5, 6) if code is not None else str(error).startswith("database is locked")
-        if is_locked:
+        if _is_locked(error):
             raise LockedError(f"{path} is held by another process", action="Try again when it has ended.") from error
         raise InternalError(f"cannot use {path}: {error}", action="Check space and owner of the file.") from error
     except sqlite3.Error as error:
@@ -141,6 +154,13 @@ def _mapped(path: Path) -> Iterator[None]:
             f"cannot use {path}: {error}",
             action="If the file is damaged, move it away; `remote-eval history --rebuild` fills the history anew.",
         ) from error
+
+
+def _is_locked(error: sqlite3.OperationalError) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    # Python 3.10 has no error codes: there SQLite's own fixed text is all that tells a lock from the rest. The lower
+    # eight bits are the code, the others a reason (recovery, snapshot).
+    return code & 0xFF in (5, 6) if code is not None else str(error).startswith("database is locked")
 
 
 def _unescape(field: str) -> str:

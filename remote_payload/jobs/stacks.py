@@ -6,10 +6,16 @@ import contextlib
 import faulthandler
 import os
 import signal
+import time
+from collections.abc import Iterable
 from typing import Optional
 
 _passed_on_to: set[int] = set()
 _descriptor: Optional[int] = None
+_DUMP_S = 2.0
+_QUIET_S = 0.05
+_UNSEEN_S = 0.2
+"""For a dump that goes to standard error, whose growth cannot be seen."""
 
 
 def dump_when_asked(path: str) -> None:
@@ -41,7 +47,34 @@ def forget(pid: int) -> None:
     _passed_on_to.discard(pid)
 
 
-def _pass_on(_number: int, _frame: object) -> None:
-    for pid in sorted(_passed_on_to):
+def ask(pids: Iterable[int]) -> None:
+    """Have these children write their stacks, one after the other: at once, they would write into each other's lines.
+
+    Waits for each until the file has stopped growing, two seconds at most.
+    """
+    for pid in pids:
+        before = _size()
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
+            _await_dump(before)
+
+
+def _pass_on(_number: int, _frame: object) -> None:
+    ask(sorted(_passed_on_to))
+
+
+def _await_dump(before: int) -> None:
+    if _descriptor is None:
+        time.sleep(_UNSEEN_S)
+        return
+    deadline = time.monotonic() + _DUMP_S
+    size = before
+    while time.monotonic() < deadline:
+        time.sleep(_QUIET_S)
+        last, size = size, _size()
+        if size == last and size > before:
+            return
+
+
+def _size() -> int:
+    return 0 if _descriptor is None else os.fstat(_descriptor).st_size

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import time
@@ -203,7 +202,7 @@ class _Worker:
 
     def ask_for_stacks(self) -> None:
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGUSR1)
+            stacks.ask([self._process.pid])
 
     def dismiss(self) -> None:
         stacks.forget(self._process.pid)
