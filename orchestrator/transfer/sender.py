@@ -18,7 +18,6 @@ from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.progress import TokenBucket
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
-    RAW_ENCODING,
     ChunkTable,
     FinishedFacts,
     FrameKind,
@@ -108,7 +107,8 @@ class LocalFile:
 class Sender:
     """What every stream of one upload does. `serve` runs in a thread for each; the rest is shared by them.
 
-    `encode` None: chunks go as they are. `on_sent` is told of bytes of the file that were sent.
+    `encode` None: chunks go as they are. `on_sent` is told of bytes that were sent, and how many more of the file they
+    stand for.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Sender:
         bucket: TokenBucket,
         encode: Encode | None,
         on_have: Callable[[bytearray], None],
-        on_sent: Callable[[int], None],
+        on_sent: Callable[[int, int], None],
         on_reused: Callable[[int], None],
         packer: Packer | None = None,
     ) -> None:
@@ -238,7 +238,7 @@ class Sender:
             # What was asked of the bucket and not sent is sent now: the limit counts it once.
             while count:
                 sent = self._file.send(channel, offset, count)
-                self._on_sent(sent)
+                self._on_sent(sent, 0)
                 self._note_sent(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
@@ -251,7 +251,7 @@ class Sender:
             channel.send_data(piece)
             self._note_sent(len(piece))
             view = view[len(piece) :]
-        self._on_sent(self._table.length(index) if encoding == RAW_ENCODING else len(body))
+        self._on_sent(len(body), self._table.length(index) - len(body))
 
     def _note_sent(self, count: int) -> None:
         if self._packer is not None:

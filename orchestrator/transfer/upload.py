@@ -40,7 +40,7 @@ _TICK_S = 0.2
 class UploadResult:
     """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what needed no sending: the node
     had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node copied from other files
-    of its store.
+    of its store. `bytes_packed` is what packing took off what was sent.
     `streams`: of each stream that was ever open, how it travelled, as far as that is known."""
 
     path_on_node: str
@@ -49,6 +49,7 @@ class UploadResult:
     seconds: float
     streams: tuple[StreamFacts, ...] = ()
     bytes_reused: int = 0
+    bytes_packed: int = 0
 
 
 def upload_file(
@@ -107,7 +108,13 @@ def upload_file(
     upload.report_done()
     seconds = time.monotonic() - begun
     return UploadResult(
-        finished.path, upload.bytes_sent, upload.bytes_saved or 0, seconds, tuple(upload.facts), upload.bytes_reused
+        finished.path,
+        upload.bytes_sent,
+        upload.bytes_saved or 0,
+        seconds,
+        tuple(upload.facts),
+        upload.bytes_reused,
+        upload.bytes_packed,
     )
 
 
@@ -130,6 +137,7 @@ class _Upload:
     ) -> None:
         self.bytes_sent = 0
         self.bytes_reused = 0
+        self.bytes_packed = 0
         self.bytes_saved: int | None = None
         self.durable_bytes = 0
         self.facts: list[StreamFacts] = []
@@ -235,9 +243,10 @@ class _Upload:
             if self.bytes_saved is None:
                 self.bytes_saved = self.durable_bytes
 
-    def _add_sent(self, count: int) -> None:
+    def _add_sent(self, count: int, spared: int) -> None:
         with self._lock:
             self.bytes_sent += count
+            self.bytes_packed += spared
 
     def _add_reused(self, count: int) -> None:
         with self._lock:
@@ -252,7 +261,10 @@ class _Upload:
         if self._on_progress is not None:
             saved = self.bytes_saved or 0
             reused = min(self.bytes_reused, saved)
-            self._on_progress(self._meter.measure(self._most_moved, saved, streams, bytes_reused=reused))
+            progress = self._meter.measure(
+                self._most_moved, saved, streams, bytes_reused=reused, bytes_packed=self.bytes_packed
+            )
+            self._on_progress(progress)
 
 
 def _first_of_each(order: Sequence[int], table: ChunkTable) -> list[int]:

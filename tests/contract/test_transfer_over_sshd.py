@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.output import transfer_event, transfer_line
 from orchestrator.errors import UnreachableError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
@@ -26,7 +27,8 @@ from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
-from tests.support.agent_streams import WatchedStream, Wrap
+from tests.support.agent_streams import WatchedStream, Wrap, even_cuts, manifest_of
+from tests.support.floats import bfloat16
 from tests.support.relay import relay_to
 from tests.support.sshd import Sshd, start_sshd
 
@@ -146,6 +148,26 @@ def test_a_file_goes_up_and_comes_back(
     fetch(node, sent.path_on_node, tmp_path / "back")
     assert upload_file(node, local, manifest).bytes_sent == 0
     assert node.counts.logins == 1
+
+
+def test_what_packing_took_off_weights_is_told_as_they_go(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, local: Path
+) -> None:
+    content = bfloat16(4 * MIB)
+    local.write_bytes(content)
+    seen: list[TransferProgress] = []
+    sent = upload_file(
+        make_node(settings),
+        local,
+        manifest_of(content, even_cuts(len(content), MIB)),
+        on_progress=seen.append,
+        bandwidth_limit_bytes_per_s=6e6,
+    )
+    assert Path(sent.path_on_node).read_bytes() == content
+    assert seen[-1].bytes_packed == sent.bytes_packed == len(content) - sent.bytes_sent > 0
+    assert transfer_event("checkpoint", seen[-1])["saved"]["packed"] == sent.bytes_packed
+    assert transfer_line("checkpoint", seen[-1]).endswith("saved by packing")
+    assert [one.bytes_packed for one in seen] == sorted(one.bytes_packed for one in seen)
 
 
 def test_a_server_that_dies_in_the_middle_is_survived_both_ways(

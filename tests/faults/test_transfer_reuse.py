@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import itertools
 import os
 import random
@@ -25,6 +24,7 @@ from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.packing import pack
 from remote_payload.wire.stream import PACKED_ENCODING
 from tests.support.agent_streams import CutStream, ThreadOpener, check_stored, even_cuts, make_node_root, manifest_of
+from tests.support.floats import float32
 
 AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
 NO_PATIENCE = ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0)
@@ -238,13 +238,8 @@ def test_a_packed_body_that_is_damaged_is_refused_and_sent_again(root: Path) -> 
     check_stored(root, manifest, content)
 
 
-def weights(count: int) -> bytes:
-    source = random.Random(3)
-    return array.array("f", (source.gauss(0, 0.02) for _ in range(count))).tobytes()
-
-
 def test_a_slow_link_carries_weights_packed(root: Path) -> None:
-    content = weights(500_000)
+    content = float32(500_000)
     local = root.parent / "local"
     local.write_bytes(content)
     manifest = manifest_of(content, even_cuts(len(content), 400_000))
@@ -256,10 +251,11 @@ def test_a_slow_link_carries_weights_packed(root: Path) -> None:
     check_stored(root, manifest, content)
     assert plain.bytes_sent == len(content)
     assert packed.bytes_sent < 0.95 * len(content)
+    assert (plain.bytes_packed, packed.bytes_packed) == (0, len(content) - packed.bytes_sent)
 
 
 def test_streams_that_are_cut_give_back_what_is_being_packed(root: Path) -> None:
-    content = weights(1_000_000) * 4
+    content = float32(1_000_000) * 4
     content = b"".join(
         bytes((number,)) * 8 + content[at : at + 299_992] for number, at in enumerate(range(0, 12_000_000, 300_000))
     )
@@ -305,7 +301,7 @@ class ReadsWhileSending(LocalFile):
 
 
 def test_a_stream_sends_on_while_chunks_are_packed(root: Path) -> None:
-    content = weights(1_000_000)
+    content = float32(1_000_000)
     local = root.parent / "local"
     local.write_bytes(content)
     manifest = manifest_of(content, even_cuts(len(content), 300_000))

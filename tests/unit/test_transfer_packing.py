@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import random
 import struct
@@ -18,18 +17,7 @@ from hypothesis import strategies as st
 from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, best_width
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, pack, unpack
-
-
-def float32(count: int) -> bytes:
-    source = random.Random(count)
-    return array.array("f", (source.gauss(0, 0.02) for _ in range(count))).tobytes()
-
-
-def bfloat16(count: int) -> bytes:
-    whole = float32(count)
-    halves = bytearray(2 * count)
-    halves[::2], halves[1::2] = whole[2::4], whole[3::4]
-    return bytes(halves)
+from tests.support.floats import bfloat16, float32
 
 
 def upcast(count: int) -> bytes:

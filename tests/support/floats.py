@@ -1,0 +1,18 @@
+"""Bytes of weights as a model has them: normally distributed, so that their exponents pack."""
+
+from __future__ import annotations
+
+import array
+import random
+
+
+def float32(count: int) -> bytes:
+    source = random.Random(count)
+    return array.array("f", (source.gauss(0, 0.02) for _ in range(count))).tobytes()
+
+
+def bfloat16(count: int) -> bytes:
+    whole = float32(count)
+    halves = bytearray(2 * count)
+    halves[::2], halves[1::2] = whole[2::4], whole[3::4]
+    return bytes(halves)
