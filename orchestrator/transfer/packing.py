@@ -25,6 +25,8 @@ _NEWEST = 0.3
 """Weight of the newest measurement in a rate."""
 _MEASURE_S = 0.25
 """A link is measured over so much time: what one chunk leaves in buffers would tell a faster one."""
+_LOST_HALF = 0.5
+"""Packers that were too slow are measured anew once the link has so much left of its rate."""
 
 PackedChunk = Future["bytes | None"]
 """A chunk in fewer bytes, or None where it had better go as it is."""
@@ -34,7 +36,8 @@ class Packer:
     """Packs the chunks of one transfer in threads of its own; its methods may be called from several threads.
 
     Packing and sending overlap, so packing pays where the link is slower than all workers together, and a chunk
-    shrinks. Both rates are measured as the transfer goes on; until the link's is known, chunks go as they are.
+    shrinks. Both rates are measured as the transfer goes on, the workers' with each chunk that they pack; until the
+    link's is known, chunks go as they are.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, workers: int | None = None) -> None:
@@ -46,6 +49,7 @@ class Packer:
         self._is_closed = False
         self._worker_bytes_per_s = _FIRST_GUESS_BYTES_PER_S
         self._link_bytes_per_s: float | None = None
+        self._fastest_bytes_per_s = 0.0
         self._senders = 0
         self._looked_at = clock()
         self._sending_s = 0.0
@@ -66,15 +70,19 @@ class Packer:
             self._look_at_clock()
             self._sent_bytes += count
             if self._sending_s >= _MEASURE_S:
-                self._link_bytes_per_s = _mean(self._link_bytes_per_s, self._sent_bytes / self._sending_s)
+                # A piece that a slow link takes long for counts for as long.
+                spans = self._sending_s / _MEASURE_S
+                link = _mean(self._link_bytes_per_s, self._sent_bytes / self._sending_s, spans)
+                self._link_bytes_per_s = link
+                self._fastest_bytes_per_s = max(self._fastest_bytes_per_s, link)
                 self._sending_s, self._sent_bytes = 0.0, 0
 
     @property
     def pays(self) -> bool:
-        """Whether the link is slower than packing."""
+        """Whether the next chunk is to be packed, as far as the rates tell."""
         with self._lock:
-            link = self._link_bytes_per_s
-            return link is not None and link < self._worker_bytes_per_s * self._workers
+            packers = self._worker_bytes_per_s * self._workers
+            return packing_pays(self._link_bytes_per_s, packers, self._fastest_bytes_per_s)
 
     def begin(self, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
         """Begin to pack a chunk; None where that does not pay, or there is no place. `read` is called in a worker,
@@ -108,6 +116,7 @@ class Packer:
         rate = len(data) / max(self._clock() - begun, 1e-6)
         with self._lock:
             self._worker_bytes_per_s = _mean(self._worker_bytes_per_s, rate)
+            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
         return packed if len(packed) < len(data) else None
 
     def _free_place(self) -> None:
@@ -126,6 +135,12 @@ class Packer:
         self._looked_at = now
 
 
+def packing_pays(link: float | None, packers: float, fastest: float) -> bool:
+    """Whether to pack a chunk, by rates in bytes/s: the link's now, all packers' as last measured, and the highest that
+    the link had since. One that has lost half since then gets a chunk packed to measure the packers anew."""
+    return link is not None and (link < packers or link < _LOST_HALF * fastest)
+
+
 def best_width(data: bytes) -> tuple[int, float]:
     """(element width, packed bytes / bytes) of the width that packs a sample best."""
     size = _SAMPLE_BYTES
@@ -138,5 +153,6 @@ def best_width(data: bytes) -> tuple[int, float]:
     return width, ratios[width]
 
 
-def _mean(before: float | None, newest: float) -> float:
-    return newest if before is None else before + _NEWEST * (newest - before)
+def _mean(before: float | None, newest: float, times: float = 1.0) -> float:
+    """The rate after `newest` was measured so many times in a row."""
+    return newest if before is None else newest + (1.0 - _NEWEST) ** times * (before - newest)

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, best_width
+from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, best_width, packing_pays
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, pack, unpack
 from tests.support.floats import bfloat16, float32
+
+MIB = 1024 * 1024
 
 
 def upcast(count: int) -> bytes:
@@ -67,26 +69,34 @@ def test_a_bomb_is_refused_without_being_inflated() -> None:
 
 
 class Clock:
-    """A clock that is moved by hand."""
+    """A clock that is moved by hand, and by `packing_s` with each look that a packer takes at it."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.packing_s = 0.0
 
     def __call__(self) -> float:
+        if threading.current_thread().name.startswith("packer"):
+            self.now_s += self.packing_s
         return self.now_s
+
+
+def send(packer: Packer, clock: Clock, bytes_per_s: float, pieces: int, piece_bytes: int, streams: int = 1) -> None:
+    """Hand over so many pieces, each of which takes a link of that rate its time."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(streams):
+            stack.enter_context(packer.sending())
+        for _ in range(pieces):
+            clock.now_s += piece_bytes / bytes_per_s
+            for _ in range(streams):
+                packer.note_sent(piece_bytes // streams)
 
 
 def over_link(bytes_per_s: float, workers: int = 1, streams: int = 1) -> Packer:
     """A packer that has measured such a link for a second, shared by so many streams."""
     clock = Clock()
     packer = Packer(clock, workers)
-    with contextlib.ExitStack() as stack:
-        for _ in range(streams):
-            stack.enter_context(packer.sending())
-        for _ in range(100):
-            clock.now_s += 0.01
-            for _ in range(streams):
-                packer.note_sent(int(bytes_per_s / 100 / streams))
+    send(packer, clock, bytes_per_s, 100, int(bytes_per_s / 100), streams)
     clock.now_s += 1000.0  # nobody sends: this says nothing of the link
     return packer
 
@@ -117,6 +127,62 @@ def test_streams_that_send_at_once_are_measured_as_one_link() -> None:
     with packer.sending():
         packer.note_sent(1)
     assert not packer.pays
+
+
+@pytest.mark.parametrize(("slow", "pieces"), [(20e6, 40), (1e6, 2), (50e3, 1)])
+def test_a_link_that_becomes_slow_gets_packed_chunks_soon(slow: float, pieces: int) -> None:
+    clock = Clock()
+    packer = Packer(clock, workers=1)
+    send(packer, clock, 1e9, 10_000, MIB)
+    assert not packer.pays
+    send(packer, clock, slow, pieces, MIB)
+    assert packer.pays
+    send(packer, clock, 1e9, 3000, MIB)
+    assert not packer.pays
+
+
+@pytest.mark.parametrize(
+    ("link", "packers", "fastest", "pays"),
+    [
+        (None, 160e6, 0.0, False),  # nothing is known of the link
+        (159e6, 160e6, 159e6, True),
+        (161e6, 160e6, 161e6, False),
+        (51e6, 5e6, 100e6, False),
+        (49e6, 5e6, 100e6, True),  # half of what it was: were the packers slower than they are now?
+        (49e6, 5e6, 49e6, False),  # they were asked
+    ],
+)
+def test_packing_pays_on_a_slower_link_and_is_tried_on_one_that_has_lost_half(
+    link: float | None, packers: float, fastest: float, pays: bool
+) -> None:
+    assert packing_pays(link, packers, fastest) is pays
+
+
+def test_packers_that_were_slow_for_a_while_are_measured_again_once_the_link_has_lost_half() -> None:
+    clock = Clock()
+    packer = Packer(clock, workers=1)
+    data = bfloat16(MIN_BYTES)
+
+    def packs_one() -> bool:
+        chunk = packer.begin(len(data), lambda: data)
+        if chunk is not None:
+            assert chunk.result() is not None
+            packer.end(chunk)
+        return chunk is not None
+
+    send(packer, clock, 5e6, 100, MIB)
+    clock.packing_s = 1.0  # another program has the processor
+    while packs_one():
+        pass
+    for link in (50e6, 30e6):
+        send(packer, clock, link, 100, MIB)
+        assert not packs_one()
+    send(packer, clock, 20e6, 100, MIB)
+    assert [packs_one(), packs_one()] == [True, False]  # one chunk tells that they are slow still
+    clock.packing_s = 0.001
+    assert not packs_one()
+    send(packer, clock, 9e6, 100, MIB)
+    assert [packs_one() for _ in range(9)] == [True] * 9
 
 
 def test_what_does_not_shrink_goes_as_it_is_on_any_link() -> None:
