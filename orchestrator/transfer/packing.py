@@ -93,6 +93,7 @@ class Packer:
             if self._is_closed or not self._free_places:
                 return None
             self._free_places -= 1
+            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
             return self._pool.submit(self._pack, read)
 
     def end(self, chunk: PackedChunk) -> None:
@@ -116,7 +117,6 @@ class Packer:
         rate = len(data) / max(self._clock() - begun, 1e-6)
         with self._lock:
             self._worker_bytes_per_s = _mean(self._worker_bytes_per_s, rate)
-            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
         return packed if len(packed) < len(data) else None
 
     def _free_place(self) -> None:
@@ -137,7 +137,8 @@ class Packer:
 
 def packing_pays(link: float | None, packers: float, fastest: float) -> bool:
     """Whether to pack a chunk, by rates in bytes/s: the link's now, all packers' as last measured, and the highest that
-    the link had since. One that has lost half since then gets a chunk packed to measure the packers anew."""
+    the link had since a chunk was last given to them. One that has lost half since then gives them one, to measure them
+    anew."""
     return link is not None and (link < packers or link < _LOST_HALF * fastest)
 
 

@@ -185,6 +185,19 @@ def test_packers_that_were_slow_for_a_while_are_measured_again_once_the_link_has
     assert [packs_one() for _ in range(9)] == [True] * 9
 
 
+def test_what_does_not_shrink_is_looked_at_once_on_a_fast_link_that_has_lost_half() -> None:
+    clock = Clock()
+    packer = Packer(clock, workers=1)
+    data = random.Random(3).randbytes(MIN_BYTES)
+    send(packer, clock, 1e9, 1000, MIB)
+    send(packer, clock, 4e8, 1000, MIB)
+    chunk = packer.begin(len(data), lambda: data)
+    assert chunk is not None
+    assert chunk.result() is None
+    packer.end(chunk)
+    assert packer.begin(len(data), no_read) is None
+
+
 def test_what_does_not_shrink_goes_as_it_is_on_any_link() -> None:
     data = random.Random(2).randbytes(MIN_BYTES)
     chunk = over_link(1e5).begin(len(data), lambda: data)
