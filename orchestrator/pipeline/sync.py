@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.errors import CheckpointError, ConfigurationError
+from orchestrator.errors import CheckpointError, ConfigurationError, RemoteEvalError
+from orchestrator.inspection import inspect_local
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file, sample_spans
+from orchestrator.transfer.order import classify, sending_order, tensor_bytes
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
@@ -105,6 +107,7 @@ def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
 
 
 def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadResult:
+    """Send the file, what `reconstruct` reads before the rest."""
     return upload_file(
         context.node,
         path,
@@ -112,7 +115,17 @@ def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadRes
         on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
         bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         packing=context.profile.pack_floats,
+        order=_weights_first(path, manifest),
     )
+
+
+def _weights_first(path: Path, manifest: ChunkManifest) -> list[int] | None:
+    """The order in which the chunks go; None, as they stand in the file, where no header can be read."""
+    try:
+        header = inspect_local(path)["header"]
+    except RemoteEvalError:
+        return None
+    return sending_order(classify(manifest, tensor_bytes(header)))
 
 
 def _locate(context: RunContext, request: LocateRequest) -> Located:
