@@ -28,7 +28,7 @@ def inspect_local(path: Path) -> dict[str, Any]:
     except ValueError:
         raise _no_answer(done) from None
     if document.get("error"):
-        raise _unreadable(document["error"])
+        raise unreadable(document["error"])
     return {"header": document["header"], "findings": document["findings"]}
 
 
@@ -52,7 +52,8 @@ def _run(path: Path, *options: str) -> subprocess.CompletedProcess[bytes]:
         ) from None
 
 
-def _unreadable(error: dict[str, Any]) -> RemoteEvalError:
+def unreadable(error: dict[str, Any]) -> RemoteEvalError:
+    """What to raise for a header that could not be read: `kind`, `message` and `action` are the reader's own words."""
     kind = IntegrityError if error.get("kind") in _DAMAGED else CheckpointError
     return kind(
         printable(str(error.get("message"))), action=printable(str(error.get("action") or "Check --checkpoint."))

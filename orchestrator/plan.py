@@ -39,7 +39,8 @@ class CheckpointReference:
 class RunPlan:
     """One run, immutable.
 
-    `profile` is the validated cluster profile as JSON, so that a later edit of the file cannot change a run under way.
+    `profile` is the validated cluster profile as JSON, so that a later edit of the file cannot change a run under way;
+    `source_profile` is that of the cluster where the checkpoint lies, if that is another one.
     `local_fingerprint` is [size, mtime_ns, inode] of a local checkpoint when it was planned. `plan_key` digests
     request, config, code and payload; equal keys mean equal work but for the checkpoint.
     """
@@ -60,10 +61,14 @@ class RunPlan:
     code: CodeSource | None = None
     nightly_target: str | None = None
     local_fingerprint: tuple[int, ...] = ()
+    source_profile: dict[str, Any] | None = None
     schema: int = 1
 
     def cluster_profile(self) -> ClusterProfile:
         return ClusterProfile.model_validate(self.profile)
+
+    def source_cluster_profile(self) -> ClusterProfile | None:
+        return None if self.source_profile is None else ClusterProfile.model_validate(self.source_profile)
 
     def to_text(self) -> str:
         return json.dumps(to_json(self), indent=1, sort_keys=True) + "\n"
@@ -75,7 +80,10 @@ class RunPlan:
 
 @dataclasses.dataclass(frozen=True)
 class SyncedCheckpoint:
-    """Where the checkpoint stands on the node and what it is: its digest, else [size, mtime_ns, inode]."""
+    """Where the checkpoint stands on the node and what it is: its digest, else [size, mtime_ns, inode].
+
+    `source_path` and `source_fingerprint` say the same of the other node that it was read on, if there was one.
+    """
 
     path: str
     digest: str | None
@@ -83,25 +91,18 @@ class SyncedCheckpoint:
     fingerprint: tuple[int, ...]
     how: str
     bytes_sent: int = 0
+    source_path: str | None = None
+    source_fingerprint: tuple[int, ...] = ()
 
 
-def parse_reference(text: str, cluster: str, *, exists_here: bool) -> CheckpointReference:
-    """`CLUSTER:path` for the chosen cluster, else a local path.
-
-    A local file whose name holds a colon wins where it exists. Another cluster's name in front of the colon is an error
-    rather than a local path that does not exist.
-    """
+def parse_reference(text: str, *, exists_here: bool) -> CheckpointReference:
+    """`CLUSTER:path`, else a local path. A local file whose name holds a colon wins where it exists."""
     head, colon, tail = text.partition(":")
-    if exists_here or not colon or "/" in head:
+    if exists_here or not head or not colon or "/" in head:
         return CheckpointReference(text)
-    if head != cluster:
-        raise UsageError(
-            f"the checkpoint is on {head!r} and the run on {cluster!r}",
-            action=f"Use --cluster {head}, or give a local path.",
-        )
     if not tail:
-        raise CheckpointError("the checkpoint reference has no path", action=f"Write {cluster}:PATH.")
-    return CheckpointReference(tail, cluster)
+        raise CheckpointError("the checkpoint reference has no path", action=f"Write {head}:PATH.")
+    return CheckpointReference(tail, head)
 
 
 def node_path(reference: CheckpointReference, roots: list[str]) -> str:

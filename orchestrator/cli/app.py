@@ -158,13 +158,12 @@ def history(
 @app.command()
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A local path, or CLUSTER:path.")],
-    cluster: Cluster = None,
     json: Json = False,
 ) -> None:
     """Header facts of a checkpoint, without loading it."""
     from orchestrator.cli import views
 
-    finish(lambda: views.inspect(checkpoint, cluster, as_json=json))
+    finish(lambda: views.inspect(checkpoint, as_json=json))
 
 
 @app.command()

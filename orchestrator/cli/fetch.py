@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from remote_payload.wire.messages import FileList
 
 _LIST_TIMEOUT_S = 60.0
-_DIGEST_TIMEOUT_S = 900.0
 _MAX_DEPTH = 8
 
 
@@ -82,10 +81,8 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     from orchestrator.pipeline.resolve import resolve_profile
     from orchestrator.plan import CheckpointReference, node_path
     from orchestrator.project import find_project
-    from orchestrator.transfer.node_copy import copy_to_node
+    from orchestrator.transfer.node_copy import copy_to_node, describe_file
     from orchestrator.transfer.stream_count import StreamPolicy
-    from remote_payload.wire.chunks import ChunkManifest
-    from remote_payload.wire.messages import FileList, ListRequest
 
     cluster, _, path = reference.partition(":")
     layout, project = LocalLayout.for_user(), find_project(Path.cwd())
@@ -96,25 +93,21 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     limits.append(limit_mbps * 1e6 / 8 if limit_mbps is not None else None)
     with world.open_node(near.profile, payload) as source, world.open_node(far.profile, payload) as target:
         there = node_path(CheckpointReference(path, cluster), near.profile.checkpoint_roots)
-        request = ListRequest(source.layout.root, there)
-        listed = source.call("list_files", request, FileList, timeout_s=_LIST_TIMEOUT_S)
-        manifest = source.call("chunk_manifest", request, ChunkManifest, timeout_s=_DIGEST_TIMEOUT_S)
+        file = describe_file(source, there)
         done = copy_to_node(
             source,
-            listed.path,
-            listed.files[0],
-            manifest,
+            file,
             target,
             streams=StreamPolicy(fixed=streams),
             bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
-            on_progress=functools.partial(world.reporter.transfer, posixpath.basename(listed.path)),
+            on_progress=functools.partial(world.reporter.transfer, posixpath.basename(file.path)),
         )
     reached = f"{other}:{done.path_on_node}"
     if as_json:
-        facts = {"bytes": manifest.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
-        print_json({"checkpoint": reached, "digest": manifest.digest, **facts})
+        facts = {"bytes": file.manifest.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
+        print_json({"checkpoint": reached, "digest": file.manifest.digest, **facts})
     else:
-        print(printable(f"{reached}: {human_bytes(manifest.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
+        print(printable(f"{reached}: {human_bytes(file.manifest.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
     return int(ExitCode.DONE)
 
 

@@ -119,11 +119,11 @@ def _evaluate(target: Target, identity: str, world: Services) -> TargetOutcome:
 def _reference(target: Target) -> str:
     """The target's checkpoint as a reference; a pattern here stands for the newest match."""
     from orchestrator.nightly import is_pattern, newest_match
+    from orchestrator.plan import parse_reference
 
     folder = Path(target.project or ".")
     text = target.checkpoint
-    is_remote = target.cluster is not None and text.startswith(f"{target.cluster}:")
-    if is_remote:
+    if parse_reference(text, exists_here=(folder / Path(text).expanduser()).exists()).cluster is not None:
         if is_pattern(text):
             raise UsageError("a pattern names files here only", action="Name the node's checkpoint itself.")
         return text
@@ -139,10 +139,10 @@ def _identity(target: Target, world: Services) -> str:
     from remote_payload.wire.messages import Located, LocateRequest
 
     project = find_project(Path(target.project or "."))
-    named = resolve_profile(target.cluster, project, world.layout)
-    reference = resolve_reference(_reference(target), named.name)
+    reference = resolve_reference(_reference(target))
     if reference.cluster is None:
         return _identity_text(reference.path, fingerprint(Path(reference.path)))
+    named = resolve_profile(reference.cluster, project, world.layout)
     with world.open_node(named.profile, build_payload(world.layout)) as node:
         path = node_path(reference, named.profile.checkpoint_roots)
         found = node.call("locate", LocateRequest(node.layout.root, path=path), Located)
@@ -169,6 +169,7 @@ def _unfinished(target: Target, identity: str, world: Services) -> RunPlan | Non
         synced = record.synced or {}
         local = _identity_text(plan.checkpoint.path, plan.local_fingerprint)
         there = _identity_text(str(synced.get("path")), tuple(synced.get("fingerprint", ())))
-        if plan.nightly_target == target.name and identity in (local, there):
+        source = _identity_text(str(synced.get("source_path")), tuple(synced.get("source_fingerprint", ())))
+        if plan.nightly_target == target.name and identity in (local, there, source):
             return plan
     return None

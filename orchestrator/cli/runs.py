@@ -178,7 +178,7 @@ def _node_logs(plan: RunPlan, world: Services, *, follow: bool, as_json: bool) -
         raise UsageError(f"{plan.run_id} has no attempt")
     offsets = dict.fromkeys(_LOG_NAMES, 0)
     gathered = dict.fromkeys(_LOG_NAMES, b"")
-    with context.node:
+    with context:
         while True:
             reply = read_status(context, attempt, offsets)
             new = {name: base64.b64decode(text) for name, text in reply.tails.items() if name in offsets}
@@ -235,7 +235,7 @@ def collect(run_id: str | None, *, as_json: bool) -> int:
     attempt = context.record().current_attempt
     if attempt is None:
         raise UsageError(f"{plan.run_id} was not launched yet", action=f"remote-eval resume {plan.run_id}")
-    with context.node:
+    with context:
         manifest = collect_now(context, attempt, is_final=attempt.fate in ("terminal", "lost"))
     if as_json:
         print_json({"run_id": plan.run_id, "folder": str(context.run.folder), "complete": manifest.complete})

@@ -41,7 +41,7 @@ def history(cluster: str | None, checkpoint: str | None, limit: int, *, rebuild:
     return int(ExitCode.DONE)
 
 
-def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
+def inspect(checkpoint: str, *, as_json: bool) -> int:
     """Header facts of a local file, or of one on a node."""
     from orchestrator.inspection import inspect_local, render_local
     from orchestrator.plan import local_checkpoint, node_path, parse_reference
@@ -49,8 +49,7 @@ def inspect(checkpoint: str, cluster: str | None, *, as_json: bool) -> int:
     from remote_payload.wire.messages import InspectRequest
 
     exists_here = Path(checkpoint).expanduser().exists()
-    name = cluster or (checkpoint.partition(":")[0] if ":" in checkpoint and not exists_here else "")
-    reference = parse_reference(checkpoint, name, exists_here=exists_here)
+    reference = parse_reference(checkpoint, exists_here=exists_here)
     if reference.cluster is None:
         path = local_checkpoint(reference, folders=True)
         if as_json:

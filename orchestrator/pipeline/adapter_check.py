@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from orchestrator.doctor import Check, CheckState
-from orchestrator.payload import payload_for
-from orchestrator.pipeline.context import RunContext, Services
+from orchestrator.pipeline.context import Services
 from orchestrator.pipeline.preflight import examine
 from orchestrator.pipeline.resolve import Request, draft
+from orchestrator.pipeline.run import open_run
 from remote_payload.wire.messages import Preflight
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Severity
@@ -19,11 +19,7 @@ _STATES = {Severity.ERROR: CheckState.ERROR, Severity.WARNING: CheckState.WARNIN
 def check_on_node(request: Request, services: Services) -> list[Check]:
     """Meta-device build, shapes, signatures, one real sample and a dry run. Raises what resolving, connecting and
     reading the checkpoint's header raise."""
-    plan = draft(request, services)
-    profile = plan.cluster_profile()
-    node = services.open_node(profile, payload_for(plan.payload_sha256, services.layout))
-    context = RunContext(plan, services.layout.run(plan.run_id), profile, node, services)
-    with node:
+    with open_run(draft(request, services), services) as context:
         return list(_checks(examine(context)))
 
 

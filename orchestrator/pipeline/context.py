@@ -50,13 +50,23 @@ class Services:
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """One run under way."""
+    """One run under way. `source`: the node that holds the checkpoint, where that is another than the run's."""
 
     plan: RunPlan
     run: RunLayout
     profile: ClusterProfile
     node: Node
     services: Services
+    source: Node | None = None
+
+    def __enter__(self) -> RunContext:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the connections; what is asked of a node afterwards makes a new one."""
+        self.node.disconnect()
+        if self.source is not None:
+            self.source.disconnect()
 
     @property
     def journal(self) -> Journal:

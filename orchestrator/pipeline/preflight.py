@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from orchestrator.errors import (
@@ -19,7 +18,9 @@ from orchestrator.fsutil import write_atomically
 from orchestrator.inspection import inspect_local
 from orchestrator.node import CLOCK_OFFSET_WARNING_S
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.sync import locate_in_place, sync_code
+from orchestrator.pipeline.elsewhere import inspect_on_source
+from orchestrator.pipeline.locate import locate_in_place
+from orchestrator.pipeline.sync import sync_code
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.messages import Preflight, PreflightRequest
@@ -54,34 +55,38 @@ def preflight(context: RunContext) -> Preflight:
 def examine(context: RunContext) -> Preflight:
     """What the node finds of itself, the checkpoint's header and the adapter; the code is sent for it.
 
-    Raises what `preflight` does for a local checkpoint whose header is bad.
+    Raises what `preflight` does for a checkpoint that is not on the node and whose header is bad.
     """
-    plan = context.plan
+    plan, source = context.plan, context.source
     is_health_only = all(job.name == "health" for job in plan.jobs)
-    header, size, here = None, 0, plan.checkpoint.cluster is None
-    if here:
+    header, needed_bytes, is_there = None, 0, False
+    if source is not None:
+        checkpoint = locate_in_place(source, plan.checkpoint)
+        header = _header(lambda: inspect_on_source(source, checkpoint.path), is_health_only)
+        needed_bytes = checkpoint.size
+    elif plan.checkpoint.cluster is None:
         path = local_checkpoint(plan.checkpoint, folders=context.profile.embedded)
-        header = _local_header(path, is_health_only)
-        size = path.stat().st_size if path.is_file() else 0
-        checkpoint = SyncedCheckpoint(str(path), None, size, (), "local")
+        header = _header(lambda: inspect_local(path), is_health_only)
+        checkpoint = SyncedCheckpoint(str(path), None, path.stat().st_size if path.is_file() else 0, (), "local")
+        needed_bytes = 0 if context.profile.embedded else checkpoint.size
     else:
-        checkpoint = locate_in_place(context)
+        checkpoint, is_there = locate_in_place(context.node, plan.checkpoint), True
     sync_code(context)
     request = PreflightRequest(
         context.node.layout.root,
         gpu_policy=context.profile.gpu.device,
-        plan=node_plan(plan, checkpoint) if header is not None or not here else None,
+        plan=node_plan(plan, checkpoint) if header is not None or is_there else None,
         timeout_s=PROBE_TIMEOUT_S,
         header=header,
-        needed_bytes=0 if context.profile.embedded else size,
+        needed_bytes=needed_bytes,
     )
     return context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
 
 
-def _local_header(path: Path, is_health_only: bool) -> dict[str, Any] | None:
+def _header(inspect: Callable[[], dict[str, Any]], is_health_only: bool) -> dict[str, Any] | None:
     """The header; None for a damaged file that goes to `health` alone. Refuses what the header gives away."""
     try:
-        inspected = inspect_local(path)
+        inspected = inspect()
     except IntegrityError:
         if not is_health_only:
             raise

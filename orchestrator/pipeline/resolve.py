@@ -59,7 +59,9 @@ def draft(request: Request, services: Services) -> RunPlan:
         raise UsageError(f"--num-samples must be 0 to {MAX_NUM_SAMPLES}", action="It counts pictures only.")
     project = find_project(request.start_folder)
     named = resolve_profile(request.cluster, project, services.layout)
-    reference = resolve_reference(request.checkpoint, named.name, folders=named.profile.embedded)
+    reference = resolve_reference(request.checkpoint, folders=named.profile.embedded)
+    is_elsewhere = reference.cluster not in (None, named.name)
+    source = resolve_profile(reference.cluster, project, services.layout) if is_elsewhere else None
     jobs = choose_jobs(request.jobs, project.file.jobs)
     config_path = request.config or (project.folder / project.file.config if project.file.config else None)
     config = load_config(
@@ -82,6 +84,7 @@ def draft(request: Request, services: Services) -> RunPlan:
         created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         cluster=named.name,
         profile=named.profile.model_dump(mode="json", by_alias=True),
+        source_profile=source.profile.model_dump(mode="json", by_alias=True) if source else None,
         checkpoint=reference,
         jobs=jobs,
         settings=config.settings,
@@ -114,9 +117,9 @@ def resolve_profile(cluster: str | None, project: Project, layout: LocalLayout) 
     return load_profile(name, layout, project.folder)
 
 
-def resolve_reference(text: str, cluster: str, *, folders: bool = False) -> CheckpointReference:
+def resolve_reference(text: str, *, folders: bool = False) -> CheckpointReference:
     """The checkpoint reference; a local one is made absolute and must be a regular file, or a folder if allowed."""
-    reference = parse_reference(text, cluster, exists_here=Path(text).expanduser().exists())
+    reference = parse_reference(text, exists_here=Path(text).expanduser().exists())
     if reference.cluster is None:
         return CheckpointReference(str(local_checkpoint(reference, folders=folders)))
     return reference

@@ -60,9 +60,11 @@ def load_plan(run_id: str, layout: LocalLayout) -> RunPlan:
 
 def open_run(plan: RunPlan, services: Services) -> RunContext:
     """A context for stages; nothing is connected yet."""
-    profile = plan.cluster_profile()
+    profile, elsewhere = plan.cluster_profile(), plan.source_cluster_profile()
     payload = payload_for(plan.payload_sha256, services.layout)
-    return RunContext(plan, services.layout.run(plan.run_id), profile, services.open_node(profile, payload), services)
+    source = services.open_node(elsewhere, payload) if elsewhere is not None else None
+    node = services.open_node(profile, payload)
+    return RunContext(plan, services.layout.run(plan.run_id), profile, node, services, source)
 
 
 def advance(
@@ -81,7 +83,7 @@ def advance(
     with exclusive_lock(run.lock, plan.run_id):
         context = open_run(plan, services)
         try:
-            with context.node:
+            with context:
                 return _advance(context, detach, retry)
         except RemoteEvalError as error:
             context.note_entry(
@@ -100,7 +102,7 @@ def cancel(plan: RunPlan, services: Services) -> AttemptStatus | None:
     attempt = context.record().current_attempt
     if attempt is None:
         return None
-    with context.node:
+    with context:
         ref = launching.reference(context, attempt)
         if attempt.fate == "intended":
             decided = context.node.call("void", ref, Decided)
@@ -117,7 +119,7 @@ def read_node_status(plan: RunPlan, services: Services, offsets: dict[str, int] 
     attempt = context.record().current_attempt
     if attempt is None:
         return None
-    with context.node:
+    with context:
         return launching.read_status(context, attempt, offsets)
 
 

@@ -2,66 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from orchestrator.errors import CheckpointError, ConfigurationError, RemoteEvalError
 from orchestrator.inspection import inspect_local
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
-from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_path
+from orchestrator.pipeline.elsewhere import copy_from_source
+from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
+from orchestrator.plan import SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
-from orchestrator.transfer.fingerprints import LocalFile, digest_local_file, sample_spans
+from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.order import classify, sending_order, tensor_bytes
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.messages import Located, LocateRequest, Unpacked, UnpackRequest
-
-LOCATE_TIMEOUT_S = 900.0
-"""A candidate of the same size is read in full on the node before it counts as the same file."""
-
-
-def locate_in_place(context: RunContext) -> SyncedCheckpoint:
-    """The checkpoint that is on the node already. Raises `CheckpointError` where it is not."""
-    path = node_path(context.plan.checkpoint, context.profile.checkpoint_roots)
-    found = _locate(context, LocateRequest(context.node.layout.root, path=path))
-    if not found.found or found.path is None:
-        raise CheckpointError(
-            f"there is no file at {context.plan.cluster}:{path}",
-            action="Check the path; relative ones start at the profile's first checkpoint root.",
-        )
-    return _synced(found)
+from remote_payload.wire.messages import Unpacked, UnpackRequest
 
 
 def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
-    """Find the local checkpoint on the node by content, or send it."""
+    """Find the checkpoint on the node, by content where it lies elsewhere; else send it, or copy it from its node."""
+    if context.source is not None:
+        return copy_from_source(context, context.source)
     if context.plan.checkpoint.cluster is not None:
-        return locate_in_place(context)
+        return locate_in_place(context.node, context.plan.checkpoint)
     path = local_checkpoint(context.plan.checkpoint, folders=context.profile.embedded)
     if path.is_dir():
         # Of a folder nobody computes a digest: it is used where it is, and its files' names and times stand for it.
-        return _synced(_locate(context, LocateRequest(context.node.layout.root, path=str(path))), digest=None)
+        return _here(context, path)
     local = _digest_while_connecting(context, path)
     manifest = local.manifest
     if context.profile.embedded:
         # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
-        here = _locate(context, LocateRequest(context.node.layout.root, path=str(path)))
-        return _synced(here, digest=manifest.digest)
-    found = _locate(
-        context,
-        LocateRequest(
-            context.node.layout.root,
-            digest=manifest.digest,
-            size=manifest.size,
-            search_roots=tuple(context.profile.checkpoint_roots),
-            sample=sample_spans(manifest),
-        ),
-    )
-    if found.found:
+        return dataclasses.replace(_here(context, path), digest=manifest.digest)
+    found = find_by_content(context, manifest)
+    if found is not None:
         context.node.drop_prepared_streams()
-        context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
-        return _synced(found, digest=manifest.digest)
+        return found
     try:
         sent = _send(context, path, manifest)
     except LocalFileChangedError:
@@ -89,6 +68,13 @@ def sync_code(context: RunContext) -> None:
     sent = upload_file(context.node, archive.path, local.manifest, on_progress=lambda _: None)
     request = UnpackRequest(context.node.layout.root, sent.path_on_node, archive.sha256)
     context.node.call("unpack_code", request, Unpacked)
+
+
+def _here(context: RunContext, path: Path) -> SyncedCheckpoint:
+    found = locate_at(context.node, str(path))
+    if found is None:
+        raise CheckpointError(f"there is no file at {path}", action="Check --checkpoint.")
+    return found
 
 
 def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
@@ -126,14 +112,3 @@ def _weights_first(path: Path, manifest: ChunkManifest) -> list[int] | None:
     except RemoteEvalError:
         return None
     return sending_order(classify(manifest, tensor_bytes(header)))
-
-
-def _locate(context: RunContext, request: LocateRequest) -> Located:
-    return context.node.call("locate", request, Located, timeout_s=LOCATE_TIMEOUT_S)
-
-
-def _synced(found: Located, digest: str | None = None) -> SyncedCheckpoint:
-    if found.path is None or found.size is None:
-        raise CheckpointError("the node found the checkpoint and names no path")
-    fingerprint = tuple(v for v in (found.size, found.mtime_ns, found.inode) if v is not None)
-    return SyncedCheckpoint(found.path, found.digest or digest, found.size, fingerprint, found.how)

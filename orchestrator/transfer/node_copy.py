@@ -11,7 +11,8 @@ import hashlib
 import threading
 import time
 
-from orchestrator.errors import ConnectionLostError, IntegrityError
+from orchestrator.errors import CheckpointError, ConnectionLostError, IntegrityError
+from orchestrator.node import Node
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
@@ -26,16 +27,40 @@ from orchestrator.transfer.sender import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.messages import ListedFile
+from remote_payload.wire.messages import FileList, ListedFile, ListRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.stream import MAX_DATA_BYTES, RAW_ENCODING, FrameKind, SendRequest, SpanEnd, SpanFacts, Want
+
+LIST_TIMEOUT_S = 60.0
+DIGEST_TIMEOUT_S = 900.0
+"""A file is read in full on its node before its chunks are known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedFile:
+    """A file on a node, absolute `path`, as it was `listed` and then read."""
+
+    path: str
+    listed: ListedFile
+    manifest: ChunkManifest
+
+
+def describe_file(node: Node, path: str) -> DescribedFile:
+    """Ask `node` for the chunks of the file at `path`. Raises `CheckpointError` for a folder, and what `Node.call`
+    does."""
+    request = ListRequest(node.layout.root, path)
+    listed = node.call("list_files", request, FileList, timeout_s=LIST_TIMEOUT_S)
+    if listed.is_folder or len(listed.files) != 1:
+        raise CheckpointError(
+            f"{printable(listed.path)} is a folder, and only single files are copied", action="Name one of its files."
+        )
+    manifest = node.call("chunk_manifest", request, ChunkManifest, timeout_s=DIGEST_TIMEOUT_S)
+    return DescribedFile(listed.path, listed.files[0], manifest)
 
 
 def copy_to_node(
     source: StreamOpener,
-    path: str,
-    listed: ListedFile,
-    manifest: ChunkManifest,
+    described: DescribedFile,
     target: StreamOpener,
     *,
     streams: StreamPolicy | None = None,
@@ -43,15 +68,12 @@ def copy_to_node(
     on_progress: ProgressListener | None = None,
     retry: ReconnectPolicy | None = None,
 ) -> UploadResult:
-    """Put the file at `path` on `source`, as it was `listed` and as its `manifest` says, into `target`'s store.
-
-    Raises as `upload_file`, for either node.
-    """
-    file = NodeFile(source, path, listed, retry or ReconnectPolicy())
+    """Put the file that was `described` on `source` into `target`'s store. Raises as `upload_file`, for either node."""
+    file = NodeFile(source, described.path, described.listed, retry or ReconnectPolicy())
     return upload_file(
         target,
         file,
-        manifest,
+        described.manifest,
         streams=streams,
         bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
         on_progress=on_progress,

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
@@ -17,10 +16,8 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.connect import connect
 from orchestrator.ssh.settings import RetryPolicy
 from orchestrator.transfer.channel import ReconnectPolicy
-from orchestrator.transfer.node_copy import copy_to_node
+from orchestrator.transfer.node_copy import copy_to_node, describe_file
 from orchestrator.transfer.progress import TransferProgress
-from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.messages import FileList, ListRequest
 from tests.support.sshd import Sshd, start_sshd
 from tests.support.world import World, make_world
 
@@ -41,14 +38,7 @@ def world(tmp_path: Path, servers: tuple[Sshd, Sshd]) -> World:
     small = tmp_path / "small.pt"
     small.write_bytes(CONTENT)
     made = make_world(tmp_path, servers[0], small, sys.executable)
-    profile = yaml.safe_load(made.profile.read_text())
-    profile.update(
-        port=servers[1].port,
-        identity_files=[str(servers[1].client_key)],
-        known_hosts_file=str(servers[1].known_hosts),
-        node_root=str(tmp_path / "other root"),
-    )
-    made.profile.with_name("other.yaml").write_text(yaml.safe_dump(profile))
+    made.add_cluster("other", servers[1], tmp_path / "other node")
     return made
 
 
@@ -83,14 +73,9 @@ def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[
             cuts.pop(0)[1].kill_sessions()
 
     with nodes[0] as source, nodes[1] as target:
-        request = ListRequest(source.layout.root, str(source_file))
-        listed = source.call("list_files", request, FileList)
-        manifest = source.call("chunk_manifest", request, ChunkManifest)
         done = copy_to_node(
             source,
-            listed.path,
-            listed.files[0],
-            manifest,
+            describe_file(source, str(source_file)),
             target,
             on_progress=cut,
             retry=SOON,

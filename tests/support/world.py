@@ -132,6 +132,20 @@ class World:
         values = yaml.safe_load(self.profile.read_text())
         self.profile.write_text(yaml.safe_dump({**values, **changes}))
 
+    def add_cluster(self, name: str, sshd: Sshd, node: Path, **changes: Any) -> None:
+        """A second cluster, as the first but for its server, its root and its checkpoint root, all below `node`."""
+        (node / "data").mkdir(parents=True)
+        values = yaml.safe_load(self.profile.read_text())
+        values.update(
+            port=sshd.port,
+            identity_files=[str(sshd.client_key)],
+            known_hosts_file=str(sshd.known_hosts),
+            node_root=str(node / "root of ours"),
+            checkpoint_roots=[str(node / "data")],
+            **changes,
+        )
+        self.profile.with_name(f"{name}.yaml").write_text(yaml.safe_dump(values))
+
 
 def until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """Wait for a condition of another process; a bounded poll, since there is nothing to be woken by."""

@@ -31,18 +31,17 @@ from remote_payload.wire.plan import CodeSource, EvaluationSettings, JobSpec
         ("./tensor02:odd", False, CheckpointReference("./tensor02:odd")),
         ("runs/best.pt", False, CheckpointReference("runs/best.pt")),
         ("tensor02:with:colon", False, CheckpointReference("with:colon", "tensor02")),
+        (":odd", False, CheckpointReference(":odd")),
     ],
 )
-def test_a_reference_is_local_or_on_the_chosen_cluster(
-    text: str, exists_here: bool, expected: CheckpointReference
-) -> None:
-    assert parse_reference(text, "tensor02", exists_here=exists_here) == expected
+def test_a_reference_is_local_or_on_a_cluster(text: str, exists_here: bool, expected: CheckpointReference) -> None:
+    assert parse_reference(text, exists_here=exists_here) == expected
 
 
-def test_another_clusters_checkpoint_is_refused_rather_than_looked_for_here() -> None:
-    with pytest.raises(UsageError) as caught:
-        parse_reference("tensor03:a.pt", "tensor02", exists_here=False)
-    assert "--cluster tensor03" in caught.value.action
+def test_a_cluster_without_a_path_is_refused() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse_reference("tensor02:", exists_here=False)
+    assert "tensor02:PATH" in caught.value.action
 
 
 def test_a_relative_path_starts_at_the_first_root() -> None:

@@ -1,0 +1,59 @@
+"""Finding a checkpoint that is on the run's node already."""
+
+from __future__ import annotations
+
+from orchestrator.errors import CheckpointError
+from orchestrator.node import Node
+from orchestrator.pipeline.context import RunContext
+from orchestrator.plan import CheckpointReference, SyncedCheckpoint, node_path
+from orchestrator.transfer.fingerprints import sample_spans
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.messages import Located, LocateRequest
+
+LOCATE_TIMEOUT_S = 900.0
+"""A candidate of the same size is read in full on the node before it counts as the same file."""
+
+
+def locate_in_place(node: Node, reference: CheckpointReference) -> SyncedCheckpoint:
+    """The checkpoint where `reference` says that `node` has it. Raises `CheckpointError` where it does not."""
+    path = node_path(reference, node.profile.checkpoint_roots)
+    found = locate_at(node, path)
+    if found is None:
+        raise CheckpointError(
+            f"there is no file at {reference.cluster}:{path}",
+            action="Check the path; relative ones start at the profile's first checkpoint root.",
+        )
+    return found
+
+
+def locate_at(node: Node, path: str) -> SyncedCheckpoint | None:
+    """What stands at a path on the node."""
+    return _synced(_locate(node, LocateRequest(node.layout.root, path=path)))
+
+
+def find_by_content(context: RunContext, manifest: ChunkManifest) -> SyncedCheckpoint | None:
+    """A file with this content in the node's store or below the profile's checkpoint roots."""
+    request = LocateRequest(
+        context.node.layout.root,
+        digest=manifest.digest,
+        size=manifest.size,
+        search_roots=tuple(context.profile.checkpoint_roots),
+        sample=sample_spans(manifest),
+    )
+    found = _synced(_locate(context.node, request))
+    if found is not None:
+        context.reporter.note(f"the checkpoint is on the node already ({found.how}): 0 bytes to send")
+    return found
+
+
+def _locate(node: Node, request: LocateRequest) -> Located:
+    return node.call("locate", request, Located, timeout_s=LOCATE_TIMEOUT_S)
+
+
+def _synced(found: Located) -> SyncedCheckpoint | None:
+    if not found.found:
+        return None
+    if found.path is None or found.size is None:
+        raise CheckpointError("the node found the checkpoint and names no path")
+    fingerprint = tuple(v for v in (found.size, found.mtime_ns, found.inode) if v is not None)
+    return SyncedCheckpoint(found.path, found.digest, found.size, fingerprint, found.how)

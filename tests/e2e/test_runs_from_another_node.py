@@ -1,0 +1,220 @@
+"""A run on one node of a checkpoint that lies on another, each behind a real sshd of its own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from orchestrator.errors import ExitCode
+from remote_payload.wire.chunks import chunk_spans
+from tests.support.sshd import Sshd, start_sshd
+from tests.support.world import World, make_world, until
+
+RUN = ("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "count")
+LARGE_BYTES = 48 * 1024 * 1024
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Path:
+    """The folder of the second node, where the run is."""
+    return tmp_path / "far node"
+
+
+@pytest.fixture
+def world(tmp_path: Path, far: Path, e2e_sshd: Sshd, small_checkpoint: Path, torchless_python: str) -> Iterator[World]:
+    server = start_sshd(tmp_path / "far-sshd")
+    made = make_world(tmp_path, e2e_sshd, small_checkpoint, torchless_python)
+    made.add_cluster("other", server, far)
+    yield made
+    server.stop()
+
+
+def edit_far(world: World, **changes: Any) -> None:
+    path = world.profile.with_name("other.yaml")
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
+
+
+def provenance(world: World, run_id: str) -> dict[str, Any]:
+    found = json.loads((world.run_folder(run_id) / "provenance.json").read_text())
+    return dict(found["checkpoint"])
+
+
+def stored(far: Path) -> list[Path]:
+    """Checkpoints in the far node's store, which keeps the user's code as well."""
+    files = (far / "root of ours" / "checkpoints").glob("*/file")
+    return [path for path in files if path.read_bytes()[:2] == b"PK"]
+
+
+def make_large(world: World) -> bytes:
+    path = world.node / "data" / "best.pt"
+    torch.save({"w": torch.randn(LARGE_BYTES // 4, generator=torch.Generator().manual_seed(1))}, path)
+    return path.read_bytes()
+
+
+def durable_bytes(world: World, far: Path) -> int:
+    """What the far node has journalled of the large checkpoint."""
+    path = world.node / "data" / "best.pt"
+    chunks = chunks_of(path, path.stat().st_size)
+    journals = (far / "root of ours" / "checkpoints").glob("*/file.journal")
+    lines = b"".join(journal.read_bytes() for journal in journals)
+    return sum(chunks[int(index)] for index in set(re.findall(rb"(?m)^(\d+) [0-9a-f]{16}\.$", lines)))
+
+
+@functools.cache
+def chunks_of(path: Path, size: int) -> list[int]:
+    with path.open("rb") as file:
+        return [length for _, length in chunk_spans(file, size)]
+
+
+def cut_off(server: Sshd) -> None:
+    """End a server and its connections, none of which is made again meanwhile."""
+    server.process.send_signal(signal.SIGSTOP)
+    server.kill_sessions()
+    server.stop()
+
+
+def test_the_checkpoint_is_copied_once_and_keeps_its_name(world: World, far: Path) -> None:
+    world.with_torch()
+    edit_far(world, python=yaml.safe_load(world.profile.read_text())["python"])
+    run = ("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "health")
+    result = world.json(*run)
+    assert result["verdict"]["dimensions"]["integrity"] == "pass"
+    original = (world.node / "data" / "best.pt").read_bytes()
+    assert [path.read_bytes() for path in stored(far)] == [original]
+    first = provenance(world, result["run_id"])
+    assert (first["how"], first["reference"], first["bytes_sent"]) == ("copied", "lab:best.pt", len(original))
+    assert first["source_path"] == str(world.node / "data" / "best.pt")
+    again = provenance(world, world.json(*run)["run_id"])
+    assert (again["how"], again["bytes_sent"], again["digest"]) == ("store", 0, first["digest"])
+    rows = world.json("history")
+    assert {row["checkpoint"] for row in rows} == {"lab:best.pt"}
+    assert len({row["lineage"] for row in rows}) == 1
+    assert not [p for p in world.home.rglob("*") if p.is_file() and p.read_bytes() == original]
+
+
+def test_what_the_run_s_node_has_elsewhere_by_content_is_used_there(world: World, far: Path) -> None:
+    copy = far / "data" / "another name.pt"
+    copy.write_bytes((world.node / "data" / "best.pt").read_bytes())
+    found = provenance(world, world.json(*RUN)["run_id"])
+    assert (found["how"], found["path"], found["bytes_sent"]) == ("by_content", str(copy), 0)
+    assert stored(far) == []
+
+
+def test_a_client_killed_amid_the_copy_goes_on_without_the_profile_and_sends_nothing_again(
+    world: World, far: Path
+) -> None:
+    content = make_large(world)
+    edit_far(world, bandwidth_limit_mbps=60)
+    client = world.start(*RUN)
+    until(lambda: durable_bytes(world, far) >= 16 * 1024 * 1024)
+    client.kill()
+    client.communicate(timeout=30)
+    (run_id,) = world.run_ids()
+    assert stored(far) == []
+    for name in ("lab.yaml", "other.yaml"):
+        world.profile.with_name(name).unlink()
+    until(lambda: not senders(world))
+    durable = durable_bytes(world, far)
+    world.json("resume", run_id)
+    assert [path.read_bytes() for path in stored(far)] == [content]
+    sent = provenance(world, run_id)["bytes_sent"]
+    assert sent == len(content) - durable
+
+
+def senders(world: World) -> list[str]:
+    """Agents that still hold the file of the killed client open."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
+    return [line for line in listed.splitlines() if "agent stream" in line and str(world.node.parent) in line]
+
+
+def test_a_file_that_changes_while_it_is_copied_is_an_error_and_runs_nothing(world: World, far: Path) -> None:
+    make_large(world)
+    edit_far(world, bandwidth_limit_mbps=60)
+    client = world.start(*RUN)
+    until(lambda: durable_bytes(world, far) > 0)
+    with (world.node / "data" / "best.pt").open("r+b") as file:
+        file.seek(LARGE_BYTES - 4096)
+        file.write(os.urandom(64))
+    output, _ = client.communicate(timeout=60)
+    assert client.returncode == ExitCode.INTEGRITY, output
+    assert "changed while it was" in output
+    assert stored(far) == []
+    assert not (far / "root of ours" / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_before_a_byte_moves(world: World, far: Path) -> None:
+    path = world.node / "data" / "best.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    world.json(*RUN, expect=int(ExitCode.INTEGRITY))
+    assert not (far / "root of ours" / "checkpoints").exists()
+
+
+def test_what_is_no_checkpoint_is_refused_as_it_is_for_a_local_file(world: World) -> None:
+    (world.node / "data" / "best.pt").write_text("words\n")
+    (world.project / "words.pt").write_text("words\n")
+    there = world.json(*RUN, expect=int(ExitCode.USAGE))
+    here = world.json("--checkpoint", "words.pt", "--jobs", "count", expect=int(ExitCode.USAGE))
+    assert (there["error"], there["action"]) == (here["error"], here["action"])
+
+
+def test_a_path_that_is_not_there_is_said_in_a_sentence(world: World) -> None:
+    refused = world.json("--cluster", "other", "--checkpoint", "lab:none.pt", "--jobs", "count", expect=2)
+    assert refused["error"] == "CheckpointError"
+    assert "lab:" in refused["cause"]
+    assert "none.pt" in refused["cause"]
+
+
+def test_a_cluster_that_nobody_knows_is_refused_before_anything_is_planned(world: World) -> None:
+    refused = world.json("--cluster", "other", "--checkpoint", "lob:best.pt", "--jobs", "count", expect=2)
+    assert "lab" in refused["action"]
+    assert world.run_ids() == []
+
+
+def test_a_source_that_does_not_answer_pauses_the_run_until_it_does(world: World, tmp_path: Path, far: Path) -> None:
+    near = start_sshd(tmp_path / "near-sshd")
+    keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
+    world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
+    near.stop()
+    refused = world.json(*RUN, expect=int(ExitCode.UNREACHABLE))
+    assert str(near.port) in refused["cause"]
+    (run_id,) = world.run_ids()
+    assert not (far / "root of ours" / "runs").exists()
+    near = start_sshd(near.folder, port=near.port)
+    try:
+        assert world.json("resume", run_id)["run_id"] == run_id
+    finally:
+        near.stop()
+    assert len(stored(far)) == 1
+
+
+def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_path: Path, far: Path) -> None:
+    content = make_large(world)
+    near = start_sshd(tmp_path / "near-sshd")
+    keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
+    world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
+    edit_far(world, bandwidth_limit_mbps=60)
+    client = world.start(*RUN)
+    until(lambda: durable_bytes(world, far) >= 16 * 1024 * 1024)
+    cut_off(near)
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode == ExitCode.UNREACHABLE, output
+    (run_id,) = world.run_ids()
+    durable = durable_bytes(world, far)
+    near = start_sshd(near.folder, port=near.port)
+    try:
+        world.json("resume", run_id)
+    finally:
+        near.stop()
+    assert [path.read_bytes() for path in stored(far)] == [content]
+    assert provenance(world, run_id)["bytes_sent"] == len(content) - durable
