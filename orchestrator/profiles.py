@@ -115,7 +115,7 @@ class ClusterProfile(_Strict):
     retry: RetryProfile = Field(default=RetryProfile(), description="Patience with the network.")
     pack_floats: bool = Field(
         default=True,
-        description="Send floats in fewer bytes where the link is slower than packing; costs processor time here.",
+        description="Floats travel in fewer bytes where the link is slower than packing, which costs processor time.",
     )
     bandwidth_limit_mbps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Upper bound for transfers, in megabits per second."

@@ -67,6 +67,7 @@ def fetch(
                 overwrite=force,
                 streams=StreamPolicy(fixed=streams),
                 bandwidth_limit_bytes_per_s=limit,
+                packing=named.profile.pack_floats,
                 on_progress=functools.partial(world.reporter.transfer, target.name),
             )
             results.append(done)
@@ -100,6 +101,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
             target,
             streams=StreamPolicy(fixed=streams),
             bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
+            packing=near.profile.pack_floats and far.profile.pack_floats,
             on_progress=functools.partial(world.reporter.transfer, posixpath.basename(file.path)),
         )
     reached = f"{other}:{done.path_on_node}"

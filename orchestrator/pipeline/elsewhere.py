@@ -42,6 +42,7 @@ def _copied(context: RunContext, source: Node, file: DescribedFile) -> SyncedChe
         file,
         context.node,
         bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
+        packing=source.profile.pack_floats and context.profile.pack_floats,
         on_progress=functools.partial(context.reporter.transfer, "checkpoint"),
     )
     return SyncedCheckpoint(done.path_on_node, file.manifest.digest, file.manifest.size, (), "copied", done.bytes_sent)

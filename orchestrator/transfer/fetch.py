@@ -7,6 +7,7 @@ killed, reads and fetches nothing again.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,16 +26,26 @@ from orchestrator.transfer.channel import (
     StreamOpener,
     with_reconnects,
 )
+from orchestrator.transfer.packing import MIN_BYTES, PackingRates, Unpacker
 from orchestrator.transfer.partial import SpanFile
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamPool
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
-from remote_payload.wire.stream import MAX_DATA_BYTES, FrameKind, SendRequest, SpanEnd, SpanFacts, Want
+from remote_payload.wire.stream import (
+    MAX_DATA_BYTES,
+    PACKED_ENCODING,
+    FrameKind,
+    SendRequest,
+    SpanEnd,
+    SpanFacts,
+    Want,
+)
 
 SPAN_BYTES = 8 * 1024 * 1024
 WANTS_AHEAD = 4
+PIECE_BYTES = 1024 * 1024
 MAX_FILE_BYTES = 1 << 44
 _TICK_S = 0.2
 _WAIT_S = 600.0
@@ -43,7 +54,8 @@ _SAMPLES = 8
 
 @dataclasses.dataclass(frozen=True)
 class FetchResult:
-    """`how` is fetched, or unchanged where the target had the file already. `bytes_saved` were here from before."""
+    """`how` is fetched, or unchanged where the target had the file already. `bytes_saved` were here from before;
+    `bytes_packed` is what packing took off what was received."""
 
     target: Path
     how: str
@@ -51,6 +63,7 @@ class FetchResult:
     bytes_received: int
     bytes_saved: int
     seconds: float
+    bytes_packed: int = 0
 
 
 def fetch_file(
@@ -62,6 +75,7 @@ def fetch_file(
     overwrite: bool = False,
     streams: StreamPolicy | None = None,
     bandwidth_limit_bytes_per_s: float | None = None,
+    packing: bool = True,
     on_progress: ProgressListener | None = None,
     retry: ReconnectPolicy | None = None,
     on_reconnect: ReconnectListener | None = None,
@@ -69,6 +83,7 @@ def fetch_file(
 ) -> FetchResult:
     """Bring the file at the absolute `path` on the node, as it was `listed`, to `target`, whose folder exists.
 
+    `packing`: floats come in fewer bytes where the link is slower than that takes.
     Raises `UsageError` (another file is at the target and `overwrite` is not set; this disk refuses), `IntegrityError`
     (it changed on the node), `LockedError`, and the `UnreachableError` family once `retry` is exhausted. What arrived
     before any of them is kept.
@@ -80,7 +95,8 @@ def fetch_file(
 
     def new_work(listener: ProgressListener | None) -> _Work:
         count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
-        return _Work(opener, path, listed, count, TokenBucket(bandwidth_limit_bytes_per_s), listener, idle_timeout_s)
+        bucket = TokenBucket(bandwidth_limit_bytes_per_s)
+        return _Work(opener, path, listed, count, bucket, packing, listener, idle_timeout_s)
 
     if target.is_symlink() or target.exists():
         if _is_the_same(new_work(None), target, policy, on_reconnect):
@@ -98,7 +114,8 @@ def fetch_file(
         file.finish(listed.mtime_ns)
     finally:
         file.close()
-    return FetchResult(target, "fetched", listed.size, work.bytes_received, saved, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return FetchResult(target, "fetched", listed.size, work.bytes_received, saved, seconds, work.bytes_packed)
 
 
 def span_count(size: int) -> int:
@@ -118,16 +135,21 @@ class _Work:
         listed: ListedFile,
         count: StreamCount,
         bucket: TokenBucket,
+        packing: bool,
         on_progress: ProgressListener | None,
         idle_timeout_s: float,
     ) -> None:
         self.bytes_received = 0
+        self.bytes_packed = 0
         self.done_bytes = 0
         self.digests: dict[int, str] = {}
         self.opener = opener
         self.listed = listed
         self._path = path
         self._bucket = bucket
+        self._packing = packing
+        self._rates = PackingRates()
+        self._unpacker = Unpacker(self._rates)
         self._on_progress = on_progress
         self._idle_timeout_s = idle_timeout_s
         self._count = count
@@ -192,8 +214,7 @@ class _Work:
             while True:
                 while len(due) < WANTS_AHEAD and (index := self._take(may_wait=not due)) is not None:
                     due.append(index)
-                    want = Want(self._path, index * SPAN_BYTES, self.length_of(index), self._file is None)
-                    channel.send_json(FrameKind.WANT, want)
+                    channel.send_json(FrameKind.WANT, self._want(index))
                 if not due:
                     return
                 self._receive(channel, due[0], buffer)
@@ -216,6 +237,16 @@ class _Work:
                     return None
             return None
 
+    def _want(self, index: int) -> Want:
+        length = self.length_of(index)
+        if self._file is None:
+            return Want(self._path, index * SPAN_BYTES, length, digest_only=True)
+        # Each stream's agent packs by itself, beside its sending.
+        may_pack = self._packing and length >= MIN_BYTES and self._rates.pays(self._working)
+        if may_pack:
+            self._rates.note_tried()
+        return Want(self._path, index * SPAN_BYTES, length, may_pack=may_pack)
+
     def _receive(self, channel: FrameChannel, index: int, buffer: memoryview) -> None:
         """Take in the answer to the want of one span."""
         facts = channel.decode(SpanFacts, channel.receive(FrameKind.SPAN)[1])
@@ -226,28 +257,44 @@ class _Work:
             )
         if (facts.offset, facts.length) != (start, length):
             raise StreamDamagedError("the node sends another span than was asked for")
-        digest, offset, end = hashlib.sha256(), start, start + length
+        digest, offset, end, received = hashlib.sha256(), start, start + length, 0
         while self._file is not None and offset < end:
             header, _ = channel.receive(FrameKind.DATA)
             if header.argument != offset or not 0 < header.length <= end - offset:
                 raise StreamDamagedError("data that was not asked for arrived")
-            view = buffer[: header.length]
-            self._bucket.take(header.length)
-            channel.read_data(view)
-            digest.update(view)
-            self._file.write(offset, view)
-            offset += header.length
-        sha256 = channel.decode(SpanEnd, channel.receive(FrameKind.END)[1]).sha256
+            body = buffer[: header.length]
+            self._read(channel, body)
+            is_packed = header.encoding == PACKED_ENCODING
+            # A packed body stands for all that is left of the span.
+            with self._unpacker.unpacked(body, end - offset) if is_packed else contextlib.nullcontext(body) as data:
+                digest.update(data)
+                self._file.write(offset, data)
+                offset += len(data)
+            received += header.length
+        answer = channel.decode(SpanEnd, channel.receive(FrameKind.END)[1])
         if self._file is not None:
-            if digest.hexdigest() != sha256:
+            if digest.hexdigest() != answer.sha256:
                 raise StreamDamagedError("a span arrived damaged")
             self._file.commit(index, length)
+        if answer.packing_s > 0:
+            self._rates.note_packed(length, answer.packing_s)
         with self._changed:
-            self.digests[index] = sha256
+            self.digests[index] = answer.sha256
             self.done_bytes += length
-            self.bytes_received += length if self._file is not None else 0
+            self.bytes_received += received
+            self.bytes_packed += length - received if self._file is not None else 0
             self._missing -= 1
             self._changed.notify_all()
+
+    def _read(self, channel: FrameChannel, view: memoryview) -> None:
+        """Fill `view` from a DATA frame's body, as fast as the limit allows."""
+        with self._rates.moving():
+            while view:
+                piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
+                self._bucket.take(len(piece))
+                channel.read_data(piece)
+                self._rates.note_moved(len(piece))
+                view = view[len(piece) :]
 
     def length_of(self, index: int) -> int:
         return min(SPAN_BYTES, self.listed.size - index * SPAN_BYTES)
@@ -259,7 +306,7 @@ class _Work:
     def _report(self, streams: int) -> None:
         if self._on_progress is not None and self._file is not None:
             moved = self.done_bytes - self._saved
-            self._on_progress(self._meter.measure(moved, self._saved, streams))
+            self._on_progress(self._meter.measure(moved, self._saved, streams, bytes_packed=self.bytes_packed))
 
 
 def _is_the_same(work: _Work, target: Path, policy: ReconnectPolicy, on_reconnect: ReconnectListener | None) -> bool:

@@ -1,15 +1,18 @@
-"""Whether a chunk goes packed, and its packing beside the sending, where the link is slower than all packers."""
+"""Whether a chunk goes packed: where the link is slower than all packers. Packing beside the sending, and unpacking."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from remote_payload.wire.packing import WIDTHS, pack
+from orchestrator.transfer.channel import damaged
+from remote_payload.wire.codec import WireError
+from remote_payload.wire.packing import pack_floats, unpack
 
 MIN_BYTES = 256 * 1024
 """Smaller chunks are not worth a look."""
@@ -17,9 +20,6 @@ MAX_WORKERS = 4
 """zlib lets go of the interpreter; splitting into planes does not, and takes a tenth of the time."""
 SPARE_CHUNKS = 2
 """Chunks that are packed or wait for a worker, beyond one a worker: what all streams together hold in memory."""
-_SAMPLE_BYTES = 16 * 1024
-_SAMPLES = 4
-_WORTH = 0.95
 _FIRST_GUESS_BYTES_PER_S = 80e6
 _NEWEST = 0.3
 """Weight of the newest measurement in a rate."""
@@ -32,57 +32,103 @@ PackedChunk = Future["bytes | None"]
 """A chunk in fewer bytes, or None where it had better go as it is."""
 
 
+class PackingRates:
+    """Measures what tells whether packing pays, as a transfer goes on. For several threads.
+
+    Until the link's rate is known, chunks go as they are; the packers' is a guess until they have packed one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._packer_bytes_per_s = _FIRST_GUESS_BYTES_PER_S
+        self._unpacker_bytes_per_s = math.inf
+        self._link_bytes_per_s: float | None = None
+        self._fastest_bytes_per_s = 0.0
+        self._movers = 0
+        self._looked_at = clock()
+        self._moving_s = 0.0
+        self._moved_bytes = 0
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around moving a chunk that is ready: what all streams carry is measured while any of them moves one."""
+        self._change_movers(1)
+        try:
+            yield
+        finally:
+            self._change_movers(-1)
+
+    def note_moved(self, count: int) -> None:
+        """So many bytes more went over a stream, packed or not."""
+        with self._lock:
+            self._look_at_clock()
+            self._moved_bytes += count
+            if self._moving_s >= _MEASURE_S:
+                # A piece that a slow link takes long for counts for as long.
+                spans = self._moving_s / _MEASURE_S
+                link = _mean(self._link_bytes_per_s, self._moved_bytes / self._moving_s, spans)
+                self._link_bytes_per_s = link
+                self._fastest_bytes_per_s = max(self._fastest_bytes_per_s, link)
+                self._moving_s, self._moved_bytes = 0.0, 0
+
+    def note_packed(self, count: int, seconds: float) -> None:
+        """One packer took so long for a chunk of `count` bytes."""
+        with self._lock:
+            self._packer_bytes_per_s = _mean(self._packer_bytes_per_s, count / max(seconds, 1e-6))
+
+    def note_unpacked(self, count: int, seconds: float) -> None:
+        """Unpacking took so long for a chunk of `count` bytes, where that is done here."""
+        with self._lock:
+            rate = count / max(seconds, 1e-6)
+            before = self._unpacker_bytes_per_s
+            self._unpacker_bytes_per_s = _mean(before if math.isfinite(before) else None, rate)
+
+    def pays(self, packers: float) -> bool:
+        """Whether the next chunk is to be packed, as far as the rates of the link and of so many packers tell."""
+        with self._lock:
+            rate = min(self._packer_bytes_per_s, self._unpacker_bytes_per_s) * packers
+            return packing_pays(self._link_bytes_per_s, rate, self._fastest_bytes_per_s)
+
+    def note_tried(self) -> None:
+        """A chunk is given to a packer."""
+        with self._lock:
+            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
+
+    def _change_movers(self, change: int) -> None:
+        with self._lock:
+            self._look_at_clock()
+            self._movers += change
+
+    def _look_at_clock(self) -> None:
+        now = self._clock()
+        if self._movers:
+            self._moving_s += now - self._looked_at
+        self._looked_at = now
+
+
 class Packer:
     """Packs the chunks of one transfer in threads of its own; its methods may be called from several threads.
 
     Packing and sending overlap, so packing pays where the link is slower than all workers together, and a chunk
-    shrinks. Both rates are measured as the transfer goes on, the workers' with each chunk that they pack; until the
-    link's is known, chunks go as they are.
+    shrinks.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, workers: int | None = None) -> None:
+    def __init__(
+        self, rates: PackingRates, clock: Callable[[], float] = time.monotonic, workers: int | None = None
+    ) -> None:
+        self.rates = rates
         self._clock = clock
         self._workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="packer")
         self._lock = threading.Lock()
         self._free_places = self._workers + SPARE_CHUNKS
         self._is_closed = False
-        self._worker_bytes_per_s = _FIRST_GUESS_BYTES_PER_S
-        self._link_bytes_per_s: float | None = None
-        self._fastest_bytes_per_s = 0.0
-        self._senders = 0
-        self._looked_at = clock()
-        self._sending_s = 0.0
-        self._sent_bytes = 0
-
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """Around handing a chunk to a stream: what all streams carry is measured while any of them is sending."""
-        self._change_senders(1)
-        try:
-            yield
-        finally:
-            self._change_senders(-1)
-
-    def note_sent(self, count: int) -> None:
-        """So many bytes more were handed to a stream, packed or not."""
-        with self._lock:
-            self._look_at_clock()
-            self._sent_bytes += count
-            if self._sending_s >= _MEASURE_S:
-                # A piece that a slow link takes long for counts for as long.
-                spans = self._sending_s / _MEASURE_S
-                link = _mean(self._link_bytes_per_s, self._sent_bytes / self._sending_s, spans)
-                self._link_bytes_per_s = link
-                self._fastest_bytes_per_s = max(self._fastest_bytes_per_s, link)
-                self._sending_s, self._sent_bytes = 0.0, 0
 
     @property
     def pays(self) -> bool:
         """Whether the next chunk is to be packed, as far as the rates tell."""
-        with self._lock:
-            packers = self._worker_bytes_per_s * self._workers
-            return packing_pays(self._link_bytes_per_s, packers, self._fastest_bytes_per_s)
+        return self.rates.pays(self._workers)
 
     def begin(self, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
         """Begin to pack a chunk; None where that does not pay, or there is no place. `read` is called in a worker,
@@ -93,7 +139,7 @@ class Packer:
             if self._is_closed or not self._free_places:
                 return None
             self._free_places -= 1
-            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
+            self.rates.note_tried()
             return self._pool.submit(self._pack, read)
 
     def end(self, chunk: PackedChunk) -> None:
@@ -109,30 +155,36 @@ class Packer:
 
     def _pack(self, read: Callable[[], bytes]) -> bytes | None:
         data = read()
-        width, ratio = best_width(data)
-        if ratio > _WORTH:
-            return None
         begun = self._clock()
-        packed = pack(data, width)
-        rate = len(data) / max(self._clock() - begun, 1e-6)
-        with self._lock:
-            self._worker_bytes_per_s = _mean(self._worker_bytes_per_s, rate)
-        return packed if len(packed) < len(data) else None
+        packed = pack_floats(data)
+        if packed is not None:
+            self.rates.note_packed(len(data), self._clock() - begun)
+        return packed
 
     def _free_place(self) -> None:
         with self._lock:
             self._free_places += 1
 
-    def _change_senders(self, change: int) -> None:
-        with self._lock:
-            self._look_at_clock()
-            self._senders += change
 
-    def _look_at_clock(self) -> None:
-        now = self._clock()
-        if self._senders:
-            self._sending_s += now - self._looked_at
-        self._looked_at = now
+class Unpacker:
+    """Unpacks the chunks of one transfer, as many at once as there are processors to pack them: that bounds memory."""
+
+    def __init__(self, rates: PackingRates) -> None:
+        self._rates = rates
+        self._places = threading.Semaphore(min(MAX_WORKERS, os.cpu_count() or 1))
+
+    @contextlib.contextmanager
+    def unpacked(self, body: memoryview, length: int) -> Iterator[memoryview]:
+        """The `length` bytes that were packed. Raises `StreamDamagedError` for anything else."""
+        with self._places:
+            begun = time.monotonic()
+            try:
+                data = memoryview(unpack(body, length))
+            except WireError as error:
+                raise damaged(error) from error
+            self._rates.note_unpacked(length, time.monotonic() - begun)
+            with data:
+                yield data
 
 
 def packing_pays(link: float | None, packers: float, fastest: float) -> bool:
@@ -140,18 +192,6 @@ def packing_pays(link: float | None, packers: float, fastest: float) -> bool:
     the link had since a chunk was last given to them. One that has lost half since then gives them one, to measure them
     anew."""
     return link is not None and (link < packers or link < _LOST_HALF * fastest)
-
-
-def best_width(data: bytes) -> tuple[int, float]:
-    """(element width, packed bytes / bytes) of the width that packs a sample best."""
-    size = _SAMPLE_BYTES
-    step = max(size, (len(data) - size) // (_SAMPLES - 1) // 8 * 8)
-    sample = b"".join(data[start : start + size] for start in range(0, len(data), step))
-    if not sample:
-        return 1, 1.0
-    ratios = {width: len(pack(sample, width)) / len(sample) for width in WIDTHS}
-    width = min(ratios, key=lambda width: ratios[width])
-    return width, ratios[width]
 
 
 def _mean(before: float | None, newest: float, times: float = 1.0) -> float:

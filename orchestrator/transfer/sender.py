@@ -14,10 +14,11 @@ from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalE
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
-from orchestrator.transfer.packing import PackedChunk, Packer
+from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
 from orchestrator.transfer.progress import TokenBucket
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
+    RAW_ENCODING,
     ChunkTable,
     FinishedFacts,
     FrameKind,
@@ -33,9 +34,6 @@ _ANSWERS_END_S = 120.0
 _NEXT_CHUNK_S = 10 * _ANSWERS_END_S
 _CHUNKS_AHEAD = 2
 
-Encode = Callable[[bytes], "tuple[int, bytes]"]
-"""A chunk's bytes → (encoding of its DATA frame, body). Called from several threads."""
-
 
 class LocalFileChangedError(IntegrityError):
     """The local file is no longer what its manifest says."""
@@ -49,6 +47,9 @@ class Source(Protocol):
 
     def read(self, offset: int, count: int) -> bytes:
         """Exactly `count` bytes. Raises `LocalFileChangedError` where they are not there."""
+
+    def body(self, offset: int, count: int, /) -> tuple[int, bytes] | None:
+        """(encoding, body) of the DATA frame of a whole chunk; None where its bytes go by `send`."""
 
     def changed(self) -> LocalFileChangedError:
         """What to raise where a chunk is no longer what the manifest says."""
@@ -94,6 +95,9 @@ class LocalFile:
             offset, count = offset + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def body(self, _offset: int, _count: int, /) -> tuple[int, bytes] | None:
+        return None
+
     def changed(self) -> LocalFileChangedError:
         return LocalFileChangedError(
             f"{self.path} changed while it was being sent",
@@ -107,7 +111,7 @@ class LocalFile:
 class Sender:
     """What every stream of one upload does. `serve` runs in a thread for each; the rest is shared by them.
 
-    `encode` None: chunks go as they are. `on_sent` is told of bytes that were sent, and how many more of the file they
+    `packer` None: nothing is packed here. `on_sent` is told of bytes that were sent, and how many more of the file they
     stand for.
     """
 
@@ -118,11 +122,11 @@ class Sender:
         table: ChunkTable,
         flight: Flight,
         bucket: TokenBucket,
-        encode: Encode | None,
+        rates: PackingRates,
+        packer: Packer | None,
         on_have: Callable[[bytearray], None],
         on_sent: Callable[[int, int], None],
         on_reused: Callable[[int], None],
-        packer: Packer | None = None,
     ) -> None:
         self.finished: FinishedFacts | None = None
         self._file = file
@@ -130,11 +134,11 @@ class Sender:
         self._table = table
         self._flight = flight
         self._bucket = bucket
-        self._encode = encode
+        self._rates = rates
+        self._packer = packer
         self._on_have = on_have
         self._on_sent = on_sent
         self._on_reused = on_reused
-        self._packer = packer
 
     def serve(self, stream: ByteStream) -> None:
         """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
@@ -206,31 +210,33 @@ class Sender:
             return
         ahead = _Ahead(self._packer, self._flight, lane, self._table, self._file)
         try:
-            while self._send_next(channel, ahead, self._packer):
+            while self._send_next(channel, ahead):
                 pass
         finally:
             ahead.drop()
 
-    def _send_next(self, channel: FrameChannel, ahead: _Ahead, packer: Packer) -> bool:
+    def _send_next(self, channel: FrameChannel, ahead: _Ahead) -> bool:
         """Whether there was a chunk to send. Its bytes are let go of with this call."""
         following = ahead.next_chunk()
         if following is None:
             return False
-        index, is_again, packed = following
-        with packer.sending():
-            self._send_chunk(channel, index, is_again, packed)
+        self._send_chunk(channel, *following)
         return True
 
     def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool, packed: bytes | None = None) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
         if is_again:
-            self._check_unchanged(index)
-        if packed is not None:
-            self._send_body(channel, index, PACKED_ENCODING, packed)
-            return
-        if self._encode is not None:
-            self._send_body(channel, index, *self._encode(self._file.read(offset, left)))
-            return
+            body: tuple[int, bytes] | None = (RAW_ENCODING, self._read_unchanged(index))
+        else:
+            body = (PACKED_ENCODING, packed) if packed is not None else self._file.body(offset, left)
+        with self._rates.moving():
+            if body is not None:
+                self._send_body(channel, index, *body)
+            else:
+                self._send_bytes(channel, index)
+
+    def _send_bytes(self, channel: FrameChannel, index: int) -> None:
+        offset, left = self._table.offset(index), self._table.length(index)
         channel.send_data_header(index, left)
         while left:
             count = min(left, self._bucket.piece_bytes(PIECE_BYTES))
@@ -239,7 +245,7 @@ class Sender:
             while count:
                 sent = self._file.send(channel, offset, count)
                 self._on_sent(sent, 0)
-                self._note_sent(sent)
+                self._rates.note_moved(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
     def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:
@@ -249,19 +255,16 @@ class Sender:
             piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
             self._bucket.take(len(piece))
             channel.send_data(piece)
-            self._note_sent(len(piece))
+            self._rates.note_moved(len(piece))
             view = view[len(piece) :]
         self._on_sent(len(body), self._table.length(index) - len(body))
 
-    def _note_sent(self, count: int) -> None:
-        if self._packer is not None:
-            self._packer.note_sent(count)
-
-    def _check_unchanged(self, index: int) -> None:
+    def _read_unchanged(self, index: int) -> bytes:
         """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""
         data = self._file.read(self._table.offset(index), self._table.length(index))
         if hashlib.sha256(data).digest() != self._table.sha256(index):
             raise self._file.changed()
+        return data
 
 
 class _Ahead:

@@ -23,15 +23,15 @@ from orchestrator.transfer.channel import (
     with_reconnects,
 )
 from orchestrator.transfer.flight import Flight
-from orchestrator.transfer.packing import Packer
+from orchestrator.transfer.packing import Packer, PackingRates
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
-from orchestrator.transfer.sender import Encode, LocalFile, LocalFileChangedError, Sender, Source
+from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Sender, Source
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.stream import MAX_CHUNKS, ChunkTable, FinishedFacts, ReceiveRequest, pack_chunks
 
-__all__ = ["Encode", "LocalFileChangedError", "UploadResult", "upload_file"]
+__all__ = ["LocalFileChangedError", "UploadResult", "upload_file"]
 
 _TICK_S = 0.2
 
@@ -60,8 +60,8 @@ def upload_file(
     on_progress: ProgressListener | None = None,
     bandwidth_limit_bytes_per_s: float | None = None,
     streams: StreamPolicy | None = None,
-    encode: Encode | None = None,
     packing: bool = True,
+    rates: PackingRates | None = None,
     order: Sequence[int] | None = None,
     retry: ReconnectPolicy | None = None,
     on_reconnect: ReconnectListener | None = None,
@@ -70,8 +70,8 @@ def upload_file(
 ) -> UploadResult:
     """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
-    `packing`: floats go in fewer bytes where the link is slower than that takes. `encode` is used instead of it, for
-    every chunk; `order` holds every chunk's index in the order in which they go. Raises
+    `packing`: floats go in fewer bytes where the link is slower than that takes, which `rates`, if given, comes to
+    tell. `order` holds every chunk's index in the order in which they go. Raises
     `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space, quota,
     permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
     `UnreachableError` family once `retry` is exhausted. Whatever arrived before any of them is kept on the node.
@@ -95,7 +95,8 @@ def upload_file(
         policy = retry or ReconnectPolicy()
         count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
         bucket = TokenBucket(bandwidth_limit_bytes_per_s)
-        upload = _Upload(opener, file, manifest, request, bucket, count, policy, encode, packing, order, on_progress)
+        rates = rates or PackingRates()
+        upload = _Upload(opener, file, manifest, request, bucket, count, policy, rates, packing, order, on_progress)
         try:
             finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
         finally:
@@ -130,7 +131,7 @@ class _Upload:
         bucket: TokenBucket,
         count: StreamCount,
         retry: ReconnectPolicy,
-        encode: Encode | None,
+        rates: PackingRates,
         packing: bool,
         order: Sequence[int] | None,
         on_progress: ProgressListener | None,
@@ -149,8 +150,8 @@ class _Upload:
         self._bucket = bucket
         self._count = count
         self._retry = retry
-        self._encode = encode
-        self._packer = Packer() if packing and encode is None else None
+        self._rates = rates
+        self._packer = Packer(rates) if packing else None
         self._order = _first_of_each(range(len(self._table)) if order is None else order, self._table)
         self._meter = ProgressMeter(manifest.size)
         self._on_progress = on_progress
@@ -168,11 +169,11 @@ class _Upload:
             self._table,
             flight,
             self._bucket,
-            self._encode,
+            self._rates,
+            self._packer,
             self._see_have,
             self._add_sent,
             self._add_reused,
-            self._packer,
         )
         self._has_begun = False
 

@@ -6,15 +6,22 @@ import errno
 import hashlib
 import os
 import stat
+import time
 from typing import Union
 
 from remote_payload.agent import root
+from remote_payload.agent.background import Background
 from remote_payload.agent.channel import FdChannel
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.packing import pack_floats
 from remote_payload.wire.stream import (
     HEADER_BYTES,
+    MAX_DATA_BYTES,
     MAX_SPAN_BYTES,
+    PACKED_ENCODING,
+    RAW_ENCODING,
+    Buffer,
     DamagedStreamError,
     FrameKind,
     FrameReader,
@@ -39,46 +46,101 @@ def serve_send(channel: FdChannel, request: SendRequest) -> None:
     channel.idle_s = request.idle_s
     layout = root.open_root(request.root)
     reader = FrameReader(channel.fill)
-    buffer = memoryview(bytearray(HEADER_BYTES + PIECE_BYTES))
-    while True:
-        header = reader.header()
-        if header.kind is not FrameKind.WANT:
-            raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
-        want = decode_json(Want, reader.body(header))
-        try:
-            _serve_want(channel, layout, want, buffer)
-        except AgentError as error:
-            channel.send_json(FrameKind.FAILURE, StreamFailure(error.failure))
-
-
-def _serve_want(channel: FdChannel, layout: NodeLayout, want: Want, buffer: memoryview) -> None:
-    fd = open_wanted(layout, want.path)
+    sender = _Sender(channel, layout)
     try:
-        before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode):
-            raise AgentError("usage", f"{want.path} is no regular file")
-        if want.offset < 0 or not 0 <= want.length <= MAX_SPAN_BYTES:
-            raise AgentError("usage", f"{want.length} bytes at {want.offset} cannot be sent")
-        if want.offset > before.st_size:
-            raise AgentError("integrity", f"{want.path} became shorter: it has {before.st_size} bytes", _FETCH_AGAIN)
-        length = min(want.length, before.st_size - want.offset)
-        facts = SpanFacts(before.st_size, before.st_mtime_ns, before.st_ino, want.offset, length)
-        channel.send_json(FrameKind.SPAN, facts)
+        while True:
+            header = reader.header()
+            if header.kind is not FrameKind.WANT:
+                raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
+            want = decode_json(Want, reader.body(header))
+            try:
+                sender.serve(want)
+            except AgentError as error:
+                sender.await_sent()
+                channel.send_json(FrameKind.FAILURE, StreamFailure(error.failure))
+    finally:
+        sender.await_sent()
+
+
+class _Sender:
+    """Answers to wants, in their order. The next one is packed while one that is packed is being sent."""
+
+    def __init__(self, channel: FdChannel, layout: NodeLayout) -> None:
+        self._channel = channel
+        self._layout = layout
+        self._sending = Background()
+        self._buffer = memoryview(bytearray(HEADER_BYTES + PIECE_BYTES))
+
+    def await_sent(self) -> None:
+        self._sending.wait()
+
+    def serve(self, want: Want) -> None:
+        """Raises `AgentError`, `PeerGoneError`."""
+        fd = open_wanted(self._layout, want.path)
+        try:
+            before = os.fstat(fd)
+            facts = _facts(want, before)
+            if want.may_pack and not want.digest_only and facts.length <= MAX_DATA_BYTES:
+                self._send_at_once(fd, want, facts)
+            else:
+                self._send_in_pieces(fd, want, facts)
+        finally:
+            os.close(fd)
+
+    def _send_in_pieces(self, fd: int, want: Want, facts: SpanFacts) -> None:
+        self.await_sent()
+        self._channel.send_json(FrameKind.SPAN, facts)
         digest = hashlib.sha256()
-        for offset in range(want.offset, want.offset + length, PIECE_BYTES):
-            count = min(PIECE_BYTES, want.offset + length - offset)
-            piece = buffer[HEADER_BYTES : HEADER_BYTES + count]
+        end = facts.offset + facts.length
+        for offset in range(facts.offset, end, PIECE_BYTES):
+            count = min(PIECE_BYTES, end - offset)
+            piece = self._buffer[HEADER_BYTES : HEADER_BYTES + count]
             _read_exactly(fd, piece, offset, want.path)
             digest.update(piece)
             if not want.digest_only:
-                buffer[:HEADER_BYTES] = encode_data_header(offset, count)
-                channel.send(buffer[: HEADER_BYTES + count])
-        after = os.fstat(fd)
-    finally:
-        os.close(fd)
-    if not want.may_grow and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                self._buffer[:HEADER_BYTES] = encode_data_header(offset, count)
+                self._channel.send(self._buffer[: HEADER_BYTES + count])
+        _refuse_changed(fd, want, facts)
+        self._channel.send_json(FrameKind.END, SpanEnd(digest.hexdigest()))
+
+    def _send_at_once(self, fd: int, want: Want, facts: SpanFacts) -> None:
+        """The whole span as one DATA frame, packed where that makes it smaller."""
+        data = bytearray(facts.length)
+        _read_exactly(fd, memoryview(data), facts.offset, want.path)
+        _refuse_changed(fd, want, facts)
+        sha256 = hashlib.sha256(data).hexdigest()
+        begun = time.monotonic()
+        packed = pack_floats(data)
+        packing_s = time.monotonic() - begun
+        if packed is None:
+            self._sending.start(lambda: self._send_span(facts, RAW_ENCODING, data, SpanEnd(sha256)))
+        else:
+            self._sending.start(lambda: self._send_span(facts, PACKED_ENCODING, packed, SpanEnd(sha256, packing_s)))
+
+    def _send_span(self, facts: SpanFacts, encoding: int, body: Buffer, end: SpanEnd) -> None:
+        self._channel.send_json(FrameKind.SPAN, facts)
+        if body:
+            self._channel.send(encode_data_header(facts.offset, len(body), encoding))
+            self._channel.send(body)
+        self._channel.send_json(FrameKind.END, end)
+
+
+def _facts(want: Want, file: os.stat_result) -> SpanFacts:
+    """What of a file with these facts answers the want. Raises `AgentError`."""
+    if not stat.S_ISREG(file.st_mode):
+        raise AgentError("usage", f"{want.path} is no regular file")
+    if want.offset < 0 or not 0 <= want.length <= MAX_SPAN_BYTES:
+        raise AgentError("usage", f"{want.length} bytes at {want.offset} cannot be sent")
+    if want.offset > file.st_size:
+        raise AgentError("integrity", f"{want.path} became shorter: it has {file.st_size} bytes", _FETCH_AGAIN)
+    length = min(want.length, file.st_size - want.offset)
+    return SpanFacts(file.st_size, file.st_mtime_ns, file.st_ino, want.offset, length)
+
+
+def _refuse_changed(fd: int, want: Want, facts: SpanFacts) -> None:
+    after = os.fstat(fd)
+    if not want.may_grow and (facts.size, facts.mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise AgentError("integrity", f"{want.path} changed while it was read", _FETCH_AGAIN)
-    channel.send_json(FrameKind.END, SpanEnd(digest.hexdigest()))
 
 
 def open_wanted(layout: NodeLayout, path: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Union
+from typing import Optional, Union
 
 from remote_payload.wire.codec import WireError
 
@@ -17,10 +17,33 @@ WIDTHS = (1, 2, 4, 8)
 _RAW, _DEFLATED, _REPEATED = 0, 1, 2
 _PLANE = struct.Struct(">BI")
 _WORTH = 0.95
-"""A plane that shrinks to no less than this is left as it is."""
+"""What shrinks to no less than this, a plane or a sample of a chunk, is left as it is."""
+_SAMPLE_BYTES = 16 * 1024
+_SAMPLES = 4
 
 
-def pack(data: bytes, width: int) -> bytes:
+def pack_floats(data: Union[bytes, bytearray]) -> Optional[bytes]:
+    """`data` in fewer bytes, as floats of the width that a sample tells; None where it had better go as it is."""
+    width, ratio = best_width(data)
+    if ratio > _WORTH:
+        return None
+    packed = pack(data, width)
+    return packed if len(packed) < len(data) else None
+
+
+def best_width(data: Union[bytes, bytearray]) -> tuple[int, float]:
+    """(element width, packed bytes / bytes) of the width that packs a sample best."""
+    size = _SAMPLE_BYTES
+    step = max(size, (len(data) - size) // (_SAMPLES - 1) // 8 * 8)
+    sample = b"".join(data[start : start + size] for start in range(0, len(data), step))
+    if not sample:
+        return 1, 1.0
+    ratios = {width: len(pack(sample, width)) / len(sample) for width in WIDTHS}
+    width = min(ratios, key=lambda width: ratios[width])
+    return width, ratios[width]
+
+
+def pack(data: Union[bytes, bytearray], width: int) -> bytes:
     """`data`, as elements of `width` bytes, packed; not always shorter."""
     count = len(data) // width
     whole = count * width
@@ -50,7 +73,7 @@ def unpack(body: Union[bytes, memoryview], length: int) -> bytearray:
     return data
 
 
-def _pack_plane(plane: bytes) -> tuple[int, bytes]:
+def _pack_plane(plane: Union[bytes, bytearray]) -> tuple[int, Union[bytes, bytearray]]:
     if plane and plane.count(plane[:1]) == len(plane):
         return _REPEATED, plane[:1]
     coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)

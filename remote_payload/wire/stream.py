@@ -36,8 +36,9 @@ waiting for earlier answers:
 
     client → agent   WANT      JSON `Want`
     agent → client   SPAN      JSON `SpanFacts`: what the file is, and what follows
-                     DATA      argument: offset; several, in order, unless the want is for a digest only
-                     END       JSON `SpanEnd`, with the SHA-256 of the span
+                     DATA      argument: offset; several, in order, unless the want is for a digest only. A packed one
+                               stands for the whole span
+                     END       JSON `SpanEnd`, with the SHA-256 of the span, unpacked
                      FAILURE   instead of any of them, or amid DATA; the next want is served all the same
 
 `standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then
@@ -181,7 +182,7 @@ class Want:
     """A span of the regular file at the absolute `path`. Below the node root no symbolic link is followed.
 
     `length` at most `MAX_SPAN_BYTES`; a span is cut at the end of the file. `digest_only`: END without the data.
-    `may_grow`: what is appended meanwhile is no change.
+    `may_grow`: what is appended meanwhile is no change. `may_pack`: floats in it may come packed.
     """
 
     path: str
@@ -189,6 +190,7 @@ class Want:
     length: int
     digest_only: bool = False
     may_grow: bool = False
+    may_pack: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,10 @@ class SpanFacts:
 
 @dataclasses.dataclass(frozen=True)
 class SpanEnd:
+    """`packing_s`: how long packing took; 0 where the span was not packed."""
+
     sha256: str
+    packing_s: float = 0.0
 
 
 class FrameHeader(NamedTuple):

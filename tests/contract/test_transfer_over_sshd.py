@@ -23,10 +23,12 @@ from orchestrator.ssh.transport import ByteStream, Transport
 from orchestrator.standby import Standby
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.download import Download, download_files
+from orchestrator.transfer.fetch import fetch_file
 from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.messages import FileList, ListRequest
 from tests.support.agent_streams import WatchedStream, Wrap, even_cuts, manifest_of
 from tests.support.floats import bfloat16
 from tests.support.relay import relay_to
@@ -168,6 +170,24 @@ def test_what_packing_took_off_weights_is_told_as_they_go(
     assert transfer_event("checkpoint", seen[-1])["saved"]["packed"] == sent.bytes_packed
     assert transfer_line("checkpoint", seen[-1]).endswith("saved by packing")
     assert [one.bytes_packed for one in seen] == sorted(one.bytes_packed for one in seen)
+
+
+def test_weights_come_back_packed_over_a_slow_link(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, local: Path, tmp_path: Path
+) -> None:
+    content = bfloat16(2 * MIB) * 12
+    local.write_bytes(content)
+    node = make_node(settings)
+    listed = node.call("list_files", ListRequest(node.layout.root, str(local)), FileList)
+    seen: list[TransferProgress] = []
+    target = tmp_path / "back"
+    done = fetch_file(
+        node, listed.path, listed.files[0], target, on_progress=seen.append, bandwidth_limit_bytes_per_s=15e6
+    )
+    assert target.read_bytes() == content
+    assert seen[-1].bytes_packed == done.bytes_packed == len(content) - done.bytes_received > 0
+    plain = fetch_file(node, listed.path, listed.files[0], tmp_path / "plain", packing=False)
+    assert (plain.bytes_received, plain.bytes_packed) == (len(content), 0)
 
 
 def test_a_server_that_dies_in_the_middle_is_survived_both_ways(

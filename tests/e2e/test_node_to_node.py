@@ -17,7 +17,9 @@ from orchestrator.ssh.connect import connect
 from orchestrator.ssh.settings import RetryPolicy
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.node_copy import copy_to_node, describe_file
-from orchestrator.transfer.progress import TransferProgress
+from orchestrator.transfer.progress import ProgressListener, TransferProgress
+from orchestrator.transfer.upload import UploadResult
+from tests.support.floats import bfloat16
 from tests.support.sshd import Sshd, start_sshd
 from tests.support.world import World, make_world
 
@@ -52,11 +54,10 @@ def test_the_command_copies_and_says_under_what_name_the_other_node_has_it(world
     assert left == []
 
 
-def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[Sshd, Sshd]) -> None:
+@pytest.fixture
+def nodes(tmp_path: Path, servers: tuple[Sshd, Sshd]) -> list[Node]:
     layout = LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
-    source_file = tmp_path / "source.pt"
-    source_file.write_bytes(CONTENT)
-    nodes = [
+    return [
         Node(
             ClusterProfile.model_validate(
                 {"host": "h", "node_root": str(tmp_path / f"root {n}"), "python": {"path": sys.executable}}
@@ -66,6 +67,38 @@ def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[
         )
         for n, server in enumerate(servers)
     ]
+
+
+def copy(
+    source: Node,
+    target: Node,
+    file: Path,
+    bandwidth_limit_bytes_per_s: float,
+    on_progress: ProgressListener | None = None,
+) -> UploadResult:
+    return copy_to_node(
+        source,
+        describe_file(source, str(file)),
+        target,
+        on_progress=on_progress,
+        retry=SOON,
+        bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
+    )
+
+
+def test_weights_go_packed_from_node_to_node_over_a_slow_link(tmp_path: Path, nodes: list[Node]) -> None:
+    content = b"".join(bytes((n,)) * 8 + bfloat16(4 * 1024 * 1024) for n in range(3))
+    source_file = tmp_path / "weights.bin"
+    source_file.write_bytes(content)
+    with nodes[0] as source, nodes[1] as target:
+        done = copy(source, target, source_file, bandwidth_limit_bytes_per_s=8e6)
+    assert Path(done.path_on_node).read_bytes() == content
+    assert done.bytes_packed == len(content) - done.bytes_sent > 0
+
+
+def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[Sshd, Sshd], nodes: list[Node]) -> None:
+    source_file = tmp_path / "source.pt"
+    source_file.write_bytes(CONTENT)
     cuts = [(8, servers[0]), (16, servers[1]), (24, servers[0])]
 
     def cut(progress: TransferProgress) -> None:
@@ -73,13 +106,6 @@ def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[
             cuts.pop(0)[1].kill_sessions()
 
     with nodes[0] as source, nodes[1] as target:
-        done = copy_to_node(
-            source,
-            describe_file(source, str(source_file)),
-            target,
-            on_progress=cut,
-            retry=SOON,
-            bandwidth_limit_bytes_per_s=40e6,
-        )
+        done = copy(source, target, source_file, bandwidth_limit_bytes_per_s=40e6, on_progress=cut)
     assert cuts == []
     assert Path(done.path_on_node).read_bytes() == CONTENT

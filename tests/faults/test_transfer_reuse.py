@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,17 @@ def test_twenty_checkpoints_are_looked_through_line_by_line(tmp_path: Path) -> N
     assert found == [(b"\xab" * 32, 7)] * 2
 
 
+class PackedFile(LocalFile):
+    """A file that packs each of its chunks by itself."""
+
+    def __init__(self, path: Path, packed: Callable[[bytes], bytes]) -> None:
+        super().__init__(path)
+        self._packed = packed
+
+    def body(self, offset: int, count: int, /) -> tuple[int, bytes]:
+        return PACKED_ENCODING, self._packed(self.read(offset, count))
+
+
 @settings(max_examples=30, deadline=None)
 @given(width=st.sampled_from([1, 2, 4, 8]), links=st.lists(st.integers(0, 30_000), max_size=3))
 def test_packed_chunks_through_any_cuts_arrive_byte_for_byte(width: int, links: list[int]) -> None:
@@ -212,29 +224,30 @@ def test_packed_chunks_through_any_cuts_arrive_byte_for_byte(width: int, links: 
         wraps = [(lambda inner, cut=cut: CutStream(inner, cut, None)) for cut in links]
         result = upload_file(
             ThreadOpener(root, wraps),
-            local,
+            PackedFile(local, lambda data: pack(data, width)),
             manifest,
             retry=ReconnectPolicy(max_fruitless=100, first_wait_s=0.0, longest_wait_s=0.0),
-            encode=lambda data: (PACKED_ENCODING, pack(data, width)),
         )
         check_stored(root, manifest, content)
         assert links or result.bytes_sent < len(content)
 
 
-def test_a_packed_body_that_is_damaged_is_refused_and_sent_again(root: Path) -> None:
+def test_a_packed_body_that_is_damaged_is_refused_and_its_chunk_sent_again_as_it_is(root: Path) -> None:
     content = b"\x3c\x01" * 5000
-    damaged = [True, False]
+    bodies = []
 
-    def encode(data: bytes) -> tuple[int, bytes]:
+    def damaged(data: bytes) -> bytes:
         body = bytearray(pack(data, 2))
-        body[-1] ^= damaged.pop(0) if damaged else False
-        return PACKED_ENCODING, bytes(body)
+        body[-1] ^= 1
+        bodies.append(body)
+        return bytes(body)
 
     local = root.parent / "local"
     local.write_bytes(content)
     manifest = manifest_of(content, [])
-    upload_file(ThreadOpener(root), local, manifest, retry=NO_PATIENCE, encode=encode)
-    assert damaged == []
+    sent = upload_file(ThreadOpener(root), PackedFile(local, damaged), manifest, retry=NO_PATIENCE)
+    assert len(bodies) == 1
+    assert sent.bytes_sent == len(content) + len(bodies[0])
     check_stored(root, manifest, content)
 
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, best_width, packing_pays
+from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, packing_pays
 from remote_payload.wire.codec import WireError
-from remote_payload.wire.packing import WIDTHS, pack, unpack
+from remote_payload.wire.packing import WIDTHS, best_width, pack, unpack
 from tests.support.floats import bfloat16, float32
 
 MIB = 1024 * 1024
@@ -81,21 +81,25 @@ class Clock:
         return self.now_s
 
 
+def new_packer(clock: Clock, workers: int) -> Packer:
+    return Packer(PackingRates(clock), clock, workers)
+
+
 def send(packer: Packer, clock: Clock, bytes_per_s: float, pieces: int, piece_bytes: int, streams: int = 1) -> None:
     """Hand over so many pieces, each of which takes a link of that rate its time."""
     with contextlib.ExitStack() as stack:
         for _ in range(streams):
-            stack.enter_context(packer.sending())
+            stack.enter_context(packer.rates.moving())
         for _ in range(pieces):
             clock.now_s += piece_bytes / bytes_per_s
             for _ in range(streams):
-                packer.note_sent(piece_bytes // streams)
+                packer.rates.note_moved(piece_bytes // streams)
 
 
 def over_link(bytes_per_s: float, workers: int = 1, streams: int = 1) -> Packer:
     """A packer that has measured such a link for a second, shared by so many streams."""
     clock = Clock()
-    packer = Packer(clock, workers)
+    packer = new_packer(clock, workers)
     send(packer, clock, bytes_per_s, 100, int(bytes_per_s / 100), streams)
     clock.now_s += 1000.0  # nobody sends: this says nothing of the link
     return packer
@@ -107,7 +111,7 @@ def no_read() -> bytes:
 
 def test_chunks_go_packed_only_where_the_link_is_slower_than_packing() -> None:
     data = bfloat16(MIN_BYTES)
-    assert Packer().begin(len(data), no_read) is None  # nothing is known of the link
+    assert Packer(PackingRates()).begin(len(data), no_read) is None  # nothing is known of the link
     chunk = over_link(1e6).begin(len(data), lambda: data)
     assert chunk is not None
     packed = chunk.result()
@@ -124,15 +128,15 @@ def test_a_link_is_compared_with_all_packers_together() -> None:
 def test_streams_that_send_at_once_are_measured_as_one_link() -> None:
     packer = over_link(140e6, streams=2)  # though each sees 70
     assert not packer.pays
-    with packer.sending():
-        packer.note_sent(1)
+    with packer.rates.moving():
+        packer.rates.note_moved(1)
     assert not packer.pays
 
 
 @pytest.mark.parametrize(("slow", "pieces"), [(20e6, 40), (1e6, 2), (50e3, 1)])
 def test_a_link_that_becomes_slow_gets_packed_chunks_soon(slow: float, pieces: int) -> None:
     clock = Clock()
-    packer = Packer(clock, workers=1)
+    packer = new_packer(clock, workers=1)
     send(packer, clock, 1e9, 10_000, MIB)
     assert not packer.pays
     send(packer, clock, slow, pieces, MIB)
@@ -160,7 +164,7 @@ def test_packing_pays_on_a_slower_link_and_is_tried_on_one_that_has_lost_half(
 
 def test_packers_that_were_slow_for_a_while_are_measured_again_once_the_link_has_lost_half() -> None:
     clock = Clock()
-    packer = Packer(clock, workers=1)
+    packer = new_packer(clock, workers=1)
     data = bfloat16(MIN_BYTES)
 
     def packs_one() -> bool:
@@ -187,7 +191,7 @@ def test_packers_that_were_slow_for_a_while_are_measured_again_once_the_link_has
 
 def test_what_does_not_shrink_is_looked_at_once_on_a_fast_link_that_has_lost_half() -> None:
     clock = Clock()
-    packer = Packer(clock, workers=1)
+    packer = new_packer(clock, workers=1)
     data = random.Random(3).randbytes(MIN_BYTES)
     send(packer, clock, 1e9, 1000, MIB)
     send(packer, clock, 4e8, 1000, MIB)
