@@ -93,6 +93,7 @@ class Counters:
         self._lock = threading.Lock()
         self._in_use: dict[int, torch.Tensor] = {}
         self._free = list(self._zeroed(_COUNTERS_AT_ONCE))
+        self._fetched = torch.empty(1 << 16, dtype=torch.int64, pin_memory=True)
 
     def address(self, group: int) -> int:
         """Where a group's counters are on the device; from the first call on they are its own."""
@@ -110,9 +111,10 @@ class Counters:
             counts = self._in_use.pop(group, None)
         if counts is None:
             return None
-        found: Array = counts.cpu().numpy()
+        self._fetched.copy_(counts, non_blocking=True)
         counts.zero_()
         self._wait()
+        found: Array = self._fetched.numpy().copy()
         with self._lock:
             self._free.append(counts)
         return found

@@ -42,11 +42,16 @@ class Distribution:
 
     def quantiles(self, probabilities: tuple[float, ...] = QUANTILES) -> Optional[tuple[float, ...]]:
         """The smallest values x with at least p * n elements <= x; None without elements."""
-        total = self.total
-        if not total:
+        if not self.total:
             return None
-        ranks = np.ceil(np.asarray(probabilities) * total - 1e-9).clip(1, total).astype(np.int64)
-        return tuple(float(v) for v in self.values[np.searchsorted(np.cumsum(self.counts), ranks)])
+        found: list[float] = self.values_at(np.asarray(probabilities)).tolist()
+        return tuple(found)
+
+    def values_at(self, probabilities: Array) -> Array:
+        """The quantiles of an array of probabilities. There must be elements."""
+        total = self.total
+        ranks = np.ceil(probabilities * total - 1e-9).clip(1, total).astype(np.int64)
+        return self.values[np.searchsorted(np.cumsum(self.counts), ranks)]
 
     def where(self, keep: Array) -> Distribution:
         """The elements whose values `keep` (a mask over `values`) marks."""
@@ -88,13 +93,15 @@ class Tally:
 def tally(counts: Array, dtype: str) -> Tally:
     """Only patterns that occur are looked at: few of 65,536 in a trained tensor, one in a constant."""
     values, _ = _tables(dtype)
-    present = np.flatnonzero(counts)
+    present = np.flatnonzero(counts != 0)
+    # A sign and a size: read backwards, the patterns of negative numbers ascend, and they come before the others.
+    negative = int(np.searchsorted(present, counts.size // 2))
+    present = np.concatenate((present[negative:][::-1], present[:negative]))
     seen, number = values[present], counts[present]
     finite = np.isfinite(seen)
     bad = ~finite
     strange, strange_number = seen[bad], number[bad]
-    order = np.argsort(seen[finite], kind="stable")
-    found, number = seen[finite][order] + 0.0, number[finite][order]
+    found, number = seen[finite] + 0.0, number[finite]
     same = np.flatnonzero(found[1:] == found[:-1])
     if same.size:
         # Both zeros; and, of float32's high halves, the bins around 0.
@@ -155,9 +162,7 @@ def init_distances(
         return ()
     receptive = int(np.prod(shape[2:], dtype=np.int64))
     fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
-    points = (np.arange(_SHAPE_POINTS) + 0.5) / _SHAPE_POINTS
-    found = np.asarray(spread.quantiles(tuple(points.tolist())))
-    standard = (found - mean) / std
+    standard = (spread.values_at(_shape_points()) - mean) / std
     distance = {k: float(np.abs(standard - v).mean()) for k, v in _shapes().items()}
     schemes = (
         ("kaiming_uniform_a5_fan_in", "uniform", (1 / (3 * fan_in)) ** 0.5),
@@ -228,8 +233,13 @@ def _middles_of_high_halves() -> Array:
 
 
 @functools.lru_cache(maxsize=1)
+def _shape_points() -> Array:
+    return (np.arange(_SHAPE_POINTS) + 0.5) / _SHAPE_POINTS
+
+
+@functools.lru_cache(maxsize=1)
 def _shapes() -> dict[str, Array]:
-    points = (np.arange(_SHAPE_POINTS) + 0.5) / _SHAPE_POINTS
+    points = _shape_points()
     normal = statistics.NormalDist()
     return {
         "uniform": np.sqrt(3.0) * (2 * points - 1),
