@@ -99,6 +99,10 @@ class NodeUnfitError(RemoteEvalError):
     exit_code = ExitCode.NODE_UNFIT
 
 
+class NoSpaceError(NodeUnfitError):
+    """The node's disk, the quota there or the store's limit does not hold what is to come."""
+
+
 class ProtocolMismatchError(NodeUnfitError):
     """Agent and client are of different protocol versions, or the answer was none of ours."""
 

@@ -18,6 +18,7 @@ from orchestrator.errors import (
     InternalError,
     LockedError,
     NodeUnfitError,
+    NoSpaceError,
     ProtocolMismatchError,
     RemoteEvalError,
     UnreachableError,
@@ -70,6 +71,7 @@ _ENVIRONMENT_PROBLEMS = {
 _FAILURES: dict[str, type[RemoteEvalError]] = {
     "usage": UsageError,
     "unfit": NodeUnfitError,
+    "no_space": NoSpaceError,
     "integrity": IntegrityError,
     "conflict": LockedError,
     "not_found": UsageError,

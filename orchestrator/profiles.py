@@ -120,6 +120,10 @@ class ClusterProfile(_Strict):
     bandwidth_limit_mbps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Upper bound for transfers, in megabits per second."
     )
+    store_limit_gb: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Most that sent files may take on the node, in GB; what no run needs goes, longest unused first.",
+    )
     checkpoint_roots: list[str] = Field(
         default=[], description="Folders on the node where checkpoints are; relative CLUSTER:paths start at the first."
     )
@@ -151,6 +155,10 @@ class ClusterProfile(_Strict):
     @property
     def bandwidth_limit_bytes_per_s(self) -> float | None:
         return self.bandwidth_limit_mbps * 1e6 / 8 if self.bandwidth_limit_mbps is not None else None
+
+    @property
+    def store_limit_bytes(self) -> int | None:
+        return int(self.store_limit_gb * 1e9) if self.store_limit_gb is not None else None
 
     def overrun_policy(self) -> OverrunPolicy:
         return OverrunPolicy(self.budgets_s.seconds(), self.on_overrun)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
-from remote_payload.agent import gpus, quota, root
+from remote_payload.agent import gpus, quota, room, root
 from remote_payload.agent.preflight import REQUEST_FD_VARIABLE, STACKS_FD_VARIABLE
 from remote_payload.jobs.context import PROGRESS_FD_VARIABLE
 from remote_payload.jobs.resolve import JobNotFoundError, add_shipped_code
@@ -140,15 +140,16 @@ class Probe:
                     action="Name a node_root in the profile where this user may write and has space.",
                 )
             )
-        left = min((n for n in (free, quota.quota_free_bytes(folder)) if n is not None), default=free)
+        left = quota.space_left(folder)
         needed = max(0, self._request.needed_bytes)
         if left < needed + _LOW_DISK_BYTES:
-            # A warning only: the node may have most of the file already. The receiver refuses what does not fit.
+            # A warning only: the node may have most of the file already. The receiver makes room, or refuses.
+            freeable = room.freeable_bytes(NodeLayout(folder)) if needed else 0
             wanted = f"; the checkpoint takes up to {needed / 1024**2:.0f} MiB of them" if needed else ""
             self._add(
                 Finding(
                     id="node.low_disk",
-                    severity=Severity.ERROR if left < _NO_DISK_BYTES else Severity.WARNING,
+                    severity=Severity.ERROR if left + freeable < _NO_DISK_BYTES else Severity.WARNING,
                     title=f"Only {left / 1024**2:.0f} MiB are left under the node root{wanted}",
                     evidence={"free_bytes": left, "needed_bytes": needed, "folder": folder},
                     action="Free some space there (`remote-eval gc`), or name another node_root in the profile.",

@@ -206,9 +206,9 @@ def demo(json: Json = False) -> None:
 @app.command()
 def gc(
     cluster: Cluster = None,
-    keep_days: Annotated[float, typer.Option("--keep-days", min=0, help="Keep what is younger.")] = 30.0,
-    keep_gib: Annotated[float | None, typer.Option("--keep-gib", min=0, help="Bound for stored files.")] = None,
-    delete: Annotated[bool, typer.Option("--delete", help="Do it; without, only say what would go.")] = False,
+    keep_days: Annotated[float | None, typer.Option("--keep-days", min=0, help="Keep what is younger; 30.")] = None,
+    keep_gib: Annotated[float | None, typer.Option("--keep-gib", min=0, help="Bound for the store.")] = None,
+    delete: Annotated[bool, typer.Option("--delete/--dry-run", help="Do it, or say what would go.")] = False,
     json: Json = False,
 ) -> None:
     """Free space in our folder on a node."""

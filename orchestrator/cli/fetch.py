@@ -11,10 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.cli.output import human_bytes, print_json
+from orchestrator.cli.output import print_json
 from orchestrator.cli.session import services
 from orchestrator.errors import ExitCode, IntegrityError, UsageError
 from remote_payload.wire.names import printable
+from remote_payload.wire.units import human_bytes
 
 if TYPE_CHECKING:
     from orchestrator.transfer.fetch import FetchResult
@@ -80,6 +81,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     from orchestrator.layout import LocalLayout
     from orchestrator.payload import build_payload
     from orchestrator.pipeline.resolve import resolve_profile
+    from orchestrator.pipeline.room import gc_offered
     from orchestrator.plan import CheckpointReference, node_path
     from orchestrator.project import find_project
     from orchestrator.transfer.node_copy import copy_to_node, describe_file
@@ -92,7 +94,11 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     payload = build_payload(world.layout)
     limits = [named.profile.bandwidth_limit_bytes_per_s for named in (near, far)]
     limits.append(limit_mbps * 1e6 / 8 if limit_mbps is not None else None)
-    with world.open_node(near.profile, payload) as source, world.open_node(far.profile, payload) as target:
+    with (
+        world.open_node(near.profile, payload) as source,
+        world.open_node(far.profile, payload) as target,
+        gc_offered(target, world.journal, other),
+    ):
         there = node_path(CheckpointReference(path, cluster), near.profile.checkpoint_roots)
         file = describe_file(source, there)
         done = copy_to_node(
@@ -103,6 +109,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
             bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
             packing=near.profile.pack_floats and far.profile.pack_floats,
             on_progress=functools.partial(world.reporter.transfer, posixpath.basename(file.path)),
+            store_limit_bytes=far.profile.store_limit_bytes,
         )
     reached = f"{other}:{done.path_on_node}"
     if as_json:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import ExitCode, RemoteEvalError
 from remote_payload.wire.names import printable
+from remote_payload.wire.units import human_bytes
 
 if TYPE_CHECKING:
     from orchestrator.layout import LocalLayout
@@ -45,15 +46,6 @@ def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     json.dump(document, sys.stdout, indent=2, sort_keys=True, ensure_ascii=True)
     sys.stdout.write("\n")
-
-
-def human_bytes(count: float) -> str:
-    """`1.4 GB`, with decimal units as disks and links have them."""
-    units = ["TB", "GB", "MB", "kB", "B"]
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop()
-    return f"{count:.0f} {units[-1]}" if units[-1] == "B" or count >= 100 else f"{count:.1f} {units[-1]}"
 
 
 def error_document(error: RemoteEvalError) -> dict[str, Any]:

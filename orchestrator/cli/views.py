@@ -10,6 +10,7 @@ from orchestrator.cli.session import services
 from orchestrator.errors import ExitCode
 from orchestrator.layout import LocalLayout
 from remote_payload.wire.names import printable
+from remote_payload.wire.units import human_bytes
 
 if TYPE_CHECKING:
     from orchestrator.doctor import Check
@@ -148,30 +149,27 @@ def show_cluster(name: str, *, as_json: bool) -> int:
     return int(ExitCode.DONE)
 
 
-def gc(cluster: str | None, keep_days: float, keep_gib: float | None, *, delete: bool, as_json: bool) -> int:
+def gc(cluster: str | None, keep_days: float | None, keep_gib: float | None, *, delete: bool, as_json: bool) -> int:
     """Say, or with `delete` do, what may go from our folder on a node."""
-    from orchestrator.journal import fold
+    from orchestrator.pipeline.room import gc_request
     from remote_payload.wire.codec import to_json
-    from remote_payload.wire.messages import GcReport, GcRequest
+    from remote_payload.wire.messages import GcReport
 
     world = services(as_json=as_json)
-    unfinished = tuple(r for r in world.journal.run_ids() if not fold(world.journal.entries(r)).reported)
+    keep_bytes = int(keep_gib * _GIB) if keep_gib is not None else None
     with _node(world, _profile(cluster)) as node:
-        request = GcRequest(
-            node.layout.root,
-            keep_days=keep_days,
-            keep_bytes=int(keep_gib * _GIB) if keep_gib is not None else None,
-            dry_run=not delete,
-            pinned_runs=unfinished,
-        )
+        request = gc_request(node, world.journal, keep_days=keep_days, keep_bytes=keep_bytes, delete=delete)
         report = node.call("gc", request, GcReport)
     if as_json:
         print_json(to_json(report) | {"dry_run": not delete})
         return int(ExitCode.DONE)
-    for path in report.deleted:
-        print(printable(path))
+    for item in report.deleted:
+        print(printable(f"{human_bytes(item.size):>8}  {item.path}"))
+    for kept in report.pinned:
+        print(printable(f"{human_bytes(kept.size):>8}  {kept.path} stays: {', '.join(kept.by)} needs it"))
     verb = "freed" if delete else "would free (with --delete)"
-    print(f"{verb} {report.freed_bytes / _GIB:.2f} GiB; {report.kept_bytes / _GIB:.2f} GiB stay")
+    print(f"{verb} {human_bytes(report.freed_bytes)}; the store holds {human_bytes(report.store_bytes)}", end="")
+    print(f" of at most {human_bytes(request.keep_bytes)}" if request.keep_bytes is not None else "")
     return int(ExitCode.DONE)
 
 

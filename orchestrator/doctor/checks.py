@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from orchestrator.errors import RemoteEvalError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import CLOCK_OFFSET_WARNING_S, Node
-from remote_payload.wire.messages import Preflight, PreflightRequest
+from remote_payload.wire.messages import GcReport, GcRequest, Preflight, PreflightRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Severity
+from remote_payload.wire.units import human_bytes
 
 PROBE_TIMEOUT_S = 180.0
 SLOW_LOGIN_S = 5.0
@@ -138,11 +139,27 @@ def _fitness(node: Node, gpu_policy: str) -> Iterator[Check]:
     )
     gpus = [f"{g.name}, {g.free_bytes / _GIB:.0f} of {g.total_bytes / _GIB:.0f} GiB free" for g in report.gpus]
     yield Check("gpus", CheckState.OK, printable("; ".join(gpus) or "none"))
-    yield Check("space", CheckState.OK, f"{report.free_bytes / _GIB:.0f} GiB free under the node root")
+    yield _store(node)
     states = {Severity.ERROR: CheckState.ERROR, Severity.WARNING: CheckState.WARNING, Severity.INFO: CheckState.OK}
     for finding in report.findings:
         message = f"{finding.title}. {finding.explanation}".strip()
         yield Check(finding.id, states[finding.severity], printable(message), printable(finding.action))
+
+
+def _store(node: Node) -> Check:
+    """What our store takes of the node's disk, its bound, and what is left."""
+    limit = node.profile.store_limit_bytes
+    try:
+        report = node.call("gc", GcRequest(node.layout.root), GcReport, timeout_s=PROBE_TIMEOUT_S)
+    except RemoteEvalError as error:
+        return _from_error("store", error)
+    size, pinned = human_bytes(report.store_bytes), sum(file.size for file in report.pinned)
+    message = f"{size} {f'of at most {human_bytes(limit)}' if limit is not None else 'without a limit'}"
+    message += f", {human_bytes(pinned)} of it needed now; {human_bytes(report.free_bytes)} free on its disk"
+    if limit is not None and report.store_bytes > limit:
+        action = "`remote-eval gc --delete` brings it below the limit, as far as no run needs it."
+        return Check("store", CheckState.WARNING, message, action)
+    return Check("store", CheckState.OK, message)
 
 
 def _from_error(name: str, error: RemoteEvalError) -> Check:

@@ -61,7 +61,7 @@ def examine(context: RunContext) -> Preflight:
     is_health_only = all(job.name == "health" for job in plan.jobs)
     header, needed_bytes, is_there = None, 0, False
     if source is not None:
-        checkpoint = locate_in_place(source, plan.checkpoint)
+        checkpoint = locate_in_place(source, plan.checkpoint, plan.run_id)
         header = _header(lambda: inspect_on_source(source, checkpoint.path), is_health_only)
         needed_bytes = checkpoint.size
     elif plan.checkpoint.cluster is None:
@@ -70,7 +70,7 @@ def examine(context: RunContext) -> Preflight:
         checkpoint = SyncedCheckpoint(str(path), None, path.stat().st_size if path.is_file() else 0, (), "local")
         needed_bytes = 0 if context.profile.embedded else checkpoint.size
     else:
-        checkpoint, is_there = locate_in_place(context.node, plan.checkpoint), True
+        checkpoint, is_there = locate_in_place(context.node, plan.checkpoint, plan.run_id), True
     sync_code(context)
     request = PreflightRequest(
         context.node.layout.root,

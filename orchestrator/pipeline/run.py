@@ -23,6 +23,7 @@ from orchestrator.pipeline import launch as launching
 from orchestrator.pipeline import sync as syncing
 from orchestrator.pipeline.assess import Standing
 from orchestrator.pipeline.context import RunContext, Services
+from orchestrator.pipeline.locate import was_freed
 from orchestrator.pipeline.preflight import preflight
 from orchestrator.pipeline.provenance import write_provenance
 from orchestrator.pipeline.reporting import report
@@ -127,7 +128,7 @@ def _advance(context: RunContext, detach: bool, retry: bool) -> RunOutcome | Non
     record = context.record()
     if retry:
         _refuse_retry_of_success(record)
-    checkpoint = _ensure_synced(context, record)
+    checkpoint = _ensure_synced(context, record, retry)
     attempt = _ensure_launched(context, checkpoint, record, retry)
     if attempt.fate == "lost":
         lost: AttemptLostError | None = following.lost_error(context.plan.run_id, Standing.ABSENT)
@@ -155,9 +156,11 @@ def _refuse_retry_of_success(record: RunRecord) -> None:
         raise UsageError("the last attempt succeeded; there is nothing to retry", action="Start a new run instead.")
 
 
-def _ensure_synced(context: RunContext, record: RunRecord) -> SyncedCheckpoint:
+def _ensure_synced(context: RunContext, record: RunRecord, retry: bool) -> SyncedCheckpoint:
     if record.synced is not None:
-        return from_json(SyncedCheckpoint, record.synced)
+        checkpoint = from_json(SyncedCheckpoint, record.synced)
+        if not _launch_is_due(record, retry) or not was_freed(context, checkpoint):
+            return checkpoint
     with context.stage("preflight"):
         preflight(context)
     with context.stage("sync"):
@@ -170,8 +173,7 @@ def _ensure_launched(
     context: RunContext, checkpoint: SyncedCheckpoint, record: RunRecord, retry: bool
 ) -> AttemptRecord:
     current = record.current_attempt
-    ended = current is not None and current.fate in ("terminal", "lost")
-    if current is not None and (current.fate == "launched" or (ended and not retry)):
+    if current is not None and not _launch_is_due(record, retry):
         return current
     with context.stage("launch"):
         launching.launch(context, checkpoint)
@@ -179,6 +181,13 @@ def _ensure_launched(
     if launched is None:
         raise UsageError(f"{context.plan.run_id} has no attempt")
     return launched
+
+
+def _launch_is_due(record: RunRecord, retry: bool) -> bool:
+    current = record.current_attempt
+    if current is None or current.fate in ("intended", "void"):
+        return True
+    return retry and current.fate in ("terminal", "lost")
 
 
 def _follow(context: RunContext, attempt: AttemptRecord) -> AttemptLostError | None:

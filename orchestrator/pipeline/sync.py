@@ -11,11 +11,13 @@ from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
+from orchestrator.pipeline.room import gc_offered
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.order import classify, sending_order, tensor_bytes
+from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
@@ -27,7 +29,7 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     if context.source is not None:
         return copy_from_source(context, context.source)
     if context.plan.checkpoint.cluster is not None:
-        return locate_in_place(context.node, context.plan.checkpoint)
+        return locate_in_place(context.node, context.plan.checkpoint, context.plan.run_id)
     path = local_checkpoint(context.plan.checkpoint, folders=context.profile.embedded)
     if path.is_dir():
         # Of a folder nobody computes a digest: it is used where it is, and its files' names and times stand for it.
@@ -65,13 +67,13 @@ def sync_code(context: RunContext) -> None:
             action="Start a new run, or bring the code back to what it was.",
         )
     local = digest_local_file(archive.path, context.services.layout)
-    sent = upload_file(context.node, archive.path, local.manifest, on_progress=lambda _: None)
+    sent = _upload(context, archive.path, local.manifest, on_progress=lambda _: None)
     request = UnpackRequest(context.node.layout.root, sent.path_on_node, archive.sha256)
     context.node.call("unpack_code", request, Unpacked)
 
 
 def _here(context: RunContext, path: Path) -> SyncedCheckpoint:
-    found = locate_at(context.node, str(path))
+    found = locate_at(context.node, str(path), context.plan.run_id)
     if found is None:
         raise CheckpointError(f"there is no file at {path}", action="Check --checkpoint.")
     return found
@@ -94,15 +96,36 @@ def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
 
 def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadResult:
     """Send the file, what `reconstruct` reads before the rest."""
-    return upload_file(
-        context.node,
+    return _upload(
+        context,
         path,
         manifest,
         on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
-        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
-        packing=context.profile.pack_floats,
         order=_weights_first(path, manifest),
     )
+
+
+def _upload(
+    context: RunContext,
+    path: Path,
+    manifest: ChunkManifest,
+    *,
+    on_progress: ProgressListener,
+    order: list[int] | None = None,
+) -> UploadResult:
+    profile = context.profile
+    with gc_offered(context.node, context.journal, context.plan.cluster):
+        return upload_file(
+            context.node,
+            path,
+            manifest,
+            on_progress=on_progress,
+            bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s,
+            packing=profile.pack_floats,
+            order=order,
+            run_id=context.plan.run_id,
+            store_limit_bytes=profile.store_limit_bytes,
+        )
 
 
 def _weights_first(path: Path, manifest: ChunkManifest) -> list[int] | None:

@@ -80,6 +80,8 @@ def copy_to_node(
     packing: bool = True,
     on_progress: ProgressListener | None = None,
     retry: ReconnectPolicy | None = None,
+    run_id: str = "",
+    store_limit_bytes: int | None = None,
 ) -> UploadResult:
     """Put the file that was `described` on `source` into `target`'s store.
 
@@ -98,6 +100,8 @@ def copy_to_node(
         retry=retry,
         packing=False,
         rates=rates,
+        run_id=run_id,
+        store_limit_bytes=store_limit_bytes,
     )
 
 

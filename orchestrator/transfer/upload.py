@@ -67,13 +67,16 @@ def upload_file(
     on_reconnect: ReconnectListener | None = None,
     wait_s: float = 90.0,
     idle_timeout_s: float = IDLE_TIMEOUT_S,
+    run_id: str = "",
+    store_limit_bytes: int | None = None,
 ) -> UploadResult:
     """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
     `packing`: floats go in fewer bytes where the link is slower than that takes, which `rates`, if given, comes to
-    tell. `order` holds every chunk's index in the order in which they go. Raises
-    `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NodeUnfitError` (space, quota,
-    permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
+    tell. `order` holds every chunk's index in the order in which they go. `run_id`: the run that needs the file, if one
+    does; the store is kept under `store_limit_bytes`. Raises
+    `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NoSpaceError`, `NodeUnfitError`
+    (permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
     `UnreachableError` family once `retry` is exhausted. Whatever arrived before any of them is kept on the node.
     """
     if len(manifest.chunks) > MAX_CHUNKS:
@@ -91,6 +94,8 @@ def upload_file(
             secrets.token_hex(16),
             wait_s,
             idle_timeout_s,
+            run_id,
+            store_limit_bytes,
         )
         policy = retry or ReconnectPolicy()
         count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)

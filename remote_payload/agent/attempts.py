@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from typing import Optional, TypeVar
 
 from remote_payload.agent import files, machine
@@ -14,6 +16,7 @@ from remote_payload.wire.states import AttemptStatus, Decision, ProcessIdentity
 
 T = TypeVar("T")
 _SMALL = 4 * 1024 * 1024
+_ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)\Z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Decided:
 
     decision: Decision
     supervisor: Optional[ProcessIdentity] = None
+
+
+def of_run(layout: NodeLayout, run_id: str) -> list[AttemptLayout]:
+    """The run's attempts, in no order; none where the run is not known here."""
+    try:
+        names = os.listdir(layout.run_folder(run_id))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbers = [int(match.group(1)) for match in map(_ATTEMPT.match, names) if match is not None]
+    return [layout.attempt(run_id, number) for number in numbers]
 
 
 def read_claim(attempt: AttemptLayout) -> Optional[Claim]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import stat
 import time
 from collections.abc import Iterator
 from typing import Optional
 
-from remote_payload.agent import attempts, own_code, root
+from remote_payload.agent import attempts, locks, own_code, quota, root, store
 from remote_payload.agent.bytecode import compiled_path
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import GcReport, GcRequest
+from remote_payload.wire.messages import Deletable, GcReport, GcRequest, Pinned
 from remote_payload.wire.names import check_run_id
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.states import Decision
 
 _DAY_S = 86_400.0
 _IN_USE_S = 3600.0
-"""What changed less than this long ago may belong to an upload or a run that has not been claimed yet."""
-_ATTEMPT = re.compile(r"attempt-([1-9][0-9]*)\Z")
+"""What changed less than this long ago may belong to a run that has not been claimed yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +34,18 @@ class _Item:
 
 
 def gc(request: GcRequest) -> GcReport:
-    """Delete finished runs past `keep_days`, then stored files that no remaining run refers to: those past `keep_days`,
-    and, least recently used first, as many as keep the store over `keep_bytes`.
+    """Delete finished runs past `keep_days`; stored files past `keep_days` that no remaining run refers to; and, least
+    recently used first, as many checkpoints as keep the store over `keep_bytes`, those that finished runs refer to too.
 
-    Raises `AgentError` where the root lacks our marker.
-    A run that may still start or run stays, as does what it refers to.
+    Raises `AgentError` where the root lacks our marker. A run that may still start or run stays, and so does what it
+    refers to; of the store also what is arriving or was located for a run that is about to start.
     """
     layout = root.open_root(request.root)
+    with contextlib.nullcontext() if request.dry_run else locks.alone(layout.store_lock, "making room"):
+        return _gc(layout, request)
+
+
+def _gc(layout: NodeLayout, request: GcRequest) -> GcReport:
     now = time.time()
     oldest_kept = now - max(request.keep_days, 0.0) * _DAY_S
     doomed = [
@@ -51,22 +55,36 @@ def gc(request: GcRequest) -> GcReport:
         and item.last_used <= oldest_kept
         and _is_finished(layout, os.path.basename(item.path), request.dry_run, _is_idle(item, now))
     ]
-    doomed_runs = {item.path for item in doomed}
-    used = _referenced(layout, doomed_runs)
-    stored = [item for folder in (layout.checkpoints, layout.payloads, layout.code) for item in _items(folder)]
-    loose = [item for item in stored if item.path not in used and _is_idle(item, now)]
-    kept_bytes = sum(item.size for item in stored)
-    for item in sorted(loose, key=lambda item: item.last_used):
-        over = request.keep_bytes is not None and kept_bytes > request.keep_bytes
-        if over or item.last_used <= oldest_kept:
-            doomed.append(item)
-            kept_bytes -= item.size
+    used = _referenced(layout, {item.path for item in doomed})
+    loose = [item for folder in (layout.payloads, layout.code) for item in _items(folder) if item.path not in used]
+    doomed += [item for item in loose if _is_idle(item, now) and item.last_used <= oldest_kept]
+    stored = store.stored_files(layout)
+    pinned = store.pins(layout, stored)
+    goes = [
+        file
+        for file in stored
+        if file.folder not in pinned and file.folder not in used and file.last_used <= oldest_kept
+    ]
+    rest = [file for file in stored if file not in goes]
+    if request.keep_bytes is not None:
+        excess = sum(file.size + file.to_come for file in rest) - request.keep_bytes
+        goes += store.least_recently_used(rest, pinned, excess)
     if not request.dry_run:
         for item in doomed:
-            _delete(layout, item.path)
+            _remove(store.move_away(layout, item.path))
+        goes = [file for file in goes if store.free(layout, file)]
         for leftover in _leftovers(layout, now):
             _remove(leftover)
-    return GcReport(tuple(item.path for item in doomed), sum(item.size for item in doomed), kept_bytes)
+    store_bytes = sum(file.size for file in stored) - (0 if request.dry_run else sum(file.size for file in goes))
+    deleted = [Deletable(item.path, item.size, item.last_used) for item in doomed]
+    deleted += [Deletable(file.folder, file.size, file.last_used) for file in goes]
+    return GcReport(
+        deleted=tuple(deleted),
+        freed_bytes=sum(item.size for item in deleted),
+        store_bytes=store_bytes,
+        pinned=tuple(Pinned(f.folder, f.size + f.to_come, pinned[f.folder]) for f in stored if f.folder in pinned),
+        free_bytes=quota.space_left(layout.root),
+    )
 
 
 def _is_idle(item: _Item, now: float) -> bool:
@@ -76,12 +94,7 @@ def _is_idle(item: _Item, now: float) -> bool:
 def _is_finished(layout: NodeLayout, run_id: str, dry_run: bool, idle: bool) -> bool:
     """Whether every attempt is over. One that was claimed long ago and never launched is made void, and stays over."""
     try:
-        folder = layout.run_folder(check_run_id(run_id))
-        for name in os.listdir(folder):
-            match = _ATTEMPT.match(name)
-            if match is None:
-                continue
-            attempt = layout.attempt(run_id, int(match.group(1)))
+        for attempt in attempts.of_run(layout, check_run_id(run_id)):
             never_launched = attempts.read_decision(attempt) is None
             if never_launched and idle and not dry_run:
                 attempts.decide(attempt, Decision.VOID)
@@ -153,18 +166,8 @@ def _leftovers(layout: NodeLayout, now: float) -> list[str]:
         for folder in folders
         if os.path.isdir(folder)
         for entry in os.scandir(folder)
-        if entry.name.startswith(".deleting-") or (entry.name.startswith(".") and _is_idle(_measure(entry.path), now))
+        if layout.is_doomed(entry.name) or (entry.name.startswith(".") and _is_idle(_measure(entry.path), now))
     ]
-
-
-def _delete(layout: NodeLayout, path: str) -> None:
-    """Take it out of the way in one step, so that nothing half deleted ever looks whole, then delete it."""
-    doomed = layout.doomed(path)
-    try:
-        os.rename(path, doomed)
-    except OSError as error:
-        raise AgentError("internal", f"{path} cannot be deleted: {error.strerror}") from error
-    _remove(doomed)
 
 
 def _remove(path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -10,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, Optional
 
-from remote_payload.agent import root
+from remote_payload.agent import root, store
 from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, fingerprint
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.folders import folder_fingerprint
@@ -32,14 +31,14 @@ def locate(request: LocateRequest) -> Located:
     layout = root.open_root(request.root)
     cache = DigestCache(layout)
     if request.path is not None:
-        return _in_place(request.path, request.search_roots, cache)
+        return _in_place(layout, request, request.path, cache)
     if request.digest is None or request.size is None:
         raise AgentError("usage", "locate needs a path, or a digest and a size")
-    return _in_store(layout, request.digest, request.size) or _by_content(request, cache)
+    return _in_store(layout, request.digest, request.size, request.run_id) or _by_content(request, cache)
 
 
-def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> Located:
-    for path in _absolute_candidates(wanted, search_roots):
+def _in_place(layout: NodeLayout, request: LocateRequest, wanted: str, cache: DigestCache) -> Located:
+    for path in _absolute_candidates(wanted, request.search_roots):
         try:
             facts = os.stat(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -53,6 +52,9 @@ def _in_place(wanted: str, search_roots: Iterable[str], cache: DigestCache) -> L
         if not os.access(path, os.R_OK):
             raise AgentError("usage", f"{path} may not be read by this user", f"Run `chmod u+r {path}` on the node.")
         found = fingerprint(path)
+        digest = store.digest_of_path(layout, path)
+        if digest is not None:
+            store.find(layout, digest, found.size, request.run_id)
         return Located(True, "in_place", path, cache.get(found), found.size, found.mtime_ns, found.inode)
     return _NOWHERE
 
@@ -83,18 +85,12 @@ def _absolute_candidates(wanted: str, search_roots: Iterable[str]) -> Iterator[s
     yield os.path.normpath(os.path.join(os.path.expanduser("~"), expanded))
 
 
-def _in_store(layout: NodeLayout, digest: str, size: int) -> Optional[Located]:
-    """A stored file was verified before it got its name. Using it is noted on its folder, for `gc`."""
-    path = layout.checkpoint(digest)
-    try:
-        facts = os.lstat(path)
-    except FileNotFoundError:
+def _in_store(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[Located]:
+    """A stored file was verified before it got its name."""
+    facts = store.find(layout, digest, size, run_id)
+    if facts is None:
         return None
-    if not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
-        return None
-    with contextlib.suppress(OSError):
-        os.utime(layout.checkpoint_folder(digest))
-    return Located(True, "store", path, digest, size, facts.st_mtime_ns, facts.st_ino)
+    return Located(True, "store", layout.checkpoint(digest), digest, size, facts.st_mtime_ns, facts.st_ino)
 
 
 def _by_content(request: LocateRequest, cache: DigestCache) -> Located:

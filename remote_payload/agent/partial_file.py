@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -17,13 +16,12 @@ import time
 from collections.abc import Iterator
 from typing import Optional
 
-from remote_payload.agent import files
+from remote_payload.agent import files, quota
 from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
-from remote_payload.agent.root import free_bytes
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.names import check_nonce
 from remote_payload.wire.stream import ChunkTable
+from remote_payload.wire.units import human_bytes
 
 SYNC_BYTES = 32 * 1024 * 1024
 SYNC_INTERVAL_S = 2.0
@@ -36,51 +34,7 @@ _FULL = {
     errno.EDQUOT: "the quota is used up",
     errno.EFBIG: "the limit of a file's size is reached",
 }
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _data_sync = getattr(os, "fdatasync", os.fsync)
-
-
-class SessionLock:
-    """Lets the streams of one upload session share a checkpoint folder, and keeps all other sessions out.
-
-    The first of a session takes the lock exclusively, writes the session's name, prepares the folder, and then shares
-    it; others join only while that name stands there. Where the file system has no locks everybody is let in: chunks
-    are verified before they are written, so two sessions write the same bytes, and only work is done twice.
-    """
-
-    def __init__(self, path: str, session: str) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        self._session = check_nonce(session).encode()
-
-    def try_exclusive(self) -> bool:
-        """Take the lock for this session alone, for now."""
-        if not self._lock(fcntl.LOCK_EX):
-            return False
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, self._session, 0)
-        return True
-
-    def try_shared(self) -> bool:
-        """Take, or fall back to, a share in this session's lock."""
-        if not self._lock(fcntl.LOCK_SH):
-            return False
-        if os.pread(self._fd, len(self._session) + 1, 0) == self._session:
-            return True
-        self._lock(fcntl.LOCK_UN)
-        return False
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def _lock(self, operation: int) -> bool:
-        try:
-            fcntl.flock(self._fd, operation | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        return True
 
 
 class PartialFile:
@@ -100,10 +54,7 @@ class PartialFile:
 
     @classmethod
     def prepare(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
-        """Make or take over the part and its journal, and check that the rest will fit.
-
-        Raises `AgentError` unfit where the free space does not suffice, `OSError`.
-        """
+        """Make or take over the part and its journal. Raises `AgentError`, `OSError`."""
         part, journal = layout.checkpoint_part(digest), layout.checkpoint_journal(digest)
         fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -126,7 +77,6 @@ class PartialFile:
                     _data_sync(journal_fd)
                     files.fsync_folder(layout.checkpoint_folder(digest))
                 found.reload()
-                found._check_space()
         except BaseException:
             found.close()
             raise
@@ -247,21 +197,15 @@ class PartialFile:
     def _missing_bytes(self) -> int:
         return sum(self._table.length(i) for i, is_here in enumerate(self.have) if not is_here)
 
-    def _check_space(self) -> None:
+    @property
+    def to_come_bytes(self) -> int:
+        """What the rest of the file will take of the disk, at most."""
         not_allocated = self._table.size - os.fstat(self.fd).st_blocks * 512
-        needed = min(self._missing_bytes(), not_allocated)
-        folder = self._layout.checkpoint_folder(self._digest)
-        free = free_bytes(folder)
-        if needed > free:
-            raise AgentError(
-                "unfit",
-                f"{human_bytes(needed)} are still to come and {human_bytes(free)} are free at {folder}",
-                "Free space there (`remote-eval gc`), or set another node_root; what has arrived is kept.",
-            )
+        return max(0, min(self._missing_bytes(), not_allocated))
 
     @contextlib.contextmanager
     def fullness_explained(self) -> Iterator[None]:
-        """Raises `AgentError` unfit, with what is free and what is missing, where the disk or the quota is full."""
+        """Raises `AgentError` no_space, with what is free and what is missing, where the disk or the quota is full."""
         try:
             yield
         except OSError as error:
@@ -269,10 +213,10 @@ class PartialFile:
                 raise
             folder = self._layout.checkpoint_folder(self._digest)
             raise AgentError(
-                "unfit",
-                f"{_FULL[error.errno]} at {folder}: {human_bytes(free_bytes(folder))} are free, "
+                "no_space",
+                f"{_FULL[error.errno]}, on {quota.disk_of(folder)}: {human_bytes(quota.space_left(folder))} are free, "
                 f"{human_bytes(self._missing_bytes())} of the file are still missing",
-                "Free space there (`remote-eval gc`) or set another node_root, and run it again: what arrived is kept.",
+                "Free space there or set another node_root, and run it again: what has arrived is kept.",
             ) from error
 
 
@@ -313,16 +257,6 @@ def remove_if_there(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         return
-
-
-def human_bytes(count: int) -> str:
-    """`3.2 GB`, in powers of 1000 as disks are sold and links are rated."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _open_journal(path: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Optional
 
+from remote_payload.agent import root
 from remote_payload.agent.commands import ask
 
 _ASK_LIMIT_S = 5.0
@@ -13,7 +14,7 @@ _MOUNTS = "/proc/self/mounts"
 
 def quota_free_bytes(path: str) -> Optional[int]:
     """Bytes left before a quota stops this user at `path`, or None where none is known."""
-    device, kind = mount_of(path, _read_mounts())
+    _, device, kind = mount_of(path, _read_mounts())
     if kind == "lustre":
         text = ask(["lfs", "quota", "-q", "-u", str(os.geteuid()), path], _ASK_LIMIT_S)
     else:
@@ -21,8 +22,22 @@ def quota_free_bytes(path: str) -> Optional[int]:
     return parse_quota(text, device, path) if text else None
 
 
-def mount_of(path: str, mounts: str) -> tuple[str, str]:
-    """(device, file system type) of the deepest mount that holds `path`, from the text of /proc/self/mounts."""
+def space_left(path: str) -> int:
+    """Bytes that this user may still write at `path`: what is free there, or the quota's rest where that is less."""
+    free = root.free_bytes(path)
+    quota = quota_free_bytes(path)
+    return free if quota is None else min(free, quota)
+
+
+def disk_of(path: str) -> str:
+    """The file system that holds `path`, in words."""
+    folder, device, kind = mount_of(os.path.realpath(path), _read_mounts())
+    return f"the disk at {folder} ({device}, {kind})" if folder else f"the disk of {path}"
+
+
+def mount_of(path: str, mounts: str) -> tuple[str, str, str]:
+    """(mount point, device, file system type) of the deepest mount that holds `path`, from the text of
+    /proc/self/mounts."""
     best = ("", "", "")
     for line in mounts.splitlines():
         fields = line.split()
@@ -32,7 +47,7 @@ def mount_of(path: str, mounts: str) -> tuple[str, str]:
         holds = path == folder or path.startswith(folder.rstrip("/") + "/")
         if holds and len(folder) >= len(best[0]):
             best = (folder, fields[0], fields[2])
-    return best[1], best[2]
+    return best
 
 
 def parse_quota(text: str, *file_systems: str) -> Optional[int]:

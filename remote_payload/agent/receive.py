@@ -8,11 +8,13 @@ import os
 import time
 from typing import Optional
 
-from remote_payload.agent import partial_file, root
+from remote_payload.agent import locks, partial_file, root, store
 from remote_payload.agent.channel import FdChannel, PeerGoneError
 from remote_payload.agent.failure import AgentError
-from remote_payload.agent.partial_file import PartialFile, SessionLock
+from remote_payload.agent.locks import SessionLock
+from remote_payload.agent.partial_file import PartialFile
 from remote_payload.agent.reuse import reuse_chunks
+from remote_payload.agent.room import make_room
 from remote_payload.wire.chunks import CHUNK_BYTES
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
@@ -50,7 +52,6 @@ def serve_receive(channel: FdChannel, request: ReceiveRequest) -> None:
     layout = root.open_root(request.root)
     reader = FrameReader(channel.fill)
     table = _read_table(reader, request)
-    os.makedirs(layout.checkpoint_folder(request.digest), mode=0o700, exist_ok=True)
     lock = SessionLock(layout.checkpoint_lock(request.digest), request.session)
     try:
         part = _take_hold(channel, layout, request, table, lock)
@@ -111,6 +112,7 @@ class _Receiver:
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         self._reader.body(header)
         if self._part.finish():
+            store.note_use(self._layout, self._request.digest, self._request.run_id)
             self._channel.send_json(FrameKind.FINISHED, _finished(self._layout, self._request))
             return True
         self._send_have()
@@ -226,13 +228,9 @@ def _try_hold(
         return PartialFile.joined(layout, digest, table) if lock.try_shared() else None
     if partial_file.is_stored(layout, digest, request.size):
         _clean_up(layout, digest, table)
+        store.note_use(layout, digest, request.run_id)
         return None
-    part = PartialFile.prepare(layout, digest, table)
-    try:
-        _reuse(channel, layout, digest, table, part)
-    except BaseException:
-        part.close()
-        raise
+    part = _prepare(channel, layout, request, table)
     # Changing the lock's kind lets go of it for a moment: whoever took it meanwhile goes first.
     if lock.try_shared():
         return part
@@ -240,8 +238,9 @@ def _try_hold(
     return None
 
 
-def _reuse(channel: FdChannel, layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile) -> None:
-    """Take what other files here hold of this one, with signs of life meanwhile."""
+def _prepare(channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, table: ChunkTable) -> PartialFile:
+    """The part, with room for the rest of it and what other files here hold of it. Gives signs of life meanwhile."""
+    digest, limit = request.digest, request.store_limit_bytes
     told_at = time.monotonic()
 
     def tell() -> None:
@@ -250,19 +249,31 @@ def _reuse(channel: FdChannel, layout: NodeLayout, digest: str, table: ChunkTabl
             told_at = time.monotonic()
             channel.send_json(FrameKind.WAITING, WaitingFacts(partial_file.journal_bytes(layout, digest)))
 
-    bytes_reused = reuse_chunks(layout, digest, table, part, tell)
-    if bytes_reused:
-        channel.send_json(FrameKind.REUSED, ReusedFacts(bytes_reused))
+    # Parts are made under this lock, so that nobody's space is given away twice.
+    with locks.alone(layout.store_lock, "making room", tell):
+        part = PartialFile.prepare(layout, digest, table)
+        try:
+            make_room(layout, digest, table.size, part.to_come_bytes, limit, tell)
+            store.note_use(layout, digest, request.run_id)
+        except BaseException:
+            part.close()
+            raise
+    try:
+        bytes_reused = reuse_chunks(layout, digest, table, part, tell)
+        if bytes_reused:
+            channel.send_json(FrameKind.REUSED, ReusedFacts(bytes_reused))
+    except BaseException:
+        part.close()
+        raise
+    return part
 
 
 def _clean_up(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
-    """What a crash just after the final rename left undone. Using the file is noted on its folder, for `gc`."""
+    """What a crash just after the final rename left undone."""
     if not os.path.exists(layout.checkpoint_manifest(digest)):
         partial_file.write_manifest(layout, digest, table)
     partial_file.remove_if_there(layout.checkpoint_journal(digest))
     partial_file.remove_if_there(layout.checkpoint_part(digest))
-    with contextlib.suppress(OSError):
-        os.utime(layout.checkpoint_folder(digest))
 
 
 def _finished(layout: NodeLayout, request: ReceiveRequest) -> FinishedFacts:

@@ -16,10 +16,9 @@ import threading
 from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional
 
+from remote_payload.agent import store
 from remote_payload.agent.partial_file import PartialFile
-from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.names import check_file_digest
 from remote_payload.wire.stream import ChunkTable
 
 MAX_SOURCES = 64
@@ -95,16 +94,10 @@ def _places(
     return places
 
 
-def _stored(layout: NodeLayout) -> Iterator[str]:
+def _stored(layout: NodeLayout) -> list[str]:
     """Digests of the checkpoints in the store, the latest used first."""
-    used: list[tuple[float, str]] = []
-    with contextlib.suppress(OSError), os.scandir(layout.checkpoints) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError, WireError):
-                digest = check_file_digest(entry.name.replace("-", ":", 1))
-                used.append((entry.stat(follow_symlinks=False).st_mtime, digest))
-    used.sort(reverse=True)
-    return (digest for _, digest in used[:MAX_SOURCES])
+    latest_first = sorted(store.stored_files(layout), key=lambda file: file.last_used, reverse=True)
+    return [file.digest for file in latest_first[:MAX_SOURCES]]
 
 
 def _matches(path: str, lengths: dict[bytes, int]) -> Iterator[tuple[bytes, int]]:

@@ -8,7 +8,7 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class RemoteFailure:
     """Why the agent could not do it. `kind` maps to the client's exception tree:
-    usage, unfit, integrity, conflict, not_found, internal."""
+    usage, unfit, no_space, integrity, conflict, not_found, internal."""
 
     kind: str
     message: str

@@ -10,6 +10,7 @@ from remote_payload.wire.codec import WireError
 
 MARKER_NAME = ".remote-eval-root"
 """Stands in the node root; nothing is ever deleted in a folder that lacks it."""
+_DOOMED_PREFIX = ".deleting-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,15 @@ class NodeLayout:
     def checkpoint_manifest(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "chunks.json")
 
+    def checkpoint_uses(self, file_digest: str) -> str:
+        """When which run located or sent the file, a line each."""
+        return posixpath.join(self.checkpoint_folder(file_digest), "uses")
+
+    @property
+    def store_lock(self) -> str:
+        """Held (`flock`) by whoever makes room in the store."""
+        return posixpath.join(self.root, "store.lock")
+
     @property
     def code(self) -> str:
         return posixpath.join(self.root, "code")
@@ -183,7 +193,10 @@ class NodeLayout:
 
     def doomed(self, folder: str) -> str:
         """Where `folder` goes, in one step, before its contents are deleted."""
-        return posixpath.join(posixpath.dirname(folder), ".deleting-" + posixpath.basename(folder))
+        return posixpath.join(posixpath.dirname(folder), _DOOMED_PREFIX + posixpath.basename(folder))
+
+    def is_doomed(self, name: str) -> bool:
+        return name.startswith(_DOOMED_PREFIX)
 
 
 def attempt_at(folder: str) -> tuple[NodeLayout, str, int]:

@@ -108,7 +108,8 @@ class LocateRequest:
     """Find a file: by `path` in place, or by content (`digest`, `size`) in the store and under `search_roots`.
 
     `sample` holds [offset, length, sha256] spans that a same-size candidate must match before it is read in full.
-    `time_limit_s` bounds the search by content: what was not found within it counts as nowhere.
+    `time_limit_s` bounds the search by content: what was not found within it counts as nowhere. `run_id`: for whom, if
+    for a run; a file of the store is not freed while that is under way.
     """
 
     root: str
@@ -118,6 +119,7 @@ class LocateRequest:
     search_roots: tuple[str, ...] = ()
     sample: tuple[tuple[Any, ...], ...] = ()
     time_limit_s: float = 100.0
+    run_id: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,21 +273,44 @@ class Unpacked:
     folder: str
 
 
+KEEP_DAYS = 30.0
+
+
 @dataclasses.dataclass(frozen=True)
 class GcRequest:
-    """Delete finished runs and unpinned stored files until at most `keep_bytes` and `keep_days` remain."""
+    """Delete finished runs and unneeded files older than `keep_days`, and of the store what exceeds `keep_bytes`."""
 
     root: str
-    keep_days: float
+    keep_days: float = KEEP_DAYS
     keep_bytes: Optional[int] = None
     dry_run: bool = True
     pinned_runs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class GcReport:
-    """`deleted` lists paths under the root (would-be ones on a dry run)."""
+class Deletable:
+    """`last_used`: seconds since the epoch by the node's clock."""
 
-    deleted: tuple[str, ...]
+    path: str
+    size: int
+    last_used: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """A file of the store that stays, and the runs or uploads that need it."""
+
+    path: str
+    size: int
+    by: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GcReport:
+    """`deleted` lists what went, or would go on a dry run. `store_bytes`: what the store of checkpoints holds now."""
+
+    deleted: tuple[Deletable, ...]
     freed_bytes: int
-    kept_bytes: int
+    store_bytes: int
+    pinned: tuple[Pinned, ...]
+    free_bytes: int

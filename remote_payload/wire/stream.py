@@ -14,7 +14,7 @@ rules ends the stream; nothing it held was used.
     client → agent   MANIFEST  chunk table page: (length u32, sha256) per chunk; argument: index of its first chunk.
                                As many pages as the table needs, in order; none for an empty file
     agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file, or while
-                               chunks are copied from what is here
+                               room is made or chunks are copied from what is here
                      REUSED    JSON `ReusedFacts`, before HAVE: chunks that were copied from what is here
                      HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
@@ -127,7 +127,8 @@ class ReceiveRequest:
     """Start receiving a file of `size` bytes in `chunk_count` chunks with the `v1:` digest `digest`.
 
     `session`: 32 hex digits, the same on all streams of one upload. `wait_s`: how long to stand by while another
-    session holds the file and does not get on. `idle_s`: the agent gives up after so long without a byte.
+    session holds the file and does not get on. `idle_s`: the agent gives up after so long without a byte. `run_id`: for
+    whom, if for a run. `store_limit_bytes`: the store is kept below that by freeing what nobody needs.
     """
 
     root: str
@@ -137,12 +138,14 @@ class ReceiveRequest:
     session: str
     wait_s: float = 90.0
     idle_s: float = 60.0
+    run_id: str = ""
+    store_limit_bytes: Optional[int] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class WaitingFacts:
-    """Another session is sending this file, or its chunks are copied from what is here; `journalled` grows as that
-    gets on."""
+    """Another session is sending this file, room is made for it, or its chunks are copied from what is here;
+    `journalled` grows as that gets on."""
 
     journalled: int
 

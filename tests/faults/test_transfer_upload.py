@@ -272,9 +272,8 @@ def test_a_file_larger_than_the_free_space_is_refused_before_a_byte_is_sent(root
     local.write_bytes(b"")
     facts = os.statvfs(root)
     manifest = huge_manifest(facts.f_bavail * facts.f_frsize + 10**12)
-    with pytest.raises(NodeUnfitError, match=r"are still to come and .* are free at") as caught:
+    with pytest.raises(NodeUnfitError, match=r"are still to come and .* are free on the disk at"):
         upload_file(ThreadOpener(root), local, manifest, retry=AT_ONCE)
-    assert "gc" in caught.value.action
     check_not_stored(root, manifest)
 
 
@@ -328,7 +327,7 @@ def test_a_full_disk_is_told_with_what_is_free_and_the_upload_goes_on_after_room
     content = noise(8 * MIB)
     local.write_bytes(content)
     manifest = manifest_of(content, even_cuts(len(content), 256 * 1024))
-    with pytest.raises(NodeUnfitError, match=r"(full|limit) .* are free, .* still missing"):
+    with pytest.raises(NodeUnfitError, match=r"(full|limit).*, on the disk at .* are free, .* still missing"):
         upload_file(small_disk.opener([]), local, manifest, retry=AT_ONCE)
     check_not_stored(small_disk.root, manifest)
     small_disk.make_room()

@@ -352,6 +352,7 @@ def check_stored(root: Path, manifest: ChunkManifest, content: bytes) -> None:
         "chunks.json",
         "file",
         "lock",
+        "uses",
     ]
 
 

@@ -99,13 +99,13 @@ def test_no_limit_and_no_line_mean_no_quota() -> None:
 @pytest.mark.parametrize(
     ("path", "mount"),
     [
-        ("/home/ada/x", ("nfs:/home", "nfs4")),
-        ("/homes", ("rootfs", "ext4")),
-        ("/scratch", ("10.0.0.1@o2ib:/scratch", "lustre")),
-        ("/home/my disk/x", ("/dev/sdb1", "ext4")),
+        ("/home/ada/x", ("/home", "nfs:/home", "nfs4")),
+        ("/homes", ("/", "rootfs", "ext4")),
+        ("/scratch", ("/scratch", "10.0.0.1@o2ib:/scratch", "lustre")),
+        ("/home/my disk/x", ("/home/my disk", "/dev/sdb1", "ext4")),
     ],
 )
-def test_a_path_lies_on_its_deepest_mount(path: str, mount: tuple[str, str]) -> None:
+def test_a_path_lies_on_its_deepest_mount(path: str, mount: tuple[str, str, str]) -> None:
     assert quota.mount_of(path, MOUNTS) == mount
 
 
