@@ -21,7 +21,10 @@ _DAMAGED = ("truncated", "malformed")
 
 
 def inspect_local(path: Path) -> dict[str, Any]:
-    """`{"header", "findings"}` of a file. Raises `IntegrityError` for a damaged one, `CheckpointError` for none."""
+    """`{"header", "findings", "reads"}` of a file; the last are [offset, length] of what of it the header took.
+
+    Raises `IntegrityError` for a damaged one, `CheckpointError` for none.
+    """
     done = _run(path, "--json")
     try:
         document = json.loads(done.stdout)
@@ -29,7 +32,7 @@ def inspect_local(path: Path) -> dict[str, Any]:
         raise _no_answer(done) from None
     if document.get("error"):
         raise unreadable(document["error"])
-    return {"header": document["header"], "findings": document["findings"]}
+    return {key: document[key] for key in ("header", "findings", "reads")}
 
 
 def render_local(path: Path) -> str:

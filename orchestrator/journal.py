@@ -108,10 +108,14 @@ class AttemptRecord:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's entries add up to."""
+    """What a run's entries add up to.
+
+    `synced`: the checkpoint is on the node in full. `synced_partly`: what the run's jobs read of it is.
+    """
 
     planned: bool
     synced: dict[str, Any] | None
+    synced_partly: dict[str, Any] | None
     attempts: tuple[AttemptRecord, ...]
     collected: int | None
     reported: bool
@@ -127,6 +131,7 @@ def fold(entries: list[Entry]) -> RunRecord:
     """Entries → where the run stands. Pure."""
     planned, reported = False, False
     synced: dict[str, Any] | None = None
+    synced_partly: dict[str, Any] | None = None
     attempts: dict[int, AttemptRecord] = {}
     collected: int | None = None
     last_error: dict[str, Any] | None = None
@@ -136,7 +141,9 @@ def fold(entries: list[Entry]) -> RunRecord:
         if entry.kind == "planned":
             planned = True
         elif entry.kind == "synced":
-            synced = data
+            synced, synced_partly = data, None
+        elif entry.kind == "synced_partly":
+            synced, synced_partly = None, data
         elif entry.kind == "launch_intent":
             attempts[data["attempt"]] = AttemptRecord(data["attempt"], data["nonce"], "intended")
             collected, reported = None, False
@@ -156,4 +163,4 @@ def fold(entries: list[Entry]) -> RunRecord:
         elif entry.kind == "stage_began":
             last_error = None
     ordered = tuple(attempts[n] for n in sorted(attempts))
-    return RunRecord(planned, synced, ordered, collected, reported, last_error, seconds)
+    return RunRecord(planned, synced, synced_partly, ordered, collected, reported, last_error, seconds)

@@ -83,6 +83,7 @@ class SyncedCheckpoint:
     """Where the checkpoint stands on the node and what it is: its digest, else [size, mtime_ns, inode].
 
     `source_path` and `source_fingerprint` say the same of the other node that it was read on, if there was one.
+    `is_complete` False: what the jobs read of it is there, and `path` is where it will stand in full.
     """
 
     path: str
@@ -93,6 +94,7 @@ class SyncedCheckpoint:
     bytes_sent: int = 0
     source_path: str | None = None
     source_fingerprint: tuple[int, ...] = ()
+    is_complete: bool = True
 
 
 def parse_reference(text: str, *, exists_here: bool) -> CheckpointReference:
@@ -122,6 +124,11 @@ def choose_jobs(asked: list[str] | None, project_jobs: Mapping[str, str]) -> tup
         what = f"there is no job named {unknown[0]!r}" if unknown else "no job was asked for"
         raise UsageError(what, action=f"Known jobs: {', '.join(known)}.")
     return tuple(known[name] for name in dict.fromkeys(chosen))
+
+
+def reads_weights_only(jobs: tuple[JobSpec, ...]) -> bool:
+    """Whether all that the jobs read of a checkpoint is its header and the model's weights."""
+    return jobs == (JobSpec("reconstruct"),)
 
 
 def new_run_id(now: datetime.datetime) -> str:

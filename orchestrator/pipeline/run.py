@@ -157,15 +157,17 @@ def _refuse_retry_of_success(record: RunRecord) -> None:
 
 
 def _ensure_synced(context: RunContext, record: RunRecord, retry: bool) -> SyncedCheckpoint:
-    if record.synced is not None:
-        checkpoint = from_json(SyncedCheckpoint, record.synced)
-        if not _launch_is_due(record, retry) or not was_freed(context, checkpoint):
+    known = record.synced or record.synced_partly
+    if known is not None:
+        checkpoint = from_json(SyncedCheckpoint, known)
+        # Whether a part is still there in full is seen by sending it again: that costs nothing where it is.
+        if not _launch_is_due(record, retry) or (checkpoint.is_complete and not was_freed(context, checkpoint)):
             return checkpoint
     with context.stage("preflight"):
         preflight(context)
     with context.stage("sync"):
         checkpoint = syncing.sync_checkpoint(context)
-    context.note_entry("synced", **to_json(checkpoint))
+    context.note_entry("synced" if checkpoint.is_complete else "synced_partly", **to_json(checkpoint))
     return checkpoint
 
 

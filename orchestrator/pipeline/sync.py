@@ -12,16 +12,17 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
-from orchestrator.plan import SyncedCheckpoint, local_checkpoint
+from orchestrator.plan import SyncedCheckpoint, local_checkpoint, reads_weights_only
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
-from orchestrator.transfer.order import classify, sending_order, tensor_bytes
+from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Unpacked, UnpackRequest
+from remote_payload.wire.units import human_bytes
 
 
 def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
@@ -44,14 +45,12 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
         context.node.drop_prepared_streams()
         return found
     try:
-        sent = _send(context, path, manifest)
+        return _send(context, path, local)
     except LocalFileChangedError:
         if not local.was_remembered:
             raise
         # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
-        manifest = digest_local_file(path, context.services.layout, use_remembered=False).manifest
-        sent = _send(context, path, manifest)
-    return SyncedCheckpoint(sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent)
+        return _send(context, path, digest_local_file(path, context.services.layout, use_remembered=False))
 
 
 def sync_code(context: RunContext) -> None:
@@ -94,14 +93,24 @@ def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
     return digest_local_file(path, context.services.layout, prepare)
 
 
-def _send(context: RunContext, path: Path, manifest: ChunkManifest) -> UploadResult:
-    """Send the file, what `reconstruct` reads before the rest."""
-    return _upload(
+def _send(context: RunContext, path: Path, local: LocalFile) -> SyncedCheckpoint:
+    """Send the file, what `reconstruct` reads before the rest, and nothing else where no other job is asked for."""
+    manifest, order = local.manifest, None
+    classes = _chunk_classes(path, local)
+    if classes is not None:
+        order = sending_order(classes)
+        if reads_weights_only(context.plan.jobs):
+            order = [index for index in order if classes[index] is not ChunkClass.REST]
+            _tell_what_is_left(context, manifest, order)
+    sent = _upload(
         context,
         path,
         manifest,
         on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
-        order=_weights_first(path, manifest),
+        order=order,
+    )
+    return SyncedCheckpoint(
+        sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )
 
 
@@ -128,10 +137,22 @@ def _upload(
         )
 
 
-def _weights_first(path: Path, manifest: ChunkManifest) -> list[int] | None:
-    """The order in which the chunks go; None, as they stand in the file, where no header can be read."""
+def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
+    """What each chunk holds; None where no header can be read, or not that of the file that was hashed."""
     try:
-        header = inspect_local(path)["header"]
+        inspected = inspect_local(path)
     except RemoteEvalError:
         return None
-    return sending_order(classify(manifest, tensor_bytes(header)))
+    header, hashed = inspected["header"], local.fingerprint
+    is_the_file = [file["path"] for file in header["files"]] == [str(path)]
+    if not is_the_file or header["fingerprint"] != [hashed.size, hashed.mtime_ns, hashed.inode]:
+        return None
+    return classify(local.manifest, tensor_bytes(header, inspected["reads"]))
+
+
+def _tell_what_is_left(context: RunContext, manifest: ChunkManifest, order: list[int]) -> None:
+    if len(order) < len(manifest.chunks):
+        asked_for = human_bytes(sum(manifest.chunks[index].length for index in order))
+        context.reporter.note(
+            f"only the weights are sent ({asked_for} of {human_bytes(manifest.size)}): reconstruct needs no more"
+        )

@@ -1,8 +1,7 @@
 """In which order a checkpoint's chunks go: what the header is read from, then the weights, then the rest.
 
-Only bytes that are known to be those of another tensor than a weight are "rest". Whatever else a file holds (a zip's
-directory, its pickle and the gaps between records, a safetensors header, single numbers such as an optimizer's step,
-which the header repeats) counts as header: to send too much of it costs time, to send too little would lose facts.
+Only bytes that are known to be those of another tensor than a weight, and that the header was read without, are
+"rest". Whatever else a file holds counts as header: to send too much of it costs time, to send too little loses facts.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ class ChunkClass(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class TensorBytes:
-    """Where a file holds weights, and where nothing but other tensors. Spans ascend and do not touch each other."""
+    """Where a file holds nothing but weights, and nothing but other tensors. Spans ascend and do not touch."""
 
     weights: tuple[Span, ...]
     rest: tuple[Span, ...]
 
 
-def tensor_bytes(header: Mapping[str, Any]) -> TensorBytes:
-    """The spans of a single file's tensors, from its header facts as JSON."""
+def tensor_bytes(header: Mapping[str, Any], reads: Iterable[Sequence[int]]) -> TensorBytes:
+    """Where the tensors of a single file are, from its header facts as JSON and the [offset, length] that they took."""
+    taken = _merged((offset, offset + length) for offset, length in reads)
     placed = [tensor for tensor in header["tensors"] if tensor["file_offset"] is not None]
     weights = _merged(_span(tensor) for tensor in placed if tensor["section"] == "model")
-    single = [_span(tensor) for tensor in placed if tensor["numel"] == 1]
     others = _merged(_span(tensor) for tensor in placed if tensor["section"] != "model")
-    return TensorBytes(tuple(weights), tuple(_without(others, _merged([*weights, *single]))))
+    return TensorBytes(tuple(_without(weights, taken)), tuple(_without(others, _merged([*weights, *taken]))))
 
 
 def classify(manifest: ChunkManifest, tensors: TensorBytes) -> list[ChunkClass]:
@@ -70,9 +69,11 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
     """The same bytes in as few spans as there can be, ascending."""
     merged: list[Span] = []
     for begin, end in sorted(spans):
+        if begin >= end:
+            continue
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        elif begin < end:
+        else:
             merged.append((begin, end))
     return merged
 
@@ -80,11 +81,11 @@ def _merged(spans: Iterable[Span]) -> list[Span]:
 def _without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
     """What of `spans` is in none of `taken`; both merged."""
     left: list[Span] = []
-    at = 0
+    first = 0
     for begin, end in spans:
-        while at < len(taken) and taken[at][1] <= begin:
-            at += 1
-        number = at
+        while first < len(taken) and taken[first][1] <= begin:
+            first += 1
+        number = first
         while number < len(taken) and taken[number][0] < end:
             if begin < taken[number][0]:
                 left.append((begin, taken[number][0]))

@@ -22,7 +22,9 @@ from remote_payload.wire.stream import (
     ChunkTable,
     FinishedFacts,
     FrameKind,
+    KeptFacts,
     ReusedFacts,
+    encode_bitmap,
     manifest_pages,
 )
 
@@ -33,6 +35,9 @@ _ANSWERS_END_S = 120.0
 """How long an agent may take to make durable what it acknowledged, before it ends."""
 _NEXT_CHUNK_S = 10 * _ANSWERS_END_S
 _CHUNKS_AHEAD = 2
+
+Outcome = FinishedFacts | KeptFacts
+_OUTCOMES: dict[FrameKind, type[Outcome]] = {FrameKind.FINISHED: FinishedFacts, FrameKind.KEPT: KeptFacts}
 
 
 class LocalFileChangedError(IntegrityError):
@@ -111,6 +116,7 @@ class LocalFile:
 class Sender:
     """What every stream of one upload does. `serve` runs in a thread for each; the rest is shared by them.
 
+    `kept` None: the whole file is to be finished; else the chunks that are to be kept for now are flagged in it.
     `packer` None: nothing is packed here. `on_sent` is told of bytes that were sent, and how many more of the file they
     stand for.
     """
@@ -127,8 +133,9 @@ class Sender:
         on_have: Callable[[bytearray], None],
         on_sent: Callable[[int, int], None],
         on_reused: Callable[[int], None],
+        kept: bytearray | None = None,
     ) -> None:
-        self.finished: FinishedFacts | None = None
+        self.finished: Outcome | None = None
         self._file = file
         self._packed = packed
         self._table = table
@@ -139,6 +146,7 @@ class Sender:
         self._on_have = on_have
         self._on_sent = on_sent
         self._on_reused = on_reused
+        self._kept = kept
 
     def serve(self, stream: ByteStream) -> None:
         """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
@@ -175,9 +183,10 @@ class Sender:
                 answers.join(_ANSWERS_END_S)
                 return
             self._flight.await_alone(lane, _ANSWERS_END_S)
-            channel.send(FrameKind.FINISH)
+            wanted = encode_bitmap(self._kept) if self._kept is not None else b""
+            channel.send(FrameKind.FINISH if self._kept is None else FrameKind.KEEP, len(self._kept or ()), wanted)
             answer = answers.await_answer()
-            if isinstance(answer, FinishedFacts):
+            if not isinstance(answer, bytearray):
                 self.finished = answer
                 return
             self._flight.send_missing(answer)
@@ -334,7 +343,7 @@ class _Answers:
         self._flight = flight
         self._lane = lane
         self._table = table
-        self._answer: FinishedFacts | bytearray | None = None
+        self._answer: Outcome | bytearray | None = None
         self._said = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="upload-answers", daemon=True)
         self._thread.start()
@@ -342,8 +351,8 @@ class _Answers:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
-    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> FinishedFacts | bytearray:
-        """What the agent says to FINISH: the finished file, or a bitmap of what it has.
+    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> Outcome | bytearray:
+        """What the agent says to FINISH or KEEP: what became of the file, or a bitmap of what it has.
 
         The stream's idle timeout comes first where the agent is silent; `timeout_s` bounds even one that chatters.
         """
@@ -372,7 +381,7 @@ class _Answers:
     def _take(self) -> bool:
         """Take in one frame; True for the last one."""
         header, body = self._channel.receive(
-            FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, FrameKind.FINISHED
+            FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, FrameKind.FINISHED, FrameKind.KEPT
         )
         if header.kind is FrameKind.ACK:
             self._flight.acknowledge(self._lane, header.argument)
@@ -381,10 +390,10 @@ class _Answers:
         elif header.kind is FrameKind.ALIVE:
             self._flight.take_note(self._lane, header.argument)
         else:
-            is_finished = header.kind is FrameKind.FINISHED
-            answer = self._channel.decode(FinishedFacts, body) if is_finished else bitmap(body, len(self._table))
+            outcome = _OUTCOMES.get(header.kind)
+            answer = self._channel.decode(outcome, body) if outcome else bitmap(body, len(self._table))
             with self._said:
                 self._answer = answer
                 self._said.notify_all()
-            return is_finished
+            return not isinstance(answer, bytearray)
         return False

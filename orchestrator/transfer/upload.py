@@ -25,7 +25,7 @@ from orchestrator.transfer.channel import (
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.packing import Packer, PackingRates
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
-from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Sender, Source
+from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Outcome, Sender, Source
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
 from remote_payload.wire.chunks import ChunkManifest
@@ -41,7 +41,8 @@ class UploadResult:
     """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what needed no sending: the node
     had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node copied from other files
     of its store. `bytes_packed` is what packing took off what was sent.
-    `streams`: of each stream that was ever open, how it travelled, as far as that is known."""
+    `streams`: of each stream that was ever open, how it travelled, as far as that is known. `is_complete` False: not
+    every chunk was asked for, and the file will stand at `path_on_node` once the others have been sent too."""
 
     path_on_node: str
     bytes_sent: int
@@ -50,6 +51,7 @@ class UploadResult:
     streams: tuple[StreamFacts, ...] = ()
     bytes_reused: int = 0
     bytes_packed: int = 0
+    is_complete: bool = True
 
 
 def upload_file(
@@ -73,7 +75,8 @@ def upload_file(
     """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
     `packing`: floats go in fewer bytes where the link is slower than that takes, which `rates`, if given, comes to
-    tell. `order` holds every chunk's index in the order in which they go. `run_id`: the run that needs the file, if one
+    tell. `order` holds the chunks' indices in the order in which they go; where it lacks some, these are not sent, and
+    jobs may read the others out of the part that is kept of the file. `run_id`: the run that needs the file, if one
     does; the store is kept under `store_limit_bytes`. Raises
     `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NoSpaceError`, `NodeUnfitError`
     (permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
@@ -81,8 +84,8 @@ def upload_file(
     """
     if len(manifest.chunks) > MAX_CHUNKS:
         raise UsageError(f"{local} has {len(manifest.chunks)} chunks, {MAX_CHUNKS} are the limit")
-    if order is not None and sorted(order) != list(range(len(manifest.chunks))):
-        raise UsageError("the order of chunks does not name each of them once")
+    if order is not None and (len(set(order)) != len(order) or not set(order) <= set(range(len(manifest.chunks)))):
+        raise UsageError("the order of chunks names one twice, or one that is not there")
     begun = time.monotonic()
     file = LocalFile(local) if isinstance(local, Path) else local
     try:
@@ -108,9 +111,9 @@ def upload_file(
             upload.close()
     finally:
         file.close()
-    expected = FinishedFacts(opener.layout.checkpoint(manifest.digest), manifest.digest, manifest.size)
-    if finished != expected:
-        raise IntegrityError(f"the node put the file at {finished.path!r}, not at {expected.path!r}")
+    path = opener.layout.checkpoint(manifest.digest)
+    if (finished.path, finished.digest, finished.size) != (path, manifest.digest, manifest.size):
+        raise IntegrityError(f"the node put the file at {finished.path!r}, not at {path!r}")
     upload.report_done()
     seconds = time.monotonic() - begun
     return UploadResult(
@@ -121,6 +124,7 @@ def upload_file(
         tuple(upload.facts),
         upload.bytes_reused,
         upload.bytes_packed,
+        isinstance(finished, FinishedFacts),
     )
 
 
@@ -157,16 +161,19 @@ class _Upload:
         self._retry = retry
         self._rates = rates
         self._packer = Packer(rates) if packing else None
-        self._order = _first_of_each(range(len(self._table)) if order is None else order, self._table)
-        self._meter = ProgressMeter(manifest.size)
+        named = range(len(self._table)) if order is None else order
+        self._order = _first_of_each(named, self._table)
+        self._kept = _flagged(named, len(self._table)) if len(named) < len(self._table) else None
+        self._total_bytes = sum(map(self._table.length, named))
+        self._meter = ProgressMeter(self._total_bytes)
         self._on_progress = on_progress
         self._most_moved = 0
         self._lock = threading.Lock()
         self._has_begun = False
 
-    def attempt(self) -> FinishedFacts:
-        """Send what is missing and finish the file. Raises when no stream is left, or one met what no other would
-        survive either."""
+    def attempt(self) -> Outcome:
+        """Send what is missing and finish the file, or have it kept. Raises when no stream is left, or one met what no
+        other would survive either."""
         flight = Flight(self._table, self._order)
         sender = Sender(
             self._file,
@@ -179,6 +186,7 @@ class _Upload:
             self._see_have,
             self._add_sent,
             self._add_reused,
+            self._kept,
         )
         self._has_begun = False
 
@@ -197,7 +205,7 @@ class _Upload:
             serve,
             flight.wake,
             idle_timeout_s=self._request.idle_s,
-            expected_bytes=self._request.size,
+            expected_bytes=self._total_bytes,
         )
         with pool:
             seen, losses, open_again_at = 0, 0, float("-inf")
@@ -216,7 +224,7 @@ class _Upload:
                 if sender.finished is not None:
                     break
         if self.bytes_saved is None:
-            self.bytes_saved = self._table.size
+            self.bytes_saved = self._total_bytes
         return sender.finished
 
     def close(self) -> None:
@@ -225,7 +233,7 @@ class _Upload:
             self._packer.close()
 
     def report_done(self) -> None:
-        self._report(self._table.size - (self.bytes_saved or 0), 0)
+        self._report(self._total_bytes - (self.bytes_saved or 0), 0)
 
     def _judge(self, end: StreamEnd, pool: StreamPool) -> bool:
         """Whether a stream was lost that others make up for. Raises its error where none does."""
@@ -245,7 +253,7 @@ class _Upload:
             self._has_begun = True
             sent = (index for index in self._order if not have[index])
             # What the file repeats comes with the one of its kind that is sent.
-            self.durable_bytes = self._table.size - sum(self._table.length(index) for index in sent)
+            self.durable_bytes = self._total_bytes - sum(self._table.length(index) for index in sent)
             if self.bytes_saved is None:
                 self.bytes_saved = self.durable_bytes
 
@@ -263,7 +271,7 @@ class _Upload:
 
     def _report(self, bytes_moved: int, streams: int) -> None:
         """What a cut took back is not told as a step back: it comes again before anything new does."""
-        self._most_moved = max(self._most_moved, min(bytes_moved, self._table.size - (self.bytes_saved or 0)))
+        self._most_moved = max(self._most_moved, min(bytes_moved, self._total_bytes - (self.bytes_saved or 0)))
         if self._on_progress is not None:
             saved = self.bytes_saved or 0
             reused = min(self.bytes_reused, saved)
@@ -271,6 +279,13 @@ class _Upload:
                 self._most_moved, saved, streams, bytes_reused=reused, bytes_packed=self.bytes_packed
             )
             self._on_progress(progress)
+
+
+def _flagged(indices: Sequence[int], count: int) -> bytearray:
+    flags = bytearray(count)
+    for index in indices:
+        flags[index] = 1
+    return flags
 
 
 def _first_of_each(order: Sequence[int], table: ChunkTable) -> list[int]:

@@ -13,7 +13,7 @@ from remote_payload.agent import root, store
 from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, fingerprint
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.folders import folder_fingerprint
-from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.layout import NodeLayout, is_part
 from remote_payload.wire.messages import Located, LocateRequest
 
 MAX_DEPTH = 8
@@ -51,6 +51,12 @@ def _in_place(layout: NodeLayout, request: LocateRequest, wanted: str, cache: Di
             raise AgentError("usage", f"{path} is no regular file")
         if not os.access(path, os.R_OK):
             raise AgentError("usage", f"{path} may not be read by this user", f"Run `chmod u+r {path}` on the node.")
+        if is_part(os.path.realpath(path)):
+            raise AgentError(
+                "usage",
+                f"{path} is a checkpoint that has not arrived in full",
+                "Name the checkpoint where it was sent from: what is missing on this node is sent then.",
+            )
         found = fingerprint(path)
         digest = store.digest_of_path(layout, path)
         if digest is not None:
@@ -128,7 +134,7 @@ def _same_size_files(request: LocateRequest, go_on: Callable[[], bool]) -> Itera
                     if entry.is_dir(follow_symlinks=False):
                         if depth < MAX_DEPTH:
                             queue.append((entry.path, depth + 1))
-                    elif entry.is_file() and entry.stat().st_size == request.size:
+                    elif entry.is_file() and entry.stat().st_size == request.size and not is_part(entry.path):
                         yield entry.path
         except OSError:
             continue

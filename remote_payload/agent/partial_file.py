@@ -19,7 +19,9 @@ from typing import Optional
 from remote_payload.agent import files, quota
 from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
+from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.parts import ReadableSpans
 from remote_payload.wire.stream import ChunkTable
 from remote_payload.wire.units import human_bytes
 
@@ -55,32 +57,50 @@ class PartialFile:
     @classmethod
     def prepare(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
         """Make or take over the part and its journal. Raises `AgentError`, `OSError`."""
-        part, journal = layout.checkpoint_part(digest), layout.checkpoint_journal(digest)
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            facts = os.fstat(fd)
-            if not stat.S_ISREG(facts.st_mode):
-                raise AgentError("unfit", f"{part} is no regular file", "Remove it.")
-            journal_fd = _open_journal(journal)
-        except BaseException:
-            os.close(fd)
-            raise
-        found = cls(layout, digest, table, fd, journal_fd)
+        found = cls._opened(layout, digest, table)
         try:
             with found.fullness_explained():
-                head = _journal_head(facts.st_ino)
-                if facts.st_size != table.size or not found._read_journal().startswith(head):
-                    # Another part than the journal speaks of: begin anew rather than believe it.
-                    os.ftruncate(journal_fd, 0)
-                    os.ftruncate(fd, table.size)
-                    _write_all(journal_fd, head)
-                    _data_sync(journal_fd)
+                if not found._is_the_journals and os.path.lexists(layout.checkpoint_readable(digest)):
+                    # Jobs may be reading it: they go on with the file that they have open, and another one begins.
+                    os.unlink(layout.checkpoint_readable(digest))
+                    os.unlink(layout.checkpoint_part(digest))
                     files.fsync_folder(layout.checkpoint_folder(digest))
+                    found, given_up = cls._opened(layout, digest, table), found
+                    given_up.close()
+                if not found._is_the_journals:
+                    found._begin_anew()
                 found.reload()
         except BaseException:
             found.close()
             raise
         return found
+
+    @classmethod
+    def _opened(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
+        """Part and journal, made where they are not there."""
+        part = layout.checkpoint_part(digest)
+        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise AgentError("unfit", f"{part} is no regular file", "Remove it.")
+            return cls(layout, digest, table, fd, _open_journal(layout.checkpoint_journal(digest)))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def _is_the_journals(self) -> bool:
+        """Whether the journal speaks of this very part."""
+        facts = os.fstat(self.fd)
+        return facts.st_size == self._table.size and self._read_journal().startswith(_journal_head(facts.st_ino))
+
+    def _begin_anew(self) -> None:
+        """A part that the journal does not speak of is not believed."""
+        os.ftruncate(self._journal_fd, 0)
+        os.ftruncate(self.fd, self._table.size)
+        _write_all(self._journal_fd, _journal_head(os.fstat(self.fd).st_ino))
+        _data_sync(self._journal_fd)
+        files.fsync_folder(self._layout.checkpoint_folder(self._digest))
 
     @classmethod
     def joined(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
@@ -182,7 +202,42 @@ class PartialFile:
             if not is_stored(layout, digest, self._table.size):
                 raise
         remove_if_there(layout.checkpoint_journal(digest))
+        remove_if_there(layout.checkpoint_readable(digest))
         return True
+
+    def keep(self, wanted: bytearray) -> bool:
+        """Let jobs read what is durable here, if that is every chunk of `wanted`; else False.
+
+        What they may read stands in a list of its own, which speaks of this very part and of nothing that arrives
+        later. The part may still become the finished file under their hands: it is the same file then.
+        """
+        self.sync()
+        self.reload()
+        if any(is_wanted and not is_here for is_wanted, is_here in zip(wanted, self.have)):
+            return False
+        readable = ReadableSpans(os.fstat(self.fd).st_ino, self._table.size, tuple(self._spans_here()))
+        with self.fullness_explained():
+            files.replace(self._layout.checkpoint_readable(self._digest), files.json_bytes(to_json(readable)))
+        return True
+
+    @property
+    def bytes_here(self) -> int:
+        return self._table.size - self._missing_bytes()
+
+    def _spans_here(self) -> Iterator[tuple[int, int]]:
+        """Where durable chunks stand, as few spans as there can be."""
+        begin = end = 0
+        for index, is_here in enumerate(self.have):
+            if not is_here:
+                continue
+            offset = self._table.offset(index)
+            if offset != end:
+                if begin < end:
+                    yield begin, end
+                begin = offset
+            end = offset + self._table.length(index)
+        if begin < end:
+            yield begin, end
 
     def _read_journal(self) -> bytes:
         parts: list[bytes] = []

@@ -29,9 +29,11 @@ from remote_payload.wire.stream import (
     FrameHeader,
     FrameKind,
     FrameReader,
+    KeptFacts,
     ReceiveRequest,
     ReusedFacts,
     WaitingFacts,
+    decode_bitmap,
     encode_bitmap,
     page_chunk_count,
 )
@@ -108,12 +110,17 @@ class _Receiver:
         if header.kind is FrameKind.DATA:
             self._take_chunk(header)
             return False
-        if header.kind is not FrameKind.FINISH:
+        if header.kind not in (FrameKind.FINISH, FrameKind.KEEP):
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
-        self._reader.body(header)
+        body = self._reader.body(header)
         if self._part.finish():
             store.note_use(self._layout, self._request.digest, self._request.run_id)
             self._channel.send_json(FrameKind.FINISHED, _finished(self._layout, self._request))
+            return True
+        if header.kind is FrameKind.KEEP and self._part.keep(decode_bitmap(body, len(self._table))):
+            path = self._layout.checkpoint(self._request.digest)
+            kept = KeptFacts(path, self._request.digest, self._request.size, self._part.bytes_here)
+            self._channel.send_json(FrameKind.KEPT, kept)
             return True
         self._send_have()
         return False
@@ -273,6 +280,7 @@ def _clean_up(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
     if not os.path.exists(layout.checkpoint_manifest(digest)):
         partial_file.write_manifest(layout, digest, table)
     partial_file.remove_if_there(layout.checkpoint_journal(digest))
+    partial_file.remove_if_there(layout.checkpoint_readable(digest))
     partial_file.remove_if_there(layout.checkpoint_part(digest))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from remote_payload.checkpoint.errors import CheckpointError
@@ -21,8 +22,9 @@ _USAGE = "usage: checkpoint PATH [--json] | checkpoint --allow-list"
 def main(arguments: list[str]) -> int:
     """Print the header of one checkpoint. Returns 0; 1 if a finding is an error; 2 if it cannot be read or for usage.
 
-    With `--json` one document on standard output: `header` (null if unreadable), `findings`, `error` (null, or `kind`,
-    `message` and `action`). `--allow-list` alone prints the globals that a pickle may name without a finding.
+    With `--json` one document on standard output: `header` (null if unreadable), `findings`, `reads` ([offset, length]
+    of what of the file that took), `error` (null, or `kind`, `message` and `action`). `--allow-list` alone prints the
+    globals that a pickle may name without a finding.
     """
     if arguments == ["--allow-list"]:
         _write("".join(f"{name}\n" for name in allowed_globals()))
@@ -34,14 +36,15 @@ def main(arguments: list[str]) -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     as_json = "--json" in arguments
+    reads: list[tuple[int, int]] = []
     try:
-        header = read_header(paths[0])
+        header = read_header(paths[0], on_read=lambda offset, length: reads.append((offset, length)))
     except CheckpointError as error:
         _report_error(error, as_json)
         return 2
     findings = header_findings(header)
     if as_json:
-        _print_json(header.to_json(), findings, None)
+        _print_json(header.to_json(), findings, None, reads)
     else:
         _write(render_header(header, findings))
     return 1 if any(f.severity is Severity.ERROR for f in findings) else 0
@@ -56,8 +59,8 @@ def _report_error(error: CheckpointError, as_json: bool) -> None:
         print(printable(line).replace("\n", "\\n"), file=sys.stderr)
 
 
-def _print_json(header: Any, findings: list[Finding], error: Any) -> None:
-    document = {"header": header, "findings": to_json(findings), "error": error}
+def _print_json(header: Any, findings: list[Finding], error: Any, reads: Sequence[tuple[int, int]] = ()) -> None:
+    document = {"header": header, "findings": to_json(findings), "reads": to_json(reads), "error": error}
     _write(json.dumps(document, allow_nan=False) + "\n")
 
 

@@ -22,6 +22,11 @@ class CheckpointError(Exception):
         """What was spent before reading stopped, for checkpoints whose files share one budget."""
 
 
+class BytesNotSentError(Exception):
+    """Bytes were asked for that have not been sent to this node. It says nothing about the checkpoint, so it is no
+    `CheckpointError`: nobody who judges a damaged file may take it for one."""
+
+
 class MissingCheckpointError(CheckpointError):
     """There is nothing at the path."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import Union
+from typing import Callable, Optional, Union
 
 from remote_payload.checkpoint.build import build_header
 from remote_payload.checkpoint.errors import NotACheckpointError, UnreadableCheckpointError, UnsupportedCheckpointError
@@ -26,17 +26,23 @@ _HEAD_BYTES = 512
 _READERS: tuple[FormatReader, ...] = (TorchZipReader(), TorchLegacyReader(), SafetensorsReader(), PlainPickleReader())
 
 
-def read_header(path: Union[str, os.PathLike[str]], *, limits: Limits = DEFAULT_LIMITS) -> CheckpointHeader:
+def read_header(
+    path: Union[str, os.PathLike[str]],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    on_read: Optional[Callable[[int, int], None]] = None,
+) -> CheckpointHeader:
     """All facts of a checkpoint's header. Nothing is executed and nothing that the file names is imported.
 
     `path` is a file, the index file of a sharded checkpoint, or a folder (`folders.py` lists the layouts). Damage that
-    leaves the facts readable is in `problems`; raises `CheckpointError` otherwise.
+    leaves the facts readable is in `problems`; raises `CheckpointError` otherwise. `on_read` is told (offset, length)
+    of whatever is read of the file at `path`; of the files in a folder, or beside an index, it hears nothing.
     """
     name = os.fspath(path)
     if os.path.isdir(name):
         fingerprint = _folder_fingerprint(name)
         return _build(name, read_folder(name, limits), fingerprint, [], limits)
-    with Source(name) as source:
+    with Source(name, on_read) as source:
         return _build(name, _read_file(source, limits), source.fingerprint(), [source], limits)
 
 

@@ -7,9 +7,10 @@ import mmap
 import os
 import stat
 from types import TracebackType
-from typing import Optional
+from typing import Callable, Optional
 
 from remote_payload.checkpoint.errors import (
+    BytesNotSentError,
     CheckpointIsDirectoryError,
     MissingCheckpointError,
     NotACheckpointError,
@@ -17,29 +18,42 @@ from remote_payload.checkpoint.errors import (
     UnreadableCheckpointError,
 )
 from remote_payload.wire.chunks import Fingerprint
+from remote_payload.wire.codec import WireError
 from remote_payload.wire.folders import folder_fingerprint
+from remote_payload.wire.layout import part_of
+from remote_payload.wire.parts import ReadableSpans, parse_readable
 
 _ASKED_BYTES = 512 * 1024
 """Linux begins to read no more of a longer request than its device takes at once."""
+_MAX_LIST_BYTES = 256 * 1024 * 1024
 
 
 class Source:
-    """An open regular file. Context manager; `read` is safe from several threads at once."""
+    """An open regular file. Context manager; `read` is safe from several threads at once.
 
-    def __init__(self, path: str) -> None:
+    A file of a node's store of which only a part is kept is read as if it were whole, and `BytesNotSentError` is raised
+    for every use that touches a byte which has not been sent and verified. `on_read` is told what `read` is asked for.
+    """
+
+    def __init__(self, path: str, on_read: Optional[Callable[[int, int], None]] = None) -> None:
         self.path = path
-        self._descriptor = _open(path)
+        self._descriptor, self._readable = _open_stored(path)
+        self._on_read = on_read
         self.size = os.fstat(self._descriptor).st_size
 
     @property
     def descriptor(self) -> int:
         """For reading by position, as long as the source is open."""
+        self._check_sent(0, self.size)
         return self._descriptor
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes. Raises `TruncatedCheckpointError` if the file ends before."""
         if offset + length > self.size:
             raise TruncatedCheckpointError(f"{self.path} ends at byte {self.size}, {offset + length} bytes are needed")
+        self._check_sent(offset, length)
+        if self._on_read is not None:
+            self._on_read(offset, length)
         pieces, got = [], 0
         while got < length:
             try:
@@ -57,6 +71,7 @@ class Source:
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` from `offset` on. Raises as `read` does."""
         got, length = 0, len(target)
+        self._check_sent(offset, length)
         while got < length:
             try:
                 count = _read_once(self._descriptor, target[got:], offset + got)
@@ -91,11 +106,18 @@ class Source:
 
         Of a file that is cut short later, touching the lost part ends the process.
         """
+        self._check_sent(offset, length)
         return mmap.mmap(self._descriptor, length, access=mmap.ACCESS_READ, offset=offset)
 
     def fingerprint(self) -> Fingerprint:
         """What the open file is now: a change between two calls means that somebody wrote to it."""
         return _fingerprint(self.path, os.fstat(self._descriptor))
+
+    def _check_sent(self, offset: int, length: int) -> None:
+        if self._readable is not None and not self._readable.hold(offset, length):
+            raise BytesNotSentError(
+                f"{self.path} has not arrived in full: of the bytes {offset} to {offset + length} not all were sent"
+            )
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -162,6 +184,36 @@ def fingerprint_of(path: str) -> Optional[Fingerprint]:
 
 def _fingerprint(path: str, status: os.stat_result) -> Fingerprint:
     return Fingerprint(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _open_stored(path: str) -> tuple[int, Optional[ReadableSpans]]:
+    """The file; or the part that is kept of it, and what of that may be read."""
+    try:
+        return _open(path), None
+    except MissingCheckpointError:
+        part = _open_part(path)
+        # Between the two looks the part may have become the file.
+        return part if part is not None else (_open(path), None)
+
+
+def _open_part(path: str) -> Optional[tuple[int, ReadableSpans]]:
+    """The part comes first: as long as it is open no other file has its inode, and a list that is read after its size
+    was seen can only be its own."""
+    names = part_of(path)
+    if names is None:
+        return None
+    try:
+        descriptor = os.open(names[0], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    facts = os.fstat(descriptor)
+    with contextlib.suppress(OSError, WireError):
+        with open(os.open(names[1], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW), "rb") as file:
+            readable = parse_readable(file.read(_MAX_LIST_BYTES))
+        if stat.S_ISREG(facts.st_mode) and (readable.part_inode, readable.size) == (facts.st_ino, facts.st_size):
+            return descriptor, readable
+    os.close(descriptor)
+    return None
 
 
 def _open(path: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import posixpath
+from typing import Optional
 
 from remote_payload.wire import names
 from remote_payload.wire.codec import WireError
@@ -132,6 +133,10 @@ class NodeLayout:
     def checkpoint_part(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "file.part")
 
+    def checkpoint_readable(self, file_digest: str) -> str:
+        """Which bytes of the part jobs may read (`wire/parts.py`): there while a part is kept for them."""
+        return posixpath.join(self.checkpoint_folder(file_digest), "readable.json")
+
     def checkpoint_journal(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "file.journal")
 
@@ -209,3 +214,22 @@ def attempt_at(folder: str) -> tuple[NodeLayout, str, int]:
         if int(number) > 0 and layout.attempt(run_id, int(number)).folder == folder:
             return layout, run_id, int(number)
     raise WireError(f"{folder[:200]!r} is no attempt's folder")
+
+
+def part_of(path: str) -> Optional[tuple[str, str]]:
+    """(its part, the list of what of that may be read) for a file of a node's store; None for a path elsewhere."""
+    folder, _ = posixpath.split(path)
+    checkpoints, name = posixpath.split(folder)
+    try:
+        layout, digest = NodeLayout(posixpath.dirname(checkpoints)), name.replace("-", ":", 1)
+        if layout.checkpoint(digest) == path:
+            return layout.checkpoint_part(digest), layout.checkpoint_readable(digest)
+    except ValueError:
+        pass
+    return None
+
+
+def is_part(path: str) -> bool:
+    """Whether `path` is where a node's store keeps a file that has not arrived in full."""
+    found = part_of(posixpath.join(posixpath.dirname(path), "file"))
+    return found is not None and found[0] == path

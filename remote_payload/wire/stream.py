@@ -21,10 +21,14 @@ rules ends the stream; nothing it held was used.
     client → agent   DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
                                of the table that has its digest
                      FINISH    every chunk was sent and acknowledged, on whatever stream
+                     KEEP      instead of FINISH: every chunk that is wanted for now was; the rest may follow some day.
+                               Bitmap of the wanted chunks; argument: chunk count
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
                      ALIVE     argument: bytes of DATA taken so far, so that a slow chunk does not look like silence
-                     HAVE      answers FINISH while chunks are missing; FINISHED answers it when the file is in place
+                     HAVE      answers FINISH and KEEP while chunks are missing; FINISHED answers either when the file
+                               is in place
+                     KEPT      JSON `KeptFacts`, answers KEEP: the file stays a part, and jobs may read what is here
                      FAILURE   JSON `StreamFailure`; the stream ends
 
 Several streams may carry one file at once: those with the same `session` share the folder, those of other sessions
@@ -101,6 +105,8 @@ class FrameKind(enum.IntEnum):
     END = 13
     PERFORM = 14
     REUSED = 15
+    KEEP = 16
+    KEPT = 17
 
 
 class DamagedStreamError(WireError):
@@ -164,6 +170,16 @@ class FinishedFacts:
     path: str
     digest: str
     size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptFacts:
+    """`bytes_here` of the file are verified and may be read by jobs; it will stand at `path` once it is complete."""
+
+    path: str
+    digest: str
+    size: int
+    bytes_here: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import yaml
 
+from tests.support.image_project import autoencoder, ship_image_adapter, write_config
 from tests.support.world import World
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-SIDE = 16
 
 
 @pytest.fixture
 def adapted(world: World) -> World:
     """The project ships the example adapter; images are on the node; `auto.pt` is a local checkpoint of width 8."""
-    world.with_torch()
-    code = world.project / "evaluation"
-    code.mkdir()
-    shutil.copy(EXAMPLES / "image_autoencoder_adapter.py", code / "adapter.py")
-    images = world.node / "data" / "images"
-    images.mkdir()
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 12), ("test", 9)):
-        np.save(images / f"{split}.npy", generator.integers(0, 255, (count, 3, SIDE, SIDE), dtype=np.uint8))
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from image_autoencoder_adapter import Autoencoder  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
+    ship_image_adapter(world)
     torch.manual_seed(0)
-    torch.save({"model_state_dict": Autoencoder(8).state_dict()}, world.project / "auto.pt")
-    project = world.project / "remote-eval.yaml"
-    values = yaml.safe_load(project.read_text())
-    values |= {"adapter": "evaluation.adapter:ImageAutoencoderAdapter", "code": ["my_jobs", "evaluation"]}
-    project.write_text(yaml.safe_dump(values))
-    subprocess.run(["git", "add", "evaluation"], cwd=world.project, check=True, timeout=30)
+    torch.save({"model_state_dict": autoencoder(8).state_dict()}, world.project / "auto.pt")
     write_config(world, width=8)
     return world
-
-
-def write_config(world: World, width: int) -> None:
-    section = {"data": {"images": "${DATA}/images"}, "user_config": {"width": width, "side": SIDE}}
-    (world.project / "eval.yaml").write_text(yaml.safe_dump({"remote_eval": section}))
-    world.edit_profile(variables={"DATA": str(world.node / "data")})
 
 
 ARGUMENTS = ("--checkpoint", "auto.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")

@@ -1,53 +1,202 @@
-"""What of a checkpoint is sent when, over a real sshd."""
+"""What of a checkpoint is sent when, and for whom, over a real sshd."""
 
 from __future__ import annotations
 
 import io
+import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from orchestrator.inspection import inspect_local
 from orchestrator.transfer.order import ChunkClass, classify, tensor_bytes
-from remote_payload.wire.chunks import digest_file
+from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.layout import NodeLayout
-from tests.support.world import World, until
+from tests.support.image_project import SIDE, autoencoder, ship_image_adapter, write_config
+from tests.support.world import World, digests, until
+
+RECONSTRUCT = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")
+HEALTH = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "health")
+SLOW_MBPS = 2.4
+"""Fast enough to wait for, slow enough to be killed in the middle."""
 
 
-def trained(width: int = 256) -> dict[str, Any]:
-    """Weights, and twice as much of an optimizer that stands in front of them in the file."""
+def write_trained(path: Path, width: int) -> None:
+    """The example's model after a step of Adam; in the file the optimizer stands in front of the weights."""
     torch.manual_seed(2)
-    names = ("0.weight", "2.weight", "4.weight")
-    return {
-        "optimizer": {
-            "state": {n: {"exp_avg": torch.randn(width, width), "exp_avg_sq": torch.rand(width, width)} for n in names},
-            "param_groups": [{"params": list(names), "lr": 1e-3}],
-        },
-        "model": {name: torch.randn(width, width) for name in names},
-    }
+    model = autoencoder(width)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(2, 3, SIDE, SIDE)).pow(2).mean().backward()
+    optimizer.step()
+    torch.save({"optimizer_state_dict": optimizer.state_dict(), "model_state_dict": model.state_dict()}, path)
 
 
-def chunk_classes(path: Path) -> tuple[str, list[ChunkClass]]:
+def chunks_of(path: Path) -> tuple[ChunkManifest, list[ChunkClass]]:
     data = path.read_bytes()
-    manifest = digest_file(io.BytesIO(data), len(data))
-    return manifest.digest, classify(manifest, tensor_bytes(inspect_local(path)["header"]))
+    manifest, inspected = digest_file(io.BytesIO(data), len(data)), inspect_local(path)
+    return manifest, classify(manifest, tensor_bytes(inspected["header"], inspected["reads"]))
 
 
-def test_an_upload_that_is_killed_has_brought_header_and_weights_before_anything_else(world: World) -> None:
-    path = world.project / "trained.pt"
-    torch.save(trained(), path)
-    digest, classes = chunk_classes(path)
-    world.edit_profile(bandwidth_limit_mbps=2.4, pack_floats=False)
-    layout = NodeLayout(str(world.node / "root of ours"))
-    journal = Path(layout.checkpoint_journal(digest))
-    client = world.start("--checkpoint", path.name, "--jobs", "count")
-    until(lambda: journal.exists() and journal.read_bytes().endswith(b".\n"))
+class Trained:
+    """A project with a trained checkpoint, and where that is on the node."""
+
+    def __init__(self, world: World) -> None:
+        ship_image_adapter(world)
+        write_config(world, width=48)
+        self.local = world.project / "trained.pt"
+        write_trained(self.local, width=48)
+        world.edit_profile(pack_floats=False)
+        manifest, self.classes = chunks_of(self.local)
+        layout = NodeLayout(str(world.node / "root of ours"))
+        self.journal = Path(layout.checkpoint_journal(manifest.digest))
+        self.stored = Path(layout.checkpoint(manifest.digest))
+        self.part = Path(layout.checkpoint_part(manifest.digest))
+        self.lengths = [chunk.length for chunk in manifest.chunks]
+        self.rest_bytes = sum(n for n, k in zip(self.lengths, self.classes, strict=True) if k is ChunkClass.REST)
+        self.needed_bytes = manifest.size - self.rest_bytes
+
+    def journalled(self) -> set[int]:
+        lines = self.journal.read_text().splitlines()[1:] if self.journal.exists() else []
+        return {int(line.split()[0]) for line in lines if line.endswith(".")}
+
+
+@pytest.fixture
+def trained(world: World) -> Trained:
+    return Trained(world)
+
+
+def provenance(world: World, run_id: str) -> Any:
+    return json.loads((world.run_folder(run_id) / "provenance.json").read_text())
+
+
+def evaluate(world: World, *arguments: str) -> str:
+    """The run's id; a verdict of fail is an end like another."""
+    done = world.cli(*arguments, "--json")
+    assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
+    return str(json.loads(done.stdout)["run_id"])
+
+
+def artifacts(world: World, run_id: str) -> dict[str, str]:
+    return digests(world.run_folder(run_id) / "artifacts" / "reconstruct")
+
+
+def test_an_upload_that_is_killed_has_brought_header_and_weights_before_anything_else(
+    world: World, trained: Trained
+) -> None:
+    world.edit_profile(bandwidth_limit_mbps=SLOW_MBPS)
+    client = world.start("--checkpoint", "trained.pt", "--jobs", "count")
+    until(trained.journalled)
     client.send_signal(signal.SIGKILL)
     client.communicate(timeout=60)
-    here = {int(line.split()[0]) for line in journal.read_text().splitlines()[1:] if line}
-    order = sorted(range(len(classes)), key=lambda index: (classes[index], index))
+    here = trained.journalled()
+    order = sorted(range(len(trained.classes)), key=lambda index: (trained.classes[index], index))
     assert here == set(order[: len(here)])
-    assert classes[order[0]] is ChunkClass.HEADER
+    assert trained.classes[order[0]] is ChunkClass.HEADER
     assert order != sorted(order)
+
+
+def test_reconstruct_alone_moves_the_weights_and_health_later_the_rest_alone(world: World, trained: Trained) -> None:
+    whole = world.node / "data" / "whole.pt"
+    whole.write_bytes(trained.local.read_bytes())
+    in_full = evaluate(world, *(("--checkpoint", "lab:whole.pt", *RECONSTRUCT[2:])))
+    whole.unlink()
+    assert trained.needed_bytes < 0.4 * trained.local.stat().st_size
+    done = world.cli(*RECONSTRUCT)
+    assert done.returncode in (0, 1), done.stderr
+    assert "only the weights are sent (" in done.stdout + done.stderr
+    first = world.run_ids()[-1]
+    sent = provenance(world, first)
+    assert (sent["bytes_sent"], sent["checkpoint"]["is_complete"]) == (trained.needed_bytes, False)
+    assert sent["content_key_is_exact"] is True
+    assert artifacts(world, first) == artifacts(world, in_full)
+    assert not trained.stored.exists()
+    again = evaluate(world, *RECONSTRUCT)
+    assert provenance(world, again)["bytes_sent"] == 0
+    assert artifacts(world, again) == artifacts(world, in_full)
+    health = evaluate(world, *HEALTH)
+    sent = provenance(world, health)
+    assert (sent["bytes_sent"], sent["checkpoint"]["is_complete"]) == (trained.rest_bytes, True)
+    assert trained.stored.read_bytes() == trained.local.read_bytes()
+    assert not trained.part.exists()
+    results = json.loads((world.run_folder(health) / "results.json").read_text())
+    assert results["verdict"]["dimensions"]["integrity"] == "pass"
+    late = evaluate(world, *RECONSTRUCT)
+    assert provenance(world, late)["checkpoint"]["how"] == "store"
+    assert artifacts(world, late) == artifacts(world, in_full)
+
+
+@pytest.mark.parametrize("jobs", ["reconstruct,health", "reconstruct,count"])
+def test_any_other_job_gets_the_whole_file(world: World, trained: Trained, jobs: str) -> None:
+    run_id = evaluate(world, *RECONSTRUCT[:4], "--jobs", jobs)
+    assert provenance(world, run_id)["checkpoint"]["is_complete"] is True
+    assert trained.stored.read_bytes() == trained.local.read_bytes()
+
+
+def test_clients_that_are_killed_while_either_share_is_sent_go_on_where_they_were(
+    world: World, trained: Trained
+) -> None:
+    for arguments, is_under_way in (
+        (RECONSTRUCT, lambda: trained.journalled()),
+        (HEALTH, lambda: any(trained.classes[index] is ChunkClass.REST for index in trained.journalled())),
+    ):
+        world.edit_profile(bandwidth_limit_mbps=SLOW_MBPS)
+        client = world.start(*arguments)
+        until(is_under_way)
+        client.send_signal(signal.SIGKILL)
+        client.communicate(timeout=60)
+        assert not trained.stored.exists()
+        left = trained.local.stat().st_size - sum(trained.lengths[index] for index in trained.journalled())
+        world.edit_profile(bandwidth_limit_mbps=1000)
+        run_id = world.run_ids()[-1]
+        done = world.cli("resume", run_id, "--json")
+        assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
+        assert provenance(world, run_id)["bytes_sent"] <= left
+    assert trained.stored.read_bytes() == trained.local.read_bytes()
+
+
+@pytest.mark.parametrize(("when", "number"), [("before", 6), ("after", 6), ("after", 8)])
+def test_a_client_killed_beside_the_entry_of_a_part_resumes_to_the_same_artifacts(
+    world: World, trained: Trained, when: str, number: int
+) -> None:
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *RECONSTRUCT],
+        capture_output=True,
+        timeout=120,
+        env=world.environment,
+        cwd=world.project,
+        stdin=subprocess.DEVNULL,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (run_id,) = world.run_ids()
+    kinds = [entry["kind"] for entry in journal_of(world, run_id)]
+    assert kinds[5:6] == ([] if when == "before" else ["synced_partly"])
+    if number == 6:
+        # Another client may have completed the file, or gc taken the part: until the launch nothing is relied on.
+        trained.part.unlink()
+    done = world.cli("resume", run_id, "--json")
+    assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
+    assert "mse" in (world.run_folder(run_id) / "results.json").read_text()
+    assert [entry["kind"] for entry in journal_of(world, run_id)].count("launched") == 1
+
+
+def journal_of(world: World, run_id: str) -> list[dict[str, Any]]:
+    from orchestrator.journal import Journal
+
+    entries = Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)
+    return [{"kind": entry.kind, **entry.data} for entry in entries]
+
+
+def test_a_run_of_the_whole_file_beside_one_of_the_weights_disturbs_neither(world: World, trained: Trained) -> None:
+    world.edit_profile(bandwidth_limit_mbps=20)
+    clients = [world.start(*RECONSTRUCT), world.start(*HEALTH)]
+    for client in clients:
+        output, _ = client.communicate(timeout=120)
+        assert client.returncode in (0, 1), output
+    sent = [provenance(world, run_id)["bytes_sent"] for run_id in world.run_ids()]
+    assert sum(sent) == trained.local.stat().st_size
+    assert trained.stored.read_bytes() == trained.local.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,20 @@ def test_gc_leaves_an_upload_that_is_under_way(node: NodeLayout) -> None:
     digest = store_file(node, "a", 50)
     (Path(node.checkpoint_folder(digest)) / "file.part").write_bytes(b"x")
     assert gc(GcRequest(node.root, keep_days=0, keep_bytes=0, dry_run=False)).deleted == ()
+
+
+def test_gc_keeps_the_part_that_a_runs_plan_reads_and_takes_it_with_the_run(node: NodeLayout) -> None:
+    digest = store_file(node, "a", 50)
+    folder = Path(node.checkpoint_folder(digest))
+    (folder / "file").rename(node.checkpoint_part(digest))
+    Path(node.checkpoint_readable(digest)).write_text("{}")
+    run = make_run(node, "running", 40, digest, state="running")
+    age(folder, 50)
+    assert gc(GcRequest(node.root, keep_days=0, keep_bytes=0, dry_run=False)).deleted == ()
+    shutil.rmtree(run)
+    make_run(node, "over", 40, digest)
+    gc(GcRequest(node.root, keep_days=30, dry_run=False))
+    assert not folder.exists()
 
 
 def test_gc_makes_a_claim_that_never_started_void_before_it_deletes_it(node: NodeLayout) -> None:

@@ -287,6 +287,23 @@ def test_what_is_no_readable_file_is_refused(node: NodeLayout, tmp_path: Path) -
     assert locate(LocateRequest(node.root, path=str(tmp_path / "absent"))).how == "nowhere"
 
 
+def test_a_part_is_never_told_to_be_the_checkpoint(node: NodeLayout, tmp_path: Path) -> None:
+    content = tmp_path / "content"
+    content.write_bytes(b"x" * 1000)
+    digest = digest_of(content)
+    part = Path(node.checkpoint_part(digest))
+    part.parent.mkdir(parents=True)
+    content.rename(part)  # complete by chance, and yet not finished
+    Path(node.checkpoint_readable(digest)).write_text("{}")
+    (tmp_path / "link").symlink_to(part)
+    for path in (part, tmp_path / "link"):
+        with refused("usage", "has not arrived in full"):
+            locate(LocateRequest(node.root, path=str(path)))
+    assert not locate(LocateRequest(node.root, path=node.checkpoint(digest))).found
+    request = LocateRequest(node.root, digest=digest, size=1000, search_roots=(node.root,))
+    assert not locate(request).found
+
+
 def digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return digest_file(file, path.stat().st_size).digest

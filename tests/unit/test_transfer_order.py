@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,9 +20,15 @@ from torch import nn
 
 from orchestrator.inspection import inspect_local
 from orchestrator.transfer.order import ChunkClass, TensorBytes, classify, sending_order, tensor_bytes
-from remote_payload.checkpoint import read_header
+from orchestrator.transfer.upload import upload_file
+from remote_payload.checkpoint import Section, read_header
+from remote_payload.checkpoint.errors import BytesNotSentError
 from remote_payload.checkpoint.torch_tensors import load_tensor
+from remote_payload.health.job import run as run_health
+from remote_payload.jobs.context import JobContext
 from remote_payload.wire.chunks import Chunk, ChunkManifest, digest_file
+from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
+from tests.support.agent_streams import ThreadOpener, make_node_root
 from tests.support.checkpoints import safetensors_bytes
 
 SIZE = 400
@@ -29,11 +36,8 @@ SPANS = st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, 60)), max_size=1
 Classified = tuple[ChunkManifest, list[ChunkClass]]
 
 
-def facts(section: str, spans: list[tuple[int, int]], numel: int = 2) -> list[dict[str, Any]]:
-    return [
-        {"section": section, "file_offset": at, "span_bytes": min(length, SIZE - at), "numel": numel}
-        for at, length in spans
-    ]
+def facts(section: str, spans: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    return [{"section": section, "file_offset": at, "span_bytes": min(length, SIZE - at)} for at, length in spans]
 
 
 def covered(spans: list[tuple[int, int]]) -> set[int]:
@@ -50,13 +54,14 @@ def cut(borders: list[int]) -> ChunkManifest:
 def test_every_chunk_goes_once_and_none_waits_that_holds_more_than_other_tensors(
     weights: list[tuple[int, int]],
     others: list[tuple[int, int]],
-    single: list[tuple[int, int]],
+    reads: list[tuple[int, int]],
     borders: list[int],
 ) -> None:
     manifest = cut(borders)
-    tensors = [*facts("model", weights), *facts("optimizer", others), *facts("other", single, numel=1)]
-    classes = classify(manifest, tensor_bytes({"tensors": tensors}))
-    in_weights, in_rest = covered(weights), covered(others) - covered(weights) - covered(single)
+    tensors = [*facts("model", weights), *facts("optimizer", others)]
+    classes = classify(manifest, tensor_bytes({"tensors": tensors}, reads))
+    in_weights = covered(weights) - covered(reads)
+    in_rest = covered(others) - covered(weights) - covered(reads)
     for chunk, found in zip(manifest.chunks, classes, strict=True):
         held = set(range(chunk.offset, chunk.offset + chunk.length))
         if held <= in_rest:
@@ -125,13 +130,19 @@ def as_safetensors(path: Path) -> None:
     path.write_bytes(safetensors_bytes(header, data))
 
 
+def a_plan(path: str) -> NodePlan:
+    jobs = (JobSpec("health"),)
+    return NodePlan("run", "1" * 64, jobs, path, EvaluationSettings(), GpuPolicy(device="cpu"), OverrunPolicy())
+
+
 WRITERS: list[Callable[[Path], None]] = [as_zip, as_legacy, with_views, as_safetensors]
 
 
 def classified(path: Path) -> Classified:
     data = path.read_bytes()
     manifest = digest_file(io.BytesIO(data), len(data))
-    return manifest, classify(manifest, tensor_bytes(inspect_local(path)["header"]))
+    inspected = inspect_local(path)
+    return manifest, classify(manifest, tensor_bytes(inspected["header"], inspected["reads"]))
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -157,6 +168,48 @@ def test_without_the_rest_the_header_and_every_weight_are_what_they_are_with_it(
         assert torch.equal(load_tensor(whole_header, tensor.name), load_tensor(holed_header, tensor.name))
 
 
+@pytest.mark.parametrize("write", [as_zip, with_views, as_safetensors])
+def test_with_the_rest_away_weights_are_read_and_health_says_nothing(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "whole"
+    write(path)
+    manifest, classes = classified(path)
+    root, order = make_node_root(tmp_path), sending_order(classes)
+    opener = ThreadOpener(root)
+    kept = upload_file(opener, path, manifest, order=[n for n in order if classes[n] is not ChunkClass.REST])
+    assert kept.is_complete == (ChunkClass.REST not in classes)
+    whole, part = read_header(path), read_header(kept.path_on_node)
+    assert part.tensors == whole.tensors
+    for tensor in whole.model_tensors():
+        assert torch.equal(load_tensor(whole, tensor.name), load_tensor(part, tensor.name))
+    if kept.is_complete:
+        return
+    rest = [t for t in whole.tensors if t.section is Section.OPTIMIZER and t.nbytes and t.nbytes >= 64 * 1024]
+    assert rest
+    for tensor in rest:
+        with pytest.raises(BytesNotSentError):
+            load_tensor(part, tensor.name)
+    context = JobContext(a_plan(kept.path_on_node), "health", tmp_path / "artifacts")
+    with pytest.raises(BytesNotSentError):
+        run_health(context)
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_a_header_that_was_not_sent_in_full_is_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "whole"
+    as_zip(path)
+    manifest, classes = classified(path)
+    root = make_node_root(tmp_path)
+    for index, found in enumerate(classes):
+        if found is ChunkClass.HEADER:
+            others = [n for n in range(len(classes)) if n != index]
+            kept = upload_file(ThreadOpener(root), path, manifest, order=others)
+            with pytest.raises(BytesNotSentError):
+                read_header(kept.path_on_node)
+            shutil.rmtree(kept.path_on_node.rpartition("/")[0])
+
+
 def test_of_a_file_with_moments_and_an_average_two_thirds_and_more_are_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "trained.pt"
     as_zip(path)
@@ -169,7 +222,7 @@ def test_of_a_file_with_moments_and_an_average_two_thirds_and_more_are_the_rest(
 
 
 def test_of_a_file_without_tensors_all_is_header() -> None:
-    assert classify(cut([10, 20]), tensor_bytes({"tensors": []})) == [ChunkClass.HEADER] * 3
+    assert classify(cut([10, 20]), tensor_bytes({"tensors": []}, [])) == [ChunkClass.HEADER] * 3
     assert classify(cut([10, 20]), TensorBytes((), ())) == [ChunkClass.HEADER] * 3
 
 
@@ -179,7 +232,8 @@ def test_the_order_is_told_without_torch(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from orchestrator.inspection import inspect_local;"
         "from orchestrator.transfer.order import tensor_bytes;"
-        "found = tensor_bytes(inspect_local(Path(sys.argv[1]))['header']);"
+        "inspected = inspect_local(Path(sys.argv[1]));"
+        "found = tensor_bytes(inspected['header'], inspected['reads']);"
         "import json; print(json.dumps([len(found.weights), 'torch' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, timeout=60, check=True)
