@@ -181,21 +181,11 @@ def node_plan(plan: RunPlan, checkpoint: SyncedCheckpoint) -> NodePlan:
     )
 
 
-def local_checkpoint(reference: CheckpointReference, *, folders: bool = False) -> Path:
-    """The local file, checked to be one, or a folder where `folders` allows it. Raises `CheckpointError`.
-
-    A folder can be read where it is, on this machine or on the node; only single files are sent.
-    """
+def local_checkpoint(reference: CheckpointReference) -> Path:
+    """The local file or folder, checked to be one. Raises `CheckpointError`."""
     path = Path(reference.path).expanduser()
-    if path.is_dir():
-        if folders:
-            return path.absolute()
-        raise CheckpointError(
-            f"{path} is a directory, and only single files are sent",
-            action="Copy the folder to the node and write CLUSTER:PATH, or name the checkpoint file itself.",
-        )
     if not path.exists():
         raise CheckpointError(f"there is no file at {path}", action="Check --checkpoint, or write CLUSTER:path.")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file")
+    if not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path} is neither a regular file nor a folder")
     return path.absolute()

@@ -52,7 +52,7 @@ def inspect(checkpoint: str, *, as_json: bool) -> int:
     exists_here = Path(checkpoint).expanduser().exists()
     reference = parse_reference(checkpoint, exists_here=exists_here)
     if reference.cluster is None:
-        path = local_checkpoint(reference, folders=True)
+        path = local_checkpoint(reference)
         if as_json:
             print_json(inspect_local(path))
         else:

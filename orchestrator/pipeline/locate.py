@@ -50,9 +50,10 @@ def find_by_content(context: RunContext, manifest: ChunkManifest) -> SyncedCheck
 def was_freed(context: RunContext, checkpoint: SyncedCheckpoint) -> bool:
     """Whether what stood in the node's store is there no more. Where it is, it stays for this run."""
     layout = context.node.layout
-    if checkpoint.digest is None or checkpoint.path != layout.checkpoint(checkpoint.digest):
+    digest = checkpoint.digest
+    if digest is None or checkpoint.path not in (layout.checkpoint(digest), layout.checkpoint_tree(digest)):
         return False
-    request = LocateRequest(layout.root, digest=checkpoint.digest, size=checkpoint.size, run_id=context.plan.run_id)
+    request = LocateRequest(layout.root, digest=digest, size=checkpoint.size, run_id=context.plan.run_id)
     return _locate(context.node, request).how != "store"
 
 

@@ -20,6 +20,7 @@ from orchestrator.node import CLOCK_OFFSET_WARNING_S
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import inspect_on_source
 from orchestrator.pipeline.locate import locate_in_place
+from orchestrator.pipeline.resolve import fingerprint
 from orchestrator.pipeline.sync import sync_code
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
 from remote_payload.wire.codec import from_json, to_json
@@ -65,9 +66,9 @@ def examine(context: RunContext) -> Preflight:
         header = _header(lambda: inspect_on_source(source, checkpoint.path), is_health_only)
         needed_bytes = checkpoint.size
     elif plan.checkpoint.cluster is None:
-        path = local_checkpoint(plan.checkpoint, folders=context.profile.embedded)
+        path = local_checkpoint(plan.checkpoint)
         header = _header(lambda: inspect_local(path), is_health_only)
-        checkpoint = SyncedCheckpoint(str(path), None, path.stat().st_size if path.is_file() else 0, (), "local")
+        checkpoint = SyncedCheckpoint(str(path), None, fingerprint(path)[0], (), "local")
         needed_bytes = 0 if context.profile.embedded else checkpoint.size
     else:
         checkpoint, is_there = locate_in_place(context.node, plan.checkpoint, plan.run_id), True

@@ -24,6 +24,7 @@ from orchestrator.plan import (
 from orchestrator.profiles import NamedProfile, load_profile
 from orchestrator.project import Project, find_project
 from orchestrator.transfer.archive import pack_code
+from orchestrator.transfer.folder import read_folder_fingerprint
 from remote_payload.wire.plan import CodeSource
 
 DEFAULT_NUM_SAMPLES = 4
@@ -59,7 +60,7 @@ def draft(request: Request, services: Services) -> RunPlan:
         raise UsageError(f"--num-samples must be 0 to {MAX_NUM_SAMPLES}", action="It counts pictures only.")
     project = find_project(request.start_folder)
     named = resolve_profile(request.cluster, project, services.layout)
-    reference = resolve_reference(request.checkpoint, folders=named.profile.embedded)
+    reference = resolve_reference(request.checkpoint)
     is_elsewhere = reference.cluster not in (None, named.name)
     source = resolve_profile(reference.cluster, project, services.layout) if is_elsewhere else None
     jobs = choose_jobs(request.jobs, project.file.jobs)
@@ -117,16 +118,20 @@ def resolve_profile(cluster: str | None, project: Project, layout: LocalLayout) 
     return load_profile(name, layout, project.folder)
 
 
-def resolve_reference(text: str, *, folders: bool = False) -> CheckpointReference:
-    """The checkpoint reference; a local one is made absolute and must be a regular file, or a folder if allowed."""
+def resolve_reference(text: str) -> CheckpointReference:
+    """The checkpoint reference; a local one is made absolute and must be a regular file or a folder."""
     reference = parse_reference(text, exists_here=Path(text).expanduser().exists())
     if reference.cluster is None:
-        return CheckpointReference(str(local_checkpoint(reference, folders=folders)))
+        return CheckpointReference(str(local_checkpoint(reference)))
     return reference
 
 
 def fingerprint(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, mtime in nanoseconds and inode of a local file: a hint that it is the same, never proof."""
+    """Size in bytes, mtime in nanoseconds and inode of a local file, or what stands for these of a folder: a hint that
+    it is the same, never proof."""
+    if path.is_dir():
+        found = read_folder_fingerprint(path)
+        return found.size, found.mtime_ns, found.inode
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ino
 

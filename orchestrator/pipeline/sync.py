@@ -10,6 +10,7 @@ from orchestrator.inspection import inspect_local
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
+from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, reads_weights_only
@@ -31,10 +32,10 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
         return copy_from_source(context, context.source)
     if context.plan.checkpoint.cluster is not None:
         return locate_in_place(context.node, context.plan.checkpoint, context.plan.run_id)
-    path = local_checkpoint(context.plan.checkpoint, folders=context.profile.embedded)
+    path = local_checkpoint(context.plan.checkpoint)
     if path.is_dir():
-        # Of a folder nobody computes a digest: it is used where it is, and its files' names and times stand for it.
-        return _here(context, path)
+        # Used where it is, its files' names and times stand for it: nobody computes a digest.
+        return _here(context, path) if context.profile.embedded else send_local_folder(context, path)
     local = _digest_while_connecting(context, path)
     manifest = local.manifest
     if context.profile.embedded:

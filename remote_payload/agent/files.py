@@ -9,7 +9,7 @@ import secrets
 import stat
 from typing import Any, Optional
 
-_NO_HARD_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+NO_HARD_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _OPEN_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _OPEN_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -74,7 +74,7 @@ def _link(temporary: str, path: str, data: bytes) -> bool:
         # Over NFS the answer to a link that did happen may be lost and the retry refused: the link count tells.
         return os.stat(temporary).st_nlink == 2
     except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
+        if error.errno not in NO_HARD_LINKS:
             raise
         try:
             write_new(path, data)

@@ -25,8 +25,8 @@ _NOWHERE = Located(False, "nowhere")
 def locate(request: LocateRequest) -> Located:
     """Where the file is, if it is here. A path is only looked at; contents are compared by sample, then by digest.
 
-    A folder is found in place alone. Raises `AgentError` usage for a path that is there and is neither a readable
-    regular file nor a folder that can be listed.
+    A folder is found in place, or by digest in the store. Raises `AgentError` usage for a path that is there and is
+    neither a readable regular file nor a folder that can be listed.
     """
     layout = root.open_root(request.root)
     cache = DigestCache(layout)
@@ -46,7 +46,7 @@ def _in_place(layout: NodeLayout, request: LocateRequest, wanted: str, cache: Di
         except OSError as error:
             raise AgentError("usage", f"{path} cannot be looked at: {error.strerror}") from error
         if stat.S_ISDIR(facts.st_mode):
-            return _folder_in_place(path)
+            return _folder_in_place(layout, path, request.run_id)
         if not stat.S_ISREG(facts.st_mode):
             raise AgentError("usage", f"{path} is no regular file")
         if not os.access(path, os.R_OK):
@@ -65,7 +65,7 @@ def _in_place(layout: NodeLayout, request: LocateRequest, wanted: str, cache: Di
     return _NOWHERE
 
 
-def _folder_in_place(path: str) -> Located:
+def _folder_in_place(layout: NodeLayout, path: str, run_id: str) -> Located:
     """A checkpoint of several files. It has no digest; names, sizes and times of its files stand for it."""
     try:
         found = folder_fingerprint(path)
@@ -73,6 +73,9 @@ def _folder_in_place(path: str) -> Located:
         raise AgentError("usage", f"{path} may not be listed by this user: {error.strerror}") from error
     except ValueError as error:
         raise AgentError("usage", str(error), "Name the folder of one checkpoint.") from error
+    digest = store.digest_of_path(layout, path)
+    if digest is not None:
+        store.find_tree(layout, digest, found.size, run_id)
     return Located(True, "in_place", path, None, found.size, found.mtime_ns, found.inode)
 
 
@@ -92,11 +95,13 @@ def _absolute_candidates(wanted: str, search_roots: Iterable[str]) -> Iterator[s
 
 
 def _in_store(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[Located]:
-    """A stored file was verified before it got its name."""
-    facts = store.find(layout, digest, size, run_id)
+    """A stored file or folder was verified before it got its name."""
+    path, facts = layout.checkpoint(digest), store.find(layout, digest, size, run_id)
+    if facts is None:
+        path, facts = layout.checkpoint_tree(digest), store.find_tree(layout, digest, size, run_id)
     if facts is None:
         return None
-    return Located(True, "store", layout.checkpoint(digest), digest, size, facts.st_mtime_ns, facts.st_ino)
+    return Located(True, "store", path, digest, size, facts.st_mtime_ns, facts.st_ino)
 
 
 def _by_content(request: LocateRequest, cache: DigestCache) -> Located:

@@ -6,9 +6,11 @@ where it was copied to.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -16,13 +18,17 @@ import threading
 from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional
 
-from remote_payload.agent import store
+from remote_payload.agent import files, store
 from remote_payload.agent.partial_file import PartialFile
+from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.members import MemberList, check_members
 from remote_payload.wire.stream import ChunkTable
 
 MAX_SOURCES = 64
 """So many checkpoints, the latest used first, are looked through."""
+MAX_OPEN_FILES = 128
+"""Of one folder; what its other files hold is sent."""
 MAX_CANDIDATES = 3
 """How many places a chunk is tried from: a second one matters only where the first is damaged."""
 _MAX_LINE_BYTES = 200
@@ -83,15 +89,40 @@ def _places(
         found: list[tuple[bytes, int]] = []
         with contextlib.suppress(OSError):
             found.extend(_matches(layout.checkpoint_manifest(stored), lengths))
-        fd = _open(layout.checkpoint(stored)) if found else None
-        if fd is None:
-            continue
-        stack.callback(os.close, fd)
+        holder = _Holder(layout, stored, stack)
         for sha256, offset in found:
             known = places.setdefault(sha256, [])
-            if len(known) < MAX_CANDIDATES:
-                known.append(_Place(fd, offset))
+            place = holder.place(offset) if len(known) < MAX_CANDIDATES else None
+            if place is not None:
+                known.append(place)
     return places
+
+
+class _Holder:
+    """A stored checkpoint by the offsets of its chunk manifest, which for a folder runs through all of its files."""
+
+    def __init__(self, layout: NodeLayout, digest: str, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._paths, self._starts = [layout.checkpoint(digest)], [0]
+        self._fds: dict[int, Optional[int]] = {}
+        with contextlib.suppress(WireError, ValueError, OSError):
+            value = files.read_json(layout.checkpoint_members(digest))
+            members = from_json(MemberList, value).members if value is not None else ()
+            if members:
+                check_members(members)
+                tree = layout.checkpoint_tree(digest)
+                self._paths = [os.path.join(tree, member.path) for member in members]
+                self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
+
+    def place(self, offset: int) -> Optional[_Place]:
+        """None where the file cannot be opened, or too many are open already."""
+        index = bisect.bisect_right(self._starts, offset) - 1
+        if index not in self._fds and len(self._fds) < MAX_OPEN_FILES:
+            self._fds[index] = fd = _open(self._paths[index])
+            if fd is not None:
+                self._stack.callback(os.close, fd)
+        fd = self._fds.get(index)
+        return None if fd is None else _Place(fd, offset - self._starts[index])
 
 
 def _stored(layout: NodeLayout) -> list[str]:

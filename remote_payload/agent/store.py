@@ -36,8 +36,8 @@ _POLL_S = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """One file of the store, whole or in part. `size`: its bytes on the disk; `to_come`: those that an upload under way
-    will still take. `last_used` is in seconds of the node's clock."""
+    """One file of the store, whole or in part, or one folder. `size`: its bytes on the disk; `to_come`: those that an
+    upload under way will still take. `last_used` is in seconds of the node's clock."""
 
     digest: str
     folder: str
@@ -86,12 +86,26 @@ def find(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os
         return facts
 
 
+def find_tree(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os.stat_result]:
+    """As `find`, for a stored folder whose files have `size` bytes together; the facts are the folder's own."""
+    tree = layout.checkpoint_tree(digest)
+    with _shared_lock(layout, digest):
+        try:
+            facts = os.lstat(tree)
+            if not stat.S_ISDIR(facts.st_mode) or sum(one.st_size for one in _below(tree).values()) != size:
+                return None
+        except FileNotFoundError:
+            return None
+        note_use(layout, digest, run_id)
+        return facts
+
+
 def digest_of_path(layout: NodeLayout, path: str) -> Optional[str]:
-    """The digest of the stored file at `path`; None for a path that is none of the store's."""
+    """The digest of the stored file or folder at `path`; None for a path that is none of the store's."""
     folder, _ = os.path.split(path)
     with contextlib.suppress(WireError):
         digest = _digest_of_name(os.path.basename(folder))
-        return digest if layout.checkpoint(digest) == path else None
+        return digest if path in (layout.checkpoint(digest), layout.checkpoint_tree(digest)) else None
     return None
 
 
@@ -171,11 +185,7 @@ def _digest_of_name(folder_name: str) -> str:
 
 def _measure(layout: NodeLayout, digest: str) -> StoredFile:
     folder, part = layout.checkpoint_folder(digest), layout.checkpoint_part(digest)
-    facts = {folder: os.lstat(folder)}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                facts[entry.path] = entry.stat(follow_symlinks=False)
+    facts = {folder: os.lstat(folder), **_below(folder)}
     size = sum(one.st_blocks * 512 for one in facts.values())
     signs = [facts[path].st_mtime for path in (part, layout.checkpoint_journal(digest)) if path in facts]
     used = [use.at for use in _uses(layout, digest)]
@@ -184,6 +194,21 @@ def _measure(layout: NodeLayout, digest: str) -> StoredFile:
     to_come = max(0, facts[part].st_size - facts[part].st_blocks * 512) if is_locked and part in facts else 0
     last_used = max([*used, *signs] if used else (one.st_mtime for one in facts.values()))
     return StoredFile(digest, folder, size, to_come, last_used, is_arriving)
+
+
+def _below(folder: str) -> dict[str, os.stat_result]:
+    """Facts of every file below `folder`, and of no link's target. Raises `OSError`."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    facts = {}
+    for where, _, file_names in os.walk(folder, onerror=refuse):
+        for name in file_names:
+            path = os.path.join(where, name)
+            with contextlib.suppress(FileNotFoundError):
+                facts[path] = os.lstat(path)
+    return facts
 
 
 def _is_locked(path: str) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Callable
 
 from remote_payload.agent import (
+    assemble,
     claim,
     gc,
     hello,
@@ -45,6 +46,7 @@ VERBS = {
     "cancel": Verb(messages.AttemptRef, status.cancel),
     "manifest": Verb(messages.AttemptRef, manifest.manifest),
     "unpack_code": Verb(messages.UnpackRequest, unpack.unpack_code),
+    "assemble_folder": Verb(messages.AssembleRequest, assemble.assemble_folder),
     "gc": Verb(messages.GcRequest, gc.gc),
 }
 

@@ -130,6 +130,18 @@ class NodeLayout:
     def checkpoint(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "file")
 
+    def checkpoint_tree(self, folder_digest: str) -> str:
+        """The files of a checkpoint that is a folder, all there and verified."""
+        return posixpath.join(self.checkpoint_folder(folder_digest), "tree")
+
+    def checkpoint_members(self, folder_digest: str) -> str:
+        """The list of those files; the chunk manifest beside it is that of all of them, one behind the other."""
+        return posixpath.join(self.checkpoint_folder(folder_digest), "members.json")
+
+    def staging(self, unique: str) -> NodeLayout:
+        """A root of its own, in which a checkpoint's folder is made before it is renamed into the store."""
+        return NodeLayout(posixpath.join(self.checkpoints, f".assembling-{names.check_nonce(unique)}"))
+
     def checkpoint_part(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "file.part")
 

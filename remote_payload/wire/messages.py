@@ -19,6 +19,7 @@ on the node.
 | cancel | AttemptRef | Decided | yes |
 | manifest | AttemptRef | Manifest | yes |
 | unpack_code | UnpackRequest | Unpacked | yes |
+| assemble_folder | AssembleRequest | Assembled | yes |
 | gc | GcRequest | GcReport | yes |
 """
 
@@ -27,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Optional
 
+from remote_payload.wire.members import Member
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Finding
 from remote_payload.wire.states import AttemptStatus, Decision, ProcessIdentity
@@ -274,6 +276,29 @@ class Unpacked:
 
 
 KEEP_DAYS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AssembleRequest:
+    """Put the checkpoint folder of these files, in the order of their paths, together in the store.
+
+    Small files (`members.PACKED_BELOW`) are taken from the pack, the stored file with the digest `pack_digest`, in
+    which they stand in that order; every other one from the stored file with its digest. `run_id`: for whom, if for a
+    run, as in `LocateRequest`.
+    """
+
+    root: str
+    members: tuple[Member, ...]
+    pack_digest: str
+    run_id: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """`path` of the complete folder; None, and the digests of the files that the store lacks for it."""
+
+    path: Optional[str]
+    missing: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,9 @@ _ARTIFACT_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,126}\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 FILE_DIGEST_PREFIX = "v1:"
+_MAX_PARTS = 8
+_MAX_PART_BYTES = 255
+_OURS = ".remote-eval-"
 
 
 def check_run_id(run_id: str) -> str:
@@ -53,6 +56,19 @@ def check_artifact_path(path: str) -> str:
     parts = path.split("/")
     if not 0 < len(parts) <= 8 or not all(_ARTIFACT_PART.match(p) for p in parts):
         raise WireError(f"artifact path {path[:120]!r} is not a plain relative path")
+    return path
+
+
+def check_member_path(path: str) -> str:
+    """Return the relative path of a file in a user's folder if it can only lie inside the folder it is joined to.
+
+    Parts may hold any printable text but a backslash, and begin with a dot; at most 8 of them. Else raises `WireError`.
+    """
+    parts = path.split("/")
+    is_plain = all(part not in ("", ".", "..") and printable(part) == part and "\\" not in part for part in parts)
+    is_short = len(parts) <= _MAX_PARTS and all(len(part.encode()) <= _MAX_PART_BYTES for part in parts if is_plain)
+    if not is_plain or not is_short or {"\n", "\t"} & set(path) or any(part.startswith(_OURS) for part in parts):
+        raise WireError(f"{printable(path)[:120]!r} is no plain relative path")
     return path
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import re
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +14,9 @@ import torch
 import yaml
 
 from orchestrator.errors import ExitCode
-from remote_payload.wire.chunks import chunk_spans
+from tests.support.durable import durable_bytes
 from tests.support.sshd import Sshd, start_sshd
-from tests.support.world import World, make_world, until
+from tests.support.world import World, agents_of, make_world, until
 
 RUN = ("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "count")
 LARGE_BYTES = 48 * 1024 * 1024
@@ -62,19 +59,8 @@ def make_large(world: World) -> bytes:
     return path.read_bytes()
 
 
-def durable_bytes(world: World, far: Path) -> int:
-    """What the far node has journalled of the large checkpoint."""
-    path = world.node / "data" / "best.pt"
-    chunks = chunks_of(path, path.stat().st_size)
-    journals = (far / "root of ours" / "checkpoints").glob("*/file.journal")
-    lines = b"".join(journal.read_bytes() for journal in journals)
-    return sum(chunks[int(index)] for index in set(re.findall(rb"(?m)^(\d+) [0-9a-f]{16}\.$", lines)))
-
-
-@functools.cache
-def chunks_of(path: Path, size: int) -> list[int]:
-    with path.open("rb") as file:
-        return [length for _, length in chunk_spans(file, size)]
+def durable(world: World, far: Path) -> int:
+    return durable_bytes(far / "root of ours", [world.node / "data" / "best.pt"])
 
 
 def cut_off(server: Sshd) -> None:
@@ -115,34 +101,28 @@ def test_a_client_killed_amid_the_copy_goes_on_without_the_profile_and_sends_not
     world: World, far: Path
 ) -> None:
     content = make_large(world)
-    edit_far(world, bandwidth_limit_mbps=60)
+    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
     client = world.start(*RUN)
-    until(lambda: durable_bytes(world, far) >= 16 * 1024 * 1024)
+    until(lambda: durable(world, far) >= 16 * 1024 * 1024)
     client.kill()
     client.communicate(timeout=30)
     (run_id,) = world.run_ids()
     assert stored(far) == []
     for name in ("lab.yaml", "other.yaml"):
         world.profile.with_name(name).unlink()
-    until(lambda: not senders(world))
-    durable = durable_bytes(world, far)
+    until(lambda: not agents_of(world))
+    before = durable(world, far)
     world.json("resume", run_id)
     assert [path.read_bytes() for path in stored(far)] == [content]
     sent = provenance(world, run_id)["bytes_sent"]
-    assert sent == len(content) - durable
-
-
-def senders(world: World) -> list[str]:
-    """Agents that still hold the file of the killed client open."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
-    return [line for line in listed.splitlines() if "agent stream" in line and str(world.node.parent) in line]
+    assert sent == len(content) - before
 
 
 def test_a_file_that_changes_while_it_is_copied_is_an_error_and_runs_nothing(world: World, far: Path) -> None:
     make_large(world)
-    edit_far(world, bandwidth_limit_mbps=60)
+    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
     client = world.start(*RUN)
-    until(lambda: durable_bytes(world, far) > 0)
+    until(lambda: durable(world, far) > 0)
     with (world.node / "data" / "best.pt").open("r+b") as file:
         file.seek(LARGE_BYTES - 4096)
         file.write(os.urandom(64))
@@ -203,18 +183,18 @@ def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_p
     near = start_sshd(tmp_path / "near-sshd")
     keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
     world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
-    edit_far(world, bandwidth_limit_mbps=60)
+    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
     client = world.start(*RUN)
-    until(lambda: durable_bytes(world, far) >= 16 * 1024 * 1024)
+    until(lambda: durable(world, far) >= 16 * 1024 * 1024)
     cut_off(near)
     output, _ = client.communicate(timeout=100)
     assert client.returncode == ExitCode.UNREACHABLE, output
     (run_id,) = world.run_ids()
-    durable = durable_bytes(world, far)
+    before = durable(world, far)
     near = start_sshd(near.folder, port=near.port)
     try:
         world.json("resume", run_id)
     finally:
         near.stop()
     assert [path.read_bytes() for path in stored(far)] == [content]
-    assert provenance(world, run_id)["bytes_sent"] == len(content) - durable
+    assert provenance(world, run_id)["bytes_sent"] == len(content) - before

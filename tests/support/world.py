@@ -155,6 +155,12 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def agents_of(world: World) -> list[str]:
+    """Command lines of the agents that carry streams, which outlive a killed client for a moment."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
+    return [line for line in listed.splitlines() if "agent stream" in line and str(world.node.parent) in line]
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Relative path → sha256 of every file below a folder."""
     return {

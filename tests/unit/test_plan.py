@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -114,9 +115,9 @@ def test_a_content_key_from_a_fingerprint_says_that_it_is_not_exact() -> None:
     assert content_key(make_plan(), by_fingerprint)[0] != content_key(make_plan(), changed)[0]
 
 
-def test_a_local_folder_is_taken_only_where_nothing_is_sent(tmp_path: Path) -> None:
-    reference = CheckpointReference(str(tmp_path))
-    assert local_checkpoint(reference, folders=True) == tmp_path
-    with pytest.raises(CheckpointError, match="only single files are sent") as caught:
-        local_checkpoint(reference)
-    assert "CLUSTER:PATH" in (caught.value.action or "")
+def test_a_local_checkpoint_is_a_file_or_a_folder_that_is_there(tmp_path: Path) -> None:
+    assert local_checkpoint(CheckpointReference(str(tmp_path))) == tmp_path
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "none"):
+        with pytest.raises(CheckpointError, match=name):
+            local_checkpoint(CheckpointReference(str(tmp_path / name)))

@@ -1,0 +1,278 @@
+"""Sending a checkpoint that is a folder: its large files one after the other, its small ones as one, each by content.
+
+What stands in the node's store afterwards is one folder, complete and verified; its digest follows from the paths and
+digests of all files. A file that the store has is not sent, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from orchestrator.errors import CheckpointError, IntegrityError, UsageError
+from orchestrator.layout import LocalLayout
+from orchestrator.node import Node
+from orchestrator.transfer.channel import FrameChannel
+from orchestrator.transfer.fingerprints import digest_local_file
+from orchestrator.transfer.progress import ProgressListener, TransferProgress
+from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Source
+from orchestrator.transfer.upload import UploadResult
+from remote_payload.wire.chunks import ChunkManifest, Fingerprint, digest_file
+from remote_payload.wire.codec import WireError
+from remote_payload.wire.folders import folder_files, folder_fingerprint
+from remote_payload.wire.members import PACKED_BELOW, Member, folder_digest, joined
+from remote_payload.wire.messages import Assembled, AssembleRequest
+from remote_payload.wire.names import check_member_path, printable
+
+ASSEMBLE_TIMEOUT_S = 900.0
+"""The node writes small files anew, and copies large ones where its file system has no hard links."""
+_WHEN_COMPLETE = "Wait until it is written completely, or evaluate a copy of it; then run this again."
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderFile:
+    """One file of a folder and its chunks."""
+
+    member: Member
+    manifest: ChunkManifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A folder as it was read. Files are in the order of their paths."""
+
+    files: tuple[FolderFile, ...]
+
+    @functools.cached_property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(file.member for file in self.files)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return folder_digest(self.members)
+
+    @property
+    def size(self) -> int:
+        return sum(member.size for member in self.members)
+
+
+class Upload(Protocol):
+    """Puts a file, or some that stand one behind the other, into the node's store."""
+
+    def __call__(
+        self, files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener
+    ) -> UploadResult: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class SentFolder:
+    """Where the folder stands, and how many bytes were sent for it."""
+
+    path: str
+    bytes_sent: int
+
+
+def send_folder(
+    node: Node, folder: Folder, upload: Upload, on_progress: ProgressListener | None = None, *, run_id: str = ""
+) -> SentFolder:
+    """Have the folder complete in the node's store. Nothing is sent where it is; what lacks is given to `upload`.
+
+    Raises what that and `Node.call` raise. What has arrived is kept.
+    """
+    packed = [file for file in folder.files if file.member.is_packed]
+    pack = joined(file.manifest for file in packed)
+    request = AssembleRequest(node.layout.root, folder.members, pack.digest, run_id)
+    answer = _assemble(node, request)
+    large = {file.member.digest: [file] for file in folder.files if not file.member.is_packed}
+    meter = _Overall(folder.size, on_progress)
+    meter.begin(folder.size - sum(large[d][0].member.size if d in large else pack.size for d in answer.missing))
+    sent = 0
+    for digest in answer.missing:
+        files = large.get(digest, packed)
+        manifest = pack if digest == pack.digest else files[0].manifest
+        sent += upload(files, manifest, meter.of_file).bytes_sent
+        meter.ended(manifest.size)
+    if answer.path is None:
+        answer = _assemble(node, request)
+    if answer.path != node.layout.checkpoint_tree(folder.digest):
+        raise IntegrityError(
+            f"the node has no complete folder although all {len(folder.files)} files were sent",
+            action="Run it again; what has arrived is kept.",
+        )
+    return SentFolder(answer.path, sent)
+
+
+def _assemble(node: Node, request: AssembleRequest) -> Assembled:
+    return node.call("assemble_folder", request, Assembled, timeout_s=ASSEMBLE_TIMEOUT_S)
+
+
+class _Overall:
+    """One progress of several files."""
+
+    def __init__(self, total: int, listener: ProgressListener | None) -> None:
+        self._total = total
+        self._listener = listener
+        self._done = 0
+        self._saved = 0
+
+    def begin(self, already_there: int) -> None:
+        self._done = self._saved = already_there
+
+    def of_file(self, progress: TransferProgress) -> None:
+        if self._listener is None:
+            return
+        done = min(self._total, self._done + progress.bytes_done)
+        rate = progress.bytes_per_s
+        self._listener(
+            dataclasses.replace(
+                progress,
+                bytes_done=done,
+                bytes_total=self._total,
+                bytes_saved=self._saved + progress.bytes_saved,
+                eta_s=(self._total - done) / rate if rate > 0 else None,
+            )
+        )
+
+    def ended(self, size: int) -> None:
+        self._done += size
+
+
+class LocalFolder:
+    """A folder of this machine, read once. `check_unchanged` says whether it still is what was read."""
+
+    def __init__(self, path: Path, layout: LocalLayout, *, use_remembered: bool = True) -> None:
+        """Raises `CheckpointError` (unreadable, a name or a link that must not travel), `IntegrityError` (changed)."""
+        self.path = path
+        self._fingerprint = read_folder_fingerprint(path)
+        self.folder = Folder(tuple(_read_files(path, layout, use_remembered)))
+        self.check_unchanged("read")
+
+    def check_unchanged(self, doing: str = "sent") -> None:
+        """Raises `LocalFileChangedError`."""
+        if read_folder_fingerprint(self.path) != self._fingerprint:
+            raise self._changed(doing)
+
+    def open(self, files: Sequence[FolderFile]) -> Source:
+        """These files, one behind the other."""
+        return JoinedSource(
+            [(file.member.size, functools.partial(self._open, self.path / file.member.path)) for file in files],
+            self._changed("sent"),
+        )
+
+    def _open(self, path: Path) -> LocalFile:
+        try:
+            return LocalFile(path)
+        except UsageError:
+            self.check_unchanged()
+            raise
+
+    def _changed(self, doing: str) -> LocalFileChangedError:
+        return LocalFileChangedError(f"{self.path} changed while it was being {doing}", action=_WHEN_COMPLETE)
+
+
+class JoinedSource:
+    """Several sources, one behind the other. A span that is asked for lies within one; that is opened for it alone."""
+
+    def __init__(self, parts: Sequence[tuple[int, Callable[[], Source]]], changed: LocalFileChangedError) -> None:
+        """`parts`: size and how to open it, of each."""
+        self._parts = [(size, opener) for size, opener in parts if size]
+        self._changed = changed
+        self._starts: list[int] = []
+        size = 0
+        for part_size, _ in self._parts:
+            self._starts.append(size)
+            size += part_size
+
+    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        source, within = self._open(offset)
+        try:
+            return source.send(channel, within, count)
+        finally:
+            source.close()
+
+    def read(self, offset: int, count: int) -> bytes:
+        source, within = self._open(offset)
+        try:
+            return source.read(within, count)
+        finally:
+            source.close()
+
+    def body(self, _offset: int, _count: int, /) -> tuple[int, bytes] | None:
+        return None
+
+    def changed(self) -> LocalFileChangedError:
+        return self._changed
+
+    def close(self) -> None:
+        return
+
+    def _open(self, offset: int) -> tuple[Source, int]:
+        index = bisect.bisect_right(self._starts, offset) - 1
+        return self._parts[index][1](), offset - self._starts[index]
+
+
+def _read_files(path: Path, layout: LocalLayout, use_remembered: bool) -> Iterator[FolderFile]:
+    for name, size in _list(path):
+        file = path / name
+        if size < PACKED_BELOW:
+            manifest = _digest_small(file)
+        else:
+            manifest = digest_local_file(file, layout, use_remembered=use_remembered).manifest
+        yield FolderFile(Member(name, manifest.size, manifest.digest), manifest)
+
+
+def _list(path: Path) -> list[tuple[str, int]]:
+    """(name, size) of every file that counts, in order."""
+    base = os.path.realpath(path)
+    listed = []
+    for name, facts in _files(path):
+        try:
+            check_member_path(name)
+        except WireError as error:
+            raise CheckpointError(f"{path}: {error}", action="Rename that file, or leave it out.") from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise CheckpointError(f"{path / name} is no regular file", action="Take it out of the folder.")
+        if not os.path.realpath(path / name).startswith(base + os.sep):
+            raise CheckpointError(
+                f"{path / name} is a link that leads out of the folder",
+                action=f"Send a copy without links: `cp -rL {printable(str(path))} COPY`.",
+            )
+        listed.append((name, facts.st_size))
+    if not listed:
+        raise CheckpointError(f"{path} holds no files", action="Check --checkpoint.")
+    return sorted(listed)
+
+
+def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    try:
+        yield from folder_files(str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error), action="Name the folder of one checkpoint.") from error
+
+
+def read_folder_fingerprint(path: Path) -> Fingerprint:
+    """`folder_fingerprint` of a folder here. Raises `CheckpointError`."""
+    try:
+        return folder_fingerprint(str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(str(error), action="Name the folder of one checkpoint.") from error
+
+
+def _digest_small(path: Path) -> ChunkManifest:
+    """Sooner read than looked up."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return digest_file(io.BytesIO(data), len(data))

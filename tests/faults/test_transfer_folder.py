@@ -1,0 +1,192 @@
+"""Folders on their way into the store: few round trips, through cuts, and never one that changed meanwhile."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pytest
+
+from orchestrator.errors import CheckpointError, IntegrityError, UnreachableError
+from orchestrator.layout import LocalLayout
+from orchestrator.node import Node
+from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
+from orchestrator.transfer.progress import ProgressListener, TransferProgress
+from orchestrator.transfer.stream_count import StreamPolicy
+from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
+from remote_payload.agent.verbs import perform
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.codec import from_json, to_json
+from tests.support.agent_streams import CutStream, ThreadOpener, Wrap, make_node_root
+from tests.support.durable import durable_bytes
+from tests.support.world import digests
+
+MIB = 1024 * 1024
+NO_PATIENCE = ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0)
+T = TypeVar("T")
+
+
+class AgentHere(ThreadOpener):
+    """A node whose agent answers in this process."""
+
+    def __init__(self, root: Path, wraps: Sequence[Wrap] = ()) -> None:
+        super().__init__(root, wraps)
+        self.calls: list[str] = []
+
+    def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
+        self.calls.append(verb)
+        return from_json(result, perform(verb, to_json(request)))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_node_root(tmp_path)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> LocalLayout:
+    return LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "step 5"
+    (path / "below").mkdir(parents=True)
+    for number, (name, size) in enumerate({"a": 20 * MIB, "below/b": 9 * MIB, "c": 5000, "below/d": 0}.items()):
+        (path / name).write_bytes(random.Random(number).randbytes(size))
+    return path
+
+
+def send(
+    node: AgentHere, local: LocalFolder, on_progress: ProgressListener | None = None, **options: Any
+) -> SentFolder:
+    def upload(files: Sequence[FolderFile], manifest: ChunkManifest, listener: ProgressListener) -> UploadResult:
+        return upload_file(node, local.open(files), manifest, on_progress=listener, retry=NO_PATIENCE, **options)
+
+    return send_folder(cast(Node, node), local.folder, upload, on_progress)
+
+
+def test_a_thousand_small_files_take_one_stream_and_two_calls(root: Path, layout: LocalLayout, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(1000):
+        (many / f"part {number}").write_bytes(f"{number}".encode() * number)
+    node = AgentHere(root)
+    sent = send(node, LocalFolder(many, layout), streams=StreamPolicy(fixed=1))
+    assert digests(Path(sent.path)) == digests(many)
+    assert node.calls == ["assemble_folder"] * 2
+    assert node.opened == 1
+
+
+def test_a_folder_that_is_there_takes_one_call(root: Path, layout: LocalLayout, folder: Path) -> None:
+    first = send(AgentHere(root), LocalFolder(folder, layout))
+    node = AgentHere(root)
+    assert send(node, LocalFolder(folder, layout)) == SentFolder(first.path, 0)
+    assert (node.calls, node.opened) == (["assemble_folder"], 0)
+
+
+def test_only_what_changed_of_a_folder_is_sent(root: Path, layout: LocalLayout, folder: Path) -> None:
+    send(AgentHere(root), LocalFolder(folder, layout))
+    with (folder / "a").open("r+b") as file:
+        file.seek(17 * MIB)
+        file.write(b"changed")
+    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    assert sent.bytes_sent == 4 * MIB
+    assert digests(Path(sent.path)) == digests(folder)
+
+
+def test_a_cut_folder_is_gone_on_with_where_it_was(root: Path, layout: LocalLayout, folder: Path) -> None:
+    local = LocalFolder(folder, layout)
+    node = AgentHere(root, [lambda inner: CutStream(inner, 18 * MIB, None)])
+    with pytest.raises(UnreachableError):
+        send(node, local, streams=StreamPolicy(fixed=1))
+    assert not list(root.rglob("tree"))
+    before = durable_bytes(root, [folder / "a", folder / "below" / "b"])
+    assert before >= 16 * MIB
+    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    assert sent.bytes_sent == local.folder.size - before
+    assert digests(Path(sent.path)) == digests(folder)
+
+
+def test_progress_goes_once_from_what_is_there_to_the_whole(root: Path, layout: LocalLayout, folder: Path) -> None:
+    seen: list[TransferProgress] = []
+    send(AgentHere(root), LocalFolder(folder, layout), seen.append)
+    done = [progress.bytes_done for progress in seen]
+    assert done == sorted(done)
+    assert {progress.bytes_total for progress in seen} == {done[-1]}
+
+
+@pytest.mark.parametrize("change", ["written", "added", "removed", "renamed"])
+def test_a_folder_that_changes_while_it_is_sent_is_an_error(
+    root: Path, layout: LocalLayout, folder: Path, change: str
+) -> None:
+    local = LocalFolder(folder, layout)
+
+    def act(_progress: TransferProgress) -> None:
+        if change == "written":
+            (folder / "c").write_bytes(b"other")
+        elif change == "added":
+            (folder / "late").write_bytes(b"late")
+        elif change == "removed":
+            (folder / "below" / "d").unlink(missing_ok=True)
+        elif (folder / "c").exists():
+            (folder / "c").rename(folder / "e")
+
+    def send_and_check() -> None:
+        send(AgentHere(root), local, act)
+        local.check_unchanged()
+
+    with pytest.raises(IntegrityError, match="changed while it was being sent"):
+        send_and_check()
+
+
+def test_a_file_that_is_another_than_was_remembered_is_seen(root: Path, layout: LocalLayout, folder: Path) -> None:
+    local = LocalFolder(folder, layout)
+    facts = (folder / "a").stat()
+    with (folder / "a").open("r+b") as file:
+        file.write(b"in place")
+    os.utime(folder / "a", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    with pytest.raises(LocalFileChangedError):
+        send(AgentHere(root), local)
+    assert not list(root.rglob("tree"))
+
+
+def test_a_link_within_the_folder_is_sent_as_the_file_that_it_leads_to(
+    root: Path, layout: LocalLayout, folder: Path
+) -> None:
+    (folder / "best").symlink_to("below/b")
+    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    assert (Path(sent.path) / "best").read_bytes() == (folder / "below" / "b").read_bytes()
+    assert not (Path(sent.path) / "best").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link out", "dangling", "pipe", "socket", "name", "empty"])
+def test_what_must_not_travel_is_refused_with_its_name(
+    layout: LocalLayout, folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = folder / "odd"
+    if kind == "link out":
+        (tmp_path / "secret").write_bytes(b"secret")
+        odd.symlink_to(tmp_path / "secret")
+    elif kind == "dangling":
+        odd.symlink_to("nowhere")
+    elif kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "socket":
+        monkeypatch.chdir(folder)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind("odd")
+    elif kind == "name":
+        (folder / "odd\x1b[31m").touch()
+    else:
+        folder = tmp_path / "odd"
+        folder.mkdir()
+    with pytest.raises(CheckpointError, match="odd") as caught:
+        LocalFolder(folder, layout)
+    assert caught.value.action
+    assert "\x1b" not in str(caught.value)
