@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter, deque
-from functools import partial
+from collections import Counter
 from typing import Callable, Optional
 
 import numpy as np
@@ -34,17 +33,13 @@ from remote_payload.health.stats import MAX_LOCATIONS, JointStats, Moments, Tens
 from remote_payload.health.worker import BlockOutcome
 
 _MAX_READ_ERRORS = 50
-_MAX_ROWS_PUT_OFF = 1 << 20
-"""Each is 24 bytes until its tensor is closed."""
 _EMPTY = Distribution(np.zeros(0), np.zeros(0, dtype=np.int64))
 
 
 class Joiner:
-    """At any time only the tensors that the last block touched are open, and those whose numbers are put off."""
+    """At any time only the tensors that the last block touched are open."""
 
-    def __init__(self, header: CheckpointHeader, plan: ScanPlan, put_off: int = 0) -> None:
-        """Of `put_off` tensors the numbers are worked out when the next ones come, or at `settle`: what works them out
-        keeps other threads from the interpreter, a moment each of its many."""
+    def __init__(self, header: CheckpointHeader, plan: ScanPlan) -> None:
         self.take_counts: Callable[[int], Optional[Array]] = lambda _: None
         """Gives the counts of a closed group that a worker kept on its device, and forgets them."""
         self.rows: dict[int, RowAccumulator] = {}
@@ -65,9 +60,6 @@ class Joiner:
         self._mismatches: list[tuple[int, ChecksumMismatch]] = []
         self._checked = 0
         self._errors: dict[str, str] = {}
-        self._put_off = put_off
-        self._later: deque[Callable[[], None]] = deque()
-        self._rows_put_off = 0
 
     def join(self, block: Block, outcome: BlockOutcome) -> None:
         for number, span in enumerate(block.spans):
@@ -81,20 +73,11 @@ class Joiner:
             for piece in span.pieces:
                 group = self._plan.groups[piece.group]
                 if piece.position + piece.length == group.base + group.length:
-                    self._later.append(partial(self._close, group))
-                    self._rows_put_off += self.shapes[group.index].rows if group.index in self.shapes else 0
+                    self._close(group)
             if span.ends_record:
                 self._end_record(span)
         if block.trio is not None:
             self._add_joint(block, outcome)
-        if len(self._later) > self._put_off or self._rows_put_off > _MAX_ROWS_PUT_OFF:
-            self.settle()
-
-    def settle(self) -> None:
-        """Work out whatever was put off."""
-        while self._later:
-            self._later.popleft()()
-        self._rows_put_off = 0
 
     def add_strided(self, tensor: TensorEntry) -> None:
         """Measure a view that is no dense span; small parts are copied out of the map."""
@@ -173,11 +156,9 @@ class Joiner:
         if not block.spans[0].ends_record:
             return
         self._joint_left[trio.parameter] -= 1
-        if not self._joint_left[trio.parameter]:
-            self._later.append(partial(self._close_joint, trio))
-
-    def _close_joint(self, trio: Trio) -> None:
-        part = self._joint_parts.pop(trio.parameter)
+        if self._joint_left[trio.parameter]:
+            return
+        del self._joint_parts[trio.parameter]
         spreads = [self._spreads.pop(n, _EMPTY) for n in trio.names]
         if any(n not in self._stats for n in trio.names):
             self._joint_not_measured[trio.parameter] = "it or a moment could not be read"

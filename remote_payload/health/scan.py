@@ -36,8 +36,6 @@ MAX_CUDA_READERS = 10
 """With 16 on as many processors the thread that joins the results gets none."""
 _CUDA_WAITERS = 3
 """Threads that wait for the GPU while the readers read: it takes a tenth of the time that reading takes."""
-_PUT_OFF_ON_CUDA = 512
-"""Tensors whose numbers wait until the reading is over; the counters of each take half a megabyte of the GPU."""
 _BATCHES_IN_FLIGHT_PER_THREAD = 2
 _SWITCH_INTERVAL_S = 0.001
 
@@ -69,7 +67,7 @@ def scan(
     on_cuda = torch.device(device).type == "cuda"
     readers = _thread_count(MAX_CUDA_READERS if on_cuda else MAX_CPU_THREADS)
     threads = readers + _CUDA_WAITERS if on_cuda else readers
-    joiner = Joiner(header, plan, _PUT_OFF_ON_CUDA if on_cuda else 0)
+    joiner = Joiner(header, plan)
     with ExitStack() as stack:
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
@@ -83,7 +81,6 @@ def scan(
             done += block.length
             ahead.joined(done)
             progress(done, plan.total_bytes)
-        joiner.settle()
         joiner.take_counts = _nothing_kept
         del worker
         if on_cuda:
