@@ -103,6 +103,8 @@ class FrameChannel:
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
+        # Asked once: looking for a protocol's methods takes longer than handing over a megabyte.
+        self._bulk = stream if isinstance(stream, BulkStream) else None
         self._reader = FrameReader(self._fill)
 
     def send(self, kind: FrameKind, argument: int = 0, body: bytes = b"") -> None:
@@ -120,8 +122,8 @@ class FrameChannel:
     def send_file(self, fd: int, offset: int, count: int) -> int:
         """Send up to `count` bytes of a file, and return how many: 0 at its end. Raises what the stream raises, and
         `OSError` for the file."""
-        if isinstance(self._stream, BulkStream):
-            return self._stream.send_file(fd, offset, count)
+        if self._bulk is not None:
+            return self._bulk.send_file(fd, offset, count)
         data = os.pread(fd, min(count, _PIECE_BYTES), offset)
         self._stream.write(data)
         return len(data)
@@ -150,15 +152,14 @@ class FrameChannel:
         self._fill(view)
 
     def _fill(self, view: memoryview) -> None:
-        stream = self._stream
         while view:
-            if isinstance(stream, BulkStream):
-                count = stream.read_into(view)
+            if self._bulk is not None:
+                count = self._bulk.read_into(view)
                 if not count:
                     raise self._end()
                 view = view[count:]
                 continue
-            data = stream.read(len(view))
+            data = self._stream.read(len(view))
             if not data:
                 raise self._end()
             view[: len(data)] = data
