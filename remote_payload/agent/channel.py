@@ -6,12 +6,13 @@ import os
 import select
 import time
 from types import TracebackType
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from remote_payload.wire.stream import Buffer, FrameKind, encode_frame, encode_json_frame
 
 _READ_EVENTS = select.POLLIN
 _WRITE_EVENTS = select.POLLOUT
+_QUIET_S = 0.25
 
 
 class PeerGoneError(EOFError):
@@ -21,11 +22,13 @@ class PeerGoneError(EOFError):
 class FdChannel:
     """Two file descriptors as a channel. Entered, they do not block; left, they are as they were.
 
-    `idle_s` bounds every read and write without a byte moved; `PeerGoneError` ends them.
+    `idle_s` bounds every read and write without a byte moved; `PeerGoneError` ends them. `on_quiet` is called each time
+    that nothing has arrived for a moment.
     """
 
     def __init__(self, input_fd: int, output_fd: int, idle_s: float = 60.0) -> None:
         self.idle_s = idle_s
+        self.on_quiet: Callable[[], None] = _do_nothing
         self._input = input_fd
         self._output = output_fd
 
@@ -48,7 +51,7 @@ class FdChannel:
             try:
                 count = os.readv(self._input, [view])
             except BlockingIOError:
-                if not self.wait_readable(self.idle_s):
+                if not self._await_more():
                     raise PeerGoneError(f"nothing arrived for {self.idle_s:g} s") from None
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
@@ -65,6 +68,13 @@ class FdChannel:
     def wait_readable(self, timeout_s: float) -> bool:
         """Whether something (or the end) can be read within `timeout_s`."""
         return _wait(self._input, _READ_EVENTS, timeout_s)
+
+    def _await_more(self) -> bool:
+        quiet_s = min(_QUIET_S, self.idle_s)
+        if self.wait_readable(quiet_s):
+            return True
+        self.on_quiet()
+        return self.wait_readable(self.idle_s - quiet_s)
 
     def send(self, data: Buffer) -> None:
         """Write all of `data`."""
@@ -83,6 +93,10 @@ class FdChannel:
 
     def send_json(self, kind: FrameKind, value: Any) -> None:
         self.send(encode_json_frame(kind, value))
+
+
+def _do_nothing() -> None:
+    return None
 
 
 def _wait(fd: int, events: int, timeout_s: float) -> bool:

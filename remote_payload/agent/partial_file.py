@@ -153,8 +153,17 @@ class PartialFile:
         is_late = time.monotonic() - self._synced_at >= SYNC_INTERVAL_S
         is_much = self._unsynced_bytes >= SYNC_BYTES
         if is_much or (is_late and not self._background.is_busy):
-            written = self._take_unsynced()
-            self._background.start(lambda: self._make_durable(written))
+            self._begin_sync()
+
+    def sync_while_quiet(self) -> None:
+        """Begin to make durable what was written: nothing more arrives now, and the client may be gone without a word
+        and come back soon over another stream."""
+        if self._unsynced and not self._background.is_busy:
+            self._begin_sync()
+
+    def _begin_sync(self) -> None:
+        written = self._take_unsynced()
+        self._background.start(lambda: self._make_durable(written))
 
     def sync(self) -> None:
         """Make durable, then journal, all that was written. Nothing is journalled where the sync fails."""

@@ -92,6 +92,7 @@ class _Receiver:
         self._spoke_at = time.monotonic()
 
     def run(self) -> None:
+        self._channel.on_quiet = self._part.sync_while_quiet
         self._send_have()
         try:
             while not self._serve_frame():

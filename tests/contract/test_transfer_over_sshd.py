@@ -29,10 +29,11 @@ from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
 from remote_payload.wire.messages import FileList, ListRequest
-from tests.support.agent_streams import WatchedStream, Wrap, even_cuts, manifest_of
+from tests.support.agent_streams import ChunkLedger, WatchedStream, Wrap, even_cuts, journalled, manifest_of
 from tests.support.floats import bfloat16
 from tests.support.relay import relay_to
 from tests.support.sshd import Sshd, start_sshd
+from tests.support.world import until
 
 MIB = 1024 * 1024
 CONTENT = random.Random(11).randbytes(40 * MIB + 123)
@@ -214,10 +215,8 @@ def test_a_link_that_goes_silent_is_noticed_and_the_transfer_goes_on_over_a_new_
 ) -> None:
     manifest = digest_local_file(local, layout).manifest
     with relay_to(mortal_sshd.port) as relay, concurrent.futures.ThreadPoolExecutor(1) as healer:
-        settings = dataclasses.replace(mortal_sshd.settings(), port=relay.port)
-        known = mortal_sshd.known_hosts.read_text().replace(f":{mortal_sshd.port} ", f":{relay.port} ")
-        mortal_sshd.known_hosts.write_text(mortal_sshd.known_hosts.read_text() + known)
-        node = make_node(settings)
+        mortal_sshd.also_known_at(relay.port)
+        node = make_node(dataclasses.replace(mortal_sshd.settings(), port=relay.port))
         mend_on_reconnect = node.reconnect
 
         def reconnect() -> None:
@@ -231,6 +230,40 @@ def test_a_link_that_goes_silent_is_noticed_and_the_transfer_goes_on_over_a_new_
         node.wraps = (lambda inner: WatchedReads(inner, 10 * MIB, relay.hold),)
         fetch(node, sent.path_on_node, tmp_path / "back", idle_timeout_s=1.5)
         assert node.counts.logins == 3
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_client_that_comes_back_over_another_network_sends_no_verified_chunk_again(
+    make_node: Callable[..., WatchedNode], mortal_sshd: Sshd, local: Path, tmp_path: Path, is_told: bool
+) -> None:
+    manifest = manifest_of(CONTENT, even_cuts(len(CONTENT), MIB))
+    ledger, root = ChunkLedger(), tmp_path / "node root $(x)"
+    with relay_to(mortal_sshd.port) as relay:
+        mortal_sshd.also_known_at(relay.port)
+        node = make_node(dataclasses.replace(mortal_sshd.settings(), port=relay.port))
+        has_left: list[bool] = []
+
+        def leave_the_network(progress: TransferProgress) -> None:
+            if progress.bytes_done > 15 * MIB and not has_left:
+                has_left.append(True)
+                relay.strand(is_told=is_told)
+                # The agents behind the old connections live on, hear nothing and are told nothing.
+                until(lambda: ledger.acknowledged <= journalled(root, manifest), 20.0)
+
+        node.wraps = (ledger.around,) * 10
+        sent = upload_file(
+            node,
+            local,
+            manifest,
+            retry=NEXT_TIME,
+            streams=StreamPolicy(fixed=1),
+            idle_timeout_s=60.0 if is_told else 3.0,
+            bandwidth_limit_bytes_per_s=30e6,
+            on_progress=leave_the_network,
+        )
+        assert Path(sent.path_on_node).read_bytes() == CONTENT
+    assert has_left
+    assert ledger.sent_after_acknowledged == []
 
 
 def test_a_prepared_stream_carries_the_next_upload(

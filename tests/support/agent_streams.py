@@ -25,6 +25,7 @@ from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.chunks import Chunk, ChunkManifest, file_digest
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.stream import HEADER_BYTES, FrameKind, decode_header
 
 PATIENCE_S = 60.0
 Wrap = Callable[[ByteStream], ByteStream]
@@ -318,6 +319,71 @@ class WatchedStream(_Wrapped):
         if self._left <= 0 and self._when_written is not None:
             call, self._when_written = self._when_written, None
             call()
+
+
+class ChunkLedger:
+    """Which chunks went over the streams that it was put around and which were acknowledged, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+
+    def around(self, inner: ByteStream) -> ByteStream:
+        return _LedgerStream(inner, self.events)
+
+    @property
+    def sent(self) -> list[int]:
+        return [index for event, index in self.events if event == "sent"]
+
+    @property
+    def acknowledged(self) -> set[int]:
+        return {index for event, index in self.events if event == "acknowledged"}
+
+    @property
+    def sent_after_acknowledged(self) -> list[int]:
+        known: set[int] = set()
+        wrong = []
+        for event, index in self.events:
+            if event == "acknowledged":
+                known.add(index)
+            elif index in known:
+                wrong.append(index)
+        return wrong
+
+
+class _LedgerStream(_Wrapped):
+    """The client writes a chunk's header by itself, and reads frames as they come."""
+
+    def __init__(self, inner: ByteStream, events: list[tuple[str, int]]) -> None:
+        super().__init__(inner)
+        self._events = events
+        self._unread = b""
+
+    def write(self, data: bytes | memoryview) -> None:
+        if len(data) == HEADER_BYTES and bytes(data[:2]) == b"RE":
+            header = decode_header(bytes(data))
+            if header.kind is FrameKind.DATA:
+                self._events.append(("sent", header.argument))
+        super().write(data)
+
+    def read(self, max_bytes: int) -> bytes:
+        data = super().read(max_bytes)
+        self._unread += data
+        while len(self._unread) >= HEADER_BYTES:
+            header = decode_header(self._unread[:HEADER_BYTES])
+            end = HEADER_BYTES + header.length + 4
+            if len(self._unread) < end:
+                break
+            self._unread = self._unread[end:]
+            if header.kind is FrameKind.ACK:
+                self._events.append(("acknowledged", header.argument))
+        return data
+
+
+def journalled(root: Path, manifest: ChunkManifest) -> set[int]:
+    """The chunks that the node's journal says are there."""
+    path = Path(NodeLayout(str(root)).checkpoint_journal(manifest.digest))
+    text = path.read_bytes() if path.exists() else b""
+    return {int(line.split()[0]) for line in text.split(b"\n")[1:] if line.endswith(b".")}
 
 
 def manifest_of(content: bytes, cuts: Sequence[int]) -> ChunkManifest:

@@ -25,6 +25,7 @@ class Relay:
         self.bytes_carried = 0
         self.connections_made = 0
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._stranded: set[tuple[socket.socket, socket.socket]] = set()
         self._lock = threading.Lock()
         self._refusing = False
         self._flowing = threading.Event()
@@ -37,10 +38,16 @@ class Relay:
             pairs = list(self._pairs)
         for pair in pairs:
             for end in pair:
-                with contextlib.suppress(OSError):
-                    # Linger 0 turns the close into a reset, as a router that forgot the flow answers.
-                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
-                    end.shutdown(socket.SHUT_RDWR)
+                _reset(end)
+
+    def strand(self, *, is_told: bool) -> None:
+        """Connections that are there carry nothing ever again, without a word to the server; the client is reset if
+        `is_told`. New ones work: the client has moved to another network."""
+        with self._lock:
+            self._stranded |= self._pairs
+            pairs = list(self._pairs)
+        for near, _ in pairs if is_told else ():
+            _reset(near)
 
     def refuse(self) -> None:
         self._refusing = True
@@ -87,6 +94,9 @@ class Relay:
             while selector.get_map():
                 for key, _ in selector.select(timeout=1.0):
                     self._flowing.wait()
+                    if pair in self._stranded:
+                        self._closed.wait()
+                        return
                     source: socket.socket = key.fileobj  # type: ignore[assignment]
                     data = source.recv(_BUFFER_BYTES)
                     if not data:
@@ -97,13 +107,21 @@ class Relay:
                     key.data.sendall(data)
                     self.bytes_carried += len(data)
         except OSError:
-            pass
+            if pair in self._stranded:
+                self._closed.wait()
         finally:
             with self._lock:
                 self._pairs.discard(pair)
             selector.close()
             near.close()
             far.close()
+
+
+def _reset(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        # Linger 0 turns the close into a reset, as a router that forgot the flow answers.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        end.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager

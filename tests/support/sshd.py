@@ -98,6 +98,11 @@ class Sshd:
         with (self.folder / "authorized_keys").open("a") as file:
             file.write(f"{options} {public_half(key)}\n".lstrip())
 
+    def also_known_at(self, port: int) -> None:
+        """Let the host key be known for `port` too, where a relay stands in front of this server."""
+        known = self.known_hosts.read_text()
+        self.known_hosts.write_text(known + known.replace(f":{self.port} ", f":{port} "))
+
     def session_pids(self) -> list[int]:
         """Processes of this server that serve connections."""
         return _descendants(self.process.pid)
