@@ -26,7 +26,7 @@ from orchestrator.errors import (
 )
 from orchestrator.payload import Payload
 from orchestrator.profiles import ClusterProfile
-from orchestrator.ssh.transport import BulkStream, ByteStream, CommandResult, StreamFacts, Transport
+from orchestrator.ssh.transport import BulkStream, ByteStream, CommandResult, Transport
 from orchestrator.standby import Standby
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.codec import WireError, from_json, to_json
@@ -87,9 +87,10 @@ def remote_error(failure: RemoteFailure) -> RemoteEvalError:
 
 @dataclasses.dataclass
 class ConnectionCounts:
-    """How often the node was logged in to, for provenance and tests."""
+    """How often the node was logged in to, and asked, for provenance and tests."""
 
     logins: int = 0
+    calls: int = 0
 
 
 class Node:
@@ -116,8 +117,18 @@ class Node:
         """What the agent says of its node; asked once. Installs the payload where it is missing."""
         with self._hello_lock:
             if self._hello is None:
-                self._hello = self.call("hello", HelloRequest(self.profile.node_root), Hello)
+                self._hello = self.call("hello", self._hello_request, Hello)
             return self._hello
+
+    @property
+    def _hello_request(self) -> HelloRequest:
+        return HelloRequest(self.profile.node_root)
+
+    @property
+    def root(self) -> str:
+        """The node root for the params of `call`: where `hello` was not asked yet it comes along with that call, which
+        saves the way there and back."""
+        return self.profile.node_root if self._hello is None else self._hello.root
 
     def clock_offset_s(self) -> float:
         """The node's clock minus ours, in seconds; asked anew."""
@@ -144,11 +155,7 @@ class Node:
         Raises what `remote_error` maps, `ProtocolMismatchError`, or the `UnreachableError` family once patience has run
         out.
         """
-        value = self.call_json(verb, to_json(request), timeout_s=timeout_s)
-        try:
-            return from_json(result, value)
-        except WireError as error:
-            raise ProtocolMismatchError(f"the agent's reply to {verb} is malformed: {error}") from error
+        return _decoded(verb, result, self.call_json(verb, to_json(request), timeout_s=timeout_s))
 
     def call_json(self, verb: str, params: Any, *, timeout_s: float | None = None) -> Any:
         """As `call`, with the params and the reply as JSON values."""
@@ -182,24 +189,27 @@ class Node:
         self._ensure_payload()
         return self._start_stream(verb, request, idle_timeout_s, is_bulk)
 
-    def prepare_streams(self, how_many: Callable[[StreamFacts], int]) -> None:
-        """Begin to open, in the background, the bulk streams that will be asked for next: one, and as many as
-        `how_many` says in all once it is known how that one travels. Where that fails, whoever asks opens one and hears
-        why. For a node that is connected, so that no login asks a person from a thread."""
+    def prepare_streams(self, how_many: Callable[[float | None], int]) -> None:
+        """Begin to open, in the background, the bulk streams that will be asked for next: as many as `how_many` says of
+        the path's round trip, which the connection tells, or else the first of them. Where that fails, whoever asks
+        opens one and hears why. For a node that is connected, so that no login asks a person from a thread."""
         self.drop_prepared_streams()
         standbys: list[Standby] = []
+        begun = how_many(self._ensure_transport().round_trip_s)
 
         def open_first() -> ByteStream:
             stream = self._open_standby()
             if isinstance(stream, BulkStream):
                 with self._lock:
                     if self._standbys is standbys:
-                        standbys.extend(Standby(self._open_standby) for _ in range(how_many(stream.facts) - 1))
+                        more = how_many(stream.facts.round_trip_s) - begun
+                        standbys.extend(Standby(self._open_standby) for _ in range(more))
             return stream
 
         with self._lock:
             self._standbys = standbys
             standbys.append(Standby(open_first))
+            standbys.extend(Standby(self._open_standby) for _ in range(begun - 1))
         threading.Thread(target=self._learn, name="hello", daemon=True).start()
 
     def drop_prepared_streams(self) -> None:
@@ -247,13 +257,22 @@ class Node:
         return self._decode(verb, nonce, result)
 
     def _run_call(self, verb: str, params: Any, limit_s: float) -> tuple[CommandResult, str]:
+        self.counts.calls += 1
         nonce = secrets.token_hex(16)
         request = self._encode(verb, nonce, params)
         script = scripts.call_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, request)
         return self._ensure_transport().run(script, timeout_s=limit_s), nonce
 
     def _encode(self, verb: str, nonce: str, params: Any) -> str:
-        return frames.encode_request({"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": params})
+        request = {"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": params}
+        if self._is_for_unknown_root(verb, params):
+            request["hello"] = to_json(self._hello_request)
+        return frames.encode_request(request)
+
+    def _is_for_unknown_root(self, verb: str, params: Any) -> bool:
+        """Whether the params hold `root` as it was before `hello` told what that is on the node."""
+        is_known = self._hello is not None and self._hello.root == self.profile.node_root
+        return verb != "hello" and not is_known and params.get("root") == self.profile.node_root
 
     def _decode(self, verb: str, nonce: str, result: CommandResult) -> Any:
         try:
@@ -271,6 +290,8 @@ class Node:
             )
         if not isinstance(value, dict) or ("ok" in value) == ("error" in value):
             raise ProtocolMismatchError(f"the agent's reply to {verb} is neither a result nor a failure")
+        if "hello" in value:
+            self._hello = _decoded(verb, Hello, value["hello"])
         if "error" in value:
             raise remote_error(from_json(RemoteFailure, value["error"]))
         return value["ok"]
@@ -358,6 +379,13 @@ class Node:
             seen += byte
             if len(seen) > _READY_LIMIT_BYTES:
                 raise ProtocolMismatchError("the node prints without end before the agent starts")
+
+
+def _decoded(verb: str, cls: type[T], value: Any) -> T:
+    try:
+        return from_json(cls, value)
+    except WireError as error:
+        raise ProtocolMismatchError(f"the agent's reply to {verb} is malformed: {error}") from error
 
 
 def _shown(result: CommandResult) -> str:

@@ -52,7 +52,7 @@ def fetch(
     results: list[FetchResult] = []
     with world.open_node(named.profile, build_payload(world.layout)) as node:
         there = node_path(CheckpointReference(path, cluster), named.profile.checkpoint_roots)
-        listed = node.call("list_files", ListRequest(node.layout.root, there), FileList, timeout_s=_LIST_TIMEOUT_S)
+        listed = node.call("list_files", ListRequest(node.root, there), FileList, timeout_s=_LIST_TIMEOUT_S)
         check_names(file.name for file in listed.files)
         base = target_of(listed, local)
         _refuse_too_little_room(base, sum(max(0, file.size) for file in listed.files))

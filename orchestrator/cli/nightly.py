@@ -145,7 +145,7 @@ def _identity(target: Target, world: Services) -> str:
     named = resolve_profile(reference.cluster, project, world.layout)
     with world.open_node(named.profile, build_payload(world.layout)) as node:
         path = node_path(reference, named.profile.checkpoint_roots)
-        found = node.call("locate", LocateRequest(node.layout.root, path=path), Located)
+        found = node.call("locate", LocateRequest(node.root, path=path), Located)
     if not found.found:
         raise UsageError(f"there is no file at {reference}", action="Check the target's checkpoint.")
     return _identity_text(str(found.path), (found.size, found.mtime_ns, found.inode))

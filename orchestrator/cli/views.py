@@ -60,7 +60,7 @@ def inspect(checkpoint: str, *, as_json: bool) -> int:
         return int(ExitCode.DONE)
     with _node(services(as_json=as_json), _profile(reference.cluster)) as node:
         path_there = node_path(reference, node.profile.checkpoint_roots)
-        request = InspectRequest(path_there, node.layout.root)
+        request = InspectRequest(path_there, node.root)
         found = node.call_json("inspect", to_json(request), timeout_s=_INSPECT_TIMEOUT_S)
     if as_json:
         print_json({"header": found.get("header"), "findings": found.get("findings")})

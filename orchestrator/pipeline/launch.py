@@ -56,11 +56,11 @@ def launch(context: RunContext, checkpoint: SyncedCheckpoint) -> AttemptRecord:
 
 def reference(context: RunContext, attempt: AttemptRecord) -> AttemptRef:
     """The attempt as the agent knows it."""
-    return AttemptRef(context.node.layout.root, context.plan.run_id, attempt.number, attempt.nonce)
+    return AttemptRef(context.node.root, context.plan.run_id, attempt.number, attempt.nonce)
 
 
 def read_status(context: RunContext, attempt: AttemptRecord, offsets: dict[str, int] | None = None) -> StatusReply:
-    request = StatusRequest(context.node.layout.root, context.plan.run_id, attempt.number, offsets or {})
+    request = StatusRequest(context.node.root, context.plan.run_id, attempt.number, offsets or {})
     return context.node.call("status", request, StatusReply)
 
 

@@ -28,13 +28,13 @@ def locate_in_place(node: Node, reference: CheckpointReference, run_id: str) -> 
 
 def locate_at(node: Node, path: str, run_id: str) -> SyncedCheckpoint | None:
     """What stands at a path on the node, which `run_id` is going to use."""
-    return _synced(_locate(node, LocateRequest(node.layout.root, path=path, run_id=run_id)))
+    return _synced(_locate(node, LocateRequest(node.root, path=path, run_id=run_id)))
 
 
 def find_by_content(context: RunContext, manifest: ChunkManifest) -> SyncedCheckpoint | None:
     """A file with this content in the node's store or below the profile's checkpoint roots."""
     request = LocateRequest(
-        context.node.layout.root,
+        context.node.root,
         digest=manifest.digest,
         size=manifest.size,
         search_roots=tuple(context.profile.checkpoint_roots),

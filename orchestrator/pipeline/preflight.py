@@ -74,7 +74,7 @@ def examine(context: RunContext) -> Preflight:
         checkpoint, is_there = locate_in_place(context.node, plan.checkpoint, plan.run_id), True
     sync_code(context)
     request = PreflightRequest(
-        context.node.layout.root,
+        context.node.root,
         gpu_policy=context.profile.gpu.device,
         plan=node_plan(plan, checkpoint) if header is not None or is_there else None,
         timeout_s=PROBE_TIMEOUT_S,

@@ -45,6 +45,8 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     if found is not None:
         context.node.drop_prepared_streams()
         return found
+    if local.was_remembered:
+        _prepare_streams(context, path)
     try:
         return _send(context, path, local)
     except LocalFileChangedError:
@@ -86,12 +88,17 @@ def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
 
     def prepare(_count: int) -> None:
         nonlocal is_prepared
-        if not is_prepared and not context.profile.embedded and path.stat().st_size >= BULK_BYTES:
-            limit = context.profile.bandwidth_limit_bytes_per_s
-            context.node.prepare_streams(lambda facts: 1 if limit else first_guess(facts.round_trip_s))
+        if not is_prepared:
+            _prepare_streams(context, path)
         is_prepared = True
 
     return digest_local_file(path, context.services.layout, prepare)
+
+
+def _prepare_streams(context: RunContext, path: Path) -> None:
+    if not context.profile.embedded and path.stat().st_size >= BULK_BYTES:
+        limit = context.profile.bandwidth_limit_bytes_per_s
+        context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s))
 
 
 def _send(context: RunContext, path: Path, local: LocalFile) -> SyncedCheckpoint:

@@ -19,7 +19,7 @@ _FAMILIES = {"any": socket.AF_UNSPEC, "inet": socket.AF_INET, "inet6": socket.AF
 _LONG_PATH_US = 3000
 """On shorter paths loss means a full queue, which any congestion control fills; BBR's pacing only costs time there."""
 _NOT_SENT_BYTES = 1024 * 1024
-_RTT_OFFSET = 68
+_RTT_OFFSET, _LEAST_RTT_OFFSET = 68, 148
 _TCP_CONGESTION = getattr(socket, "TCP_CONGESTION", 13)
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
@@ -72,6 +72,16 @@ def _tune(connection: socket.socket) -> str:
     except (OSError, struct.error):
         return ""
     return f"{name or '-'} {rtt_us}"
+
+
+def least_round_trip_s(connection: socket.socket) -> float | None:
+    """The shortest that the connection has seen, without the waits of a busy machine; None where it is not known."""
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LEAST_RTT_OFFSET + 4)
+        (rtt_us,) = struct.unpack_from("=I", info, _LEAST_RTT_OFFSET)
+    except (AttributeError, OSError, struct.error):
+        return None
+    return float(rtt_us) / 1e6
 
 
 def _failure(words: str) -> SystemExit:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import CommandTimeoutError, ConnectionLostError, InternalError, UnreachableError
+from orchestrator.ssh import dial
 from orchestrator.ssh.bounded import BoundedBytes
 from orchestrator.ssh.bulk import BulkLogins, open_or_ride
 from orchestrator.ssh.foreign_errors import mapped
@@ -54,6 +55,12 @@ class FabricTransport:
     @property
     def description(self) -> str:
         return self._description
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """Behind a jump host there is no socket of ours that would know it."""
+        connection = self._connection.transport
+        return None if connection is None or self._gateways else dial.least_round_trip_s(connection.sock)
 
     def run(self, script: str, *, timeout_s: float, max_output_bytes: int = 64 * 1024 * 1024) -> CommandResult:
         """As `Transport.run`. Of each stream the first `max_output_bytes` are kept; the rest is read and dropped."""

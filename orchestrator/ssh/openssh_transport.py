@@ -53,6 +53,10 @@ class OpenSSHTransport:
     def description(self) -> str:
         return self._description
 
+    @property
+    def round_trip_s(self) -> float | None:
+        return None
+
     def run(self, script: str, *, timeout_s: float, max_output_bytes: int = 64 * 1024 * 1024) -> CommandResult:
         """As `Transport.run`. Of each stream the first `max_output_bytes` are kept; the rest is read and dropped."""
         deadline = time.monotonic() + timeout_s

@@ -74,6 +74,10 @@ class Transport(Protocol):
     def description(self) -> str:
         """`user@host:port` for messages."""
 
+    @property
+    def round_trip_s(self) -> float | None:
+        """Of the path to the node; None where it is not known."""
+
     def run(self, script: str, *, timeout_s: float, max_output_bytes: int = 64 * 1024 * 1024) -> CommandResult:
         """Run `script` with its standard input at end of file after the script itself.
 

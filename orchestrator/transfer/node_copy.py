@@ -60,7 +60,7 @@ class DescribedFile:
 def describe_file(node: Node, path: str) -> DescribedFile:
     """Ask `node` for the chunks of the file at `path`. Raises `CheckpointError` for a folder, and what `Node.call`
     does."""
-    request = ListRequest(node.layout.root, path)
+    request = ListRequest(node.root, path)
     listed = node.call("list_files", request, FileList, timeout_s=LIST_TIMEOUT_S)
     if listed.is_folder or len(listed.files) != 1:
         raise CheckpointError(

@@ -40,12 +40,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """The reply `{"ok": …}` or `{"error": …}` to a decoded request. Never raises."""
+    """The reply `{"ok": …}` or `{"error": …}` to a decoded request. Never raises.
+
+    Where the request holds the params of a `hello`, that comes first; the verb's root is the one that it tells.
+    """
     try:
         check_protocol(request)
         from remote_payload.agent.verbs import perform
 
-        return {"ok": perform(str(request.get("verb")), request.get("params", {}))}
+        verb, params = str(request.get("verb")), request.get("params", {})
+        if "hello" not in request:
+            return {"ok": perform(verb, params)}
+        greeting = perform("hello", request["hello"])
+        return {"hello": greeting, "ok": perform(verb, {**params, "root": greeting["root"]})}
     except AgentError as error:
         failure = error.failure
     except WireError as error:

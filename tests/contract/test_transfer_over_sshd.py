@@ -28,7 +28,7 @@ from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
-from remote_payload.wire.messages import FileList, ListRequest
+from remote_payload.wire.messages import FileList, ListRequest, Located, LocateRequest
 from tests.support.agent_streams import ChunkLedger, WatchedStream, Wrap, even_cuts, journalled, manifest_of
 from tests.support.floats import bfloat16
 from tests.support.relay import relay_to
@@ -264,6 +264,44 @@ def test_a_client_that_comes_back_over_another_network_sends_no_verified_chunk_a
         assert Path(sent.path_on_node).read_bytes() == CONTENT
     assert has_left
     assert ledger.sent_after_acknowledged == []
+
+
+def test_a_fresh_connection_is_asked_once_before_the_first_chunk_goes(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, layout: LocalLayout, local: Path
+) -> None:
+    _ = make_node(settings).hello  # installs the payload
+    node = make_node(settings)
+    manifest = digest_local_file(local, layout).manifest
+    request = LocateRequest(node.root, digest=manifest.digest, size=manifest.size)
+    assert not node.call("locate", request, Located).found
+    sent = upload_file(node, local, manifest)
+    assert (node.counts.logins, node.counts.calls) == (1, 1)
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    again = LocateRequest(node.root, digest=manifest.digest, size=manifest.size)
+    assert node.call("locate", again, Located).path == sent.path_on_node
+    assert node.counts.calls == 2
+
+
+def test_the_first_call_installs_the_payload_and_learns_the_node(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings
+) -> None:
+    node = make_node(settings)
+    assert not node.call("locate", LocateRequest(node.root, path="/no/such/file"), Located).found
+    calls = node.counts.calls
+    assert node.layout.root == node.root
+    assert node.counts.calls == calls
+
+
+def test_how_far_the_node_is_tells_the_connection_where_it_is_ours(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, transport_name: str
+) -> None:
+    node = make_node(settings)
+    _ = node.hello
+    told: list[float | None] = []
+    node.prepare_streams(lambda round_trip_s: len(told.append(round_trip_s) or told))  # type: ignore[func-returns-value]
+    if sys.platform.startswith("linux"):
+        assert (told[0] is not None) == (transport_name == "fabric")
+    assert told[0] is None or 0 <= told[0] < 1
 
 
 def test_a_prepared_stream_carries_the_next_upload(

@@ -219,6 +219,22 @@ def test_another_protocol_is_refused_with_both_versions() -> None:
     assert f"agent {PROTOCOL_VERSION}" in error["message"]
 
 
+def test_a_hello_that_comes_along_goes_first_and_tells_the_verb_its_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = {"protocol": PROTOCOL_VERSION, "verb": "locate", "params": {"root": "~/new", "path": "/nowhere"}}
+    assert "new" in answer(asked)["error"]["message"]
+    reply = answer({**asked, "hello": {"root": "~/new"}})
+    assert reply["hello"]["root"] == str(tmp_path / "new")
+    assert reply["ok"]["how"] == "nowhere"
+    foreign = tmp_path / "theirs"
+    foreign.mkdir()
+    (foreign / "file").touch()
+    refused = answer({**asked, "hello": {"root": str(foreign)}})
+    assert (refused["error"]["kind"], set(refused)) == ("unfit", {"error"})
+
+
 @pytest.mark.parametrize(
     ("request_", "kind", "words"),
     [
