@@ -31,6 +31,9 @@ SYNC_INTERVAL_S = 2.0
 agent or machine loses is at most what is being made durable and as much again."""
 
 _JOURNAL_LINE = re.compile(rb"(?m)^(\d{1,7}) ([0-9a-f]{16})\.$")
+_LINE_BYTES = 28
+"""The longest line of the journal, and the empty one before each sync's."""
+_FALLOC_FL_KEEP_SIZE = 1
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -69,6 +72,7 @@ class PartialFile:
                     given_up.close()
                 if not found._is_the_journals:
                     found._begin_anew()
+                _keep_space(found._journal_fd, _LINE_BYTES * len(table))
                 found.reload()
         except BaseException:
             found.close()
@@ -325,6 +329,15 @@ def remove_if_there(path: str) -> None:
 
 def _open_journal(path: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _keep_space(fd: int, size: int) -> None:
+    """Have the file system set blocks aside for what will be appended, where it knows how: on a disk that somebody
+    fills, what has arrived can still be journalled."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes  # not cheap to import, and of use only here
+
+        ctypes.CDLL(None).fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
 
 
 def _journal_head(part_inode: int) -> bytes:

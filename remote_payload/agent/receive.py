@@ -261,8 +261,8 @@ def _prepare(channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, ta
     with locks.alone(layout.store_lock, "making room", tell):
         part = PartialFile.prepare(layout, digest, table)
         try:
-            make_room(layout, digest, table.size, part.to_come_bytes, limit, tell)
             store.note_use(layout, digest, request.run_id)
+            make_room(layout, digest, table.size, part.to_come_bytes, limit, tell)
         except BaseException:
             part.close()
             raise

@@ -28,13 +28,14 @@ def make_room(
     finish_deletions(layout)
     for _ in range(_PASSES):
         tell()
-        others = [file for file in store.stored_files(layout) if file.digest != digest]
+        stored = store.stored_files(layout)
+        others = [file for file in stored if file.digest != digest]
         over_limit = 0 if limit is None else size + sum(file.size + file.to_come for file in others) - limit
         free = quota.space_left(layout.root) - sum(file.to_come for file in others)
         excess = max(over_limit, to_come - free)
         if excess <= 0:
             return
-        pinned = store.pins(layout, others)
+        pinned = store.pins(layout, stored)
         chosen = store.least_recently_used(others, pinned, excess)
         if sum(file.size for file in chosen) < excess:
             break

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Optional
 
 from remote_payload.agent import attempts, files
@@ -121,15 +121,26 @@ def stored_files(layout: NodeLayout) -> list[StoredFile]:
     return found
 
 
-def pins(layout: NodeLayout, stored: Iterable[StoredFile]) -> dict[str, tuple[str, ...]]:
-    """By folder, who needs a file now: ids of runs under way, or `an upload`. What nobody needs is left out."""
+def pins(layout: NodeLayout, stored: Sequence[StoredFile]) -> dict[str, tuple[str, ...]]:
+    """By folder, who needs a file now: ids of runs under way, or `an upload`. What nobody needs is left out. A run that
+    was not launched yet needs all it used, as long as it gives signs of life at any file of `stored`."""
     now = time.time()
     under_way = _needed_by_runs(layout)
+    uses = {file.folder: [use for use in _uses(layout, file.digest) if use.run_id != _NO_RUN] for file in stored}
+    last_sign: dict[str, float] = {}
+    for file in stored:
+        for use in uses[file.folder]:
+            last_sign[use.run_id] = max(use.at, last_sign.get(use.run_id, 0.0))
+    for file in stored:
+        if file.is_arriving and uses[file.folder]:
+            last_sign[uses[file.folder][-1].run_id] = now
     pinned: dict[str, tuple[str, ...]] = {}
     for file in stored:
-        by_runs = [use for use in _uses(layout, file.digest) if use.run_id != _NO_RUN]
+        by_runs = uses[file.folder]
         needed_by = set(under_way.get(file.folder, ()))
-        needed_by.update(use.run_id for use in by_runs if now - use.at < UNCLAIMED_S and not _ended_since(layout, use))
+        needed_by.update(
+            use.run_id for use in by_runs if now - last_sign[use.run_id] < UNCLAIMED_S and not _ended_since(layout, use)
+        )
         if file.is_arriving:
             needed_by.add(by_runs[-1].run_id if by_runs else "an upload")
         if needed_by:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -275,65 +273,6 @@ def test_a_file_larger_than_the_free_space_is_refused_before_a_byte_is_sent(root
     with pytest.raises(NodeUnfitError, match=r"are still to come and .* are free on the disk at"):
         upload_file(ThreadOpener(root), local, manifest, retry=AT_ONCE)
     check_not_stored(root, manifest)
-
-
-class SmallDisk:
-    """A node root that cannot hold the file for now."""
-
-    def __init__(self, root: Path, opener: Callable[[Sequence[Wrap]], ProcessOpener], room: Callable[[], None]) -> None:
-        self.root = root
-        self.opener = opener
-        self.make_room = room
-
-
-@pytest.fixture(params=["tmpfs", "file-size-limit"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SmallDisk]:
-    """A small file system where this user may mount one, and otherwise the kernel's limit on a file's size."""
-    mount_point = tmp_path / "disk"
-    mount_point.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(mount_point)]
-    if request.param == "tmpfs" and subprocess.run(mount, capture_output=True).returncode == 0:
-        ballast = mount_point / "ballast"
-
-        def fill_up(inner: ByteStream) -> ByteStream:
-            return WatchedStream(inner, 3 * MIB, lambda: fill(ballast, mount_point))
-
-        try:
-            root = make_node_root(mount_point)
-            yield SmallDisk(root, lambda wraps: ProcessOpener(root, start_agent, wraps or [fill_up]), ballast.unlink)
-        finally:
-            subprocess.run(["umount", "-l", str(mount_point)], check=True)
-        return
-    root = make_node_root(tmp_path)
-    limits = [4 * MIB, resource.RLIM_INFINITY]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits[0], resource.RLIM_INFINITY))
-
-    yield SmallDisk(
-        root, lambda wraps: ProcessOpener(root, start_agent, wraps, before_exec=limited), lambda: limits.pop(0) and None
-    )
-
-
-def fill(ballast: Path, disk: Path) -> None:
-    facts = os.statvfs(disk)
-    with contextlib.suppress(OSError), ballast.open("wb") as file:
-        file.write(bytes(max(facts.f_bavail * facts.f_frsize - MIB, 0)))
-
-
-def test_a_full_disk_is_told_with_what_is_free_and_the_upload_goes_on_after_room_was_made(
-    small_disk: SmallDisk, local: Path
-) -> None:
-    content = noise(8 * MIB)
-    local.write_bytes(content)
-    manifest = manifest_of(content, even_cuts(len(content), 256 * 1024))
-    with pytest.raises(NodeUnfitError, match=r"(full|limit).*, on the disk at .* are free, .* still missing"):
-        upload_file(small_disk.opener([]), local, manifest, retry=AT_ONCE)
-    check_not_stored(small_disk.root, manifest)
-    small_disk.make_room()
-    result = upload_file(small_disk.opener([lambda inner: inner]), local, manifest, retry=AT_ONCE)
-    assert result.bytes_saved + result.bytes_sent == len(content)
-    check_stored(small_disk.root, manifest, content)
 
 
 def test_a_folder_that_is_no_node_root_receives_nothing(tmp_path: Path, local: Path) -> None:

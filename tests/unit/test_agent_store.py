@@ -96,6 +96,19 @@ def test_a_run_that_located_a_file_and_is_yet_to_start_pins_it_for_minutes(node:
     assert there(node) == ""
 
 
+def test_a_run_that_is_still_sending_pins_what_it_sent_long_ago(node: NodeLayout) -> None:
+    sent, arriving = store_file(node, "a", 9), store_file(node, "b", 9)
+    note_use_at(node, sent, "large-folder", 3600)
+    note_use_at(node, arriving, "large-folder", 2000)
+    session = locks.SessionLock(node.checkpoint_lock(arriving), "0" * 32)
+    assert session.try_exclusive()
+    with pytest.raises(AgentError, match=r"are pinned: \d+ kB by large-folder; \d+ kB by large-folder$"):
+        keep_below(node, 250_000)
+    session.close()
+    keep_below(node, 250_000)
+    assert there(node) == "b"
+
+
 def test_a_run_that_ended_since_it_used_a_file_pins_it_no_more(node: NodeLayout) -> None:
     digest = store_file(node, "a", 9)
     note_use_at(node, digest, "done", 60)

@@ -1,0 +1,81 @@
+"""Uploads to a disk, or a quota, that does not hold them, or that somebody else fills meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NoSpaceError
+from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.chunks import ChunkManifest
+from tests.support.agent_streams import (
+    ChunkLedger,
+    WatchedStream,
+    check_not_stored,
+    check_stored,
+    even_cuts,
+    journalled,
+    manifest_of,
+)
+from tests.support.small_disk import SmallDisk, limited_files, quota_disk, small_file_system
+
+MIB = 1024 * 1024
+DISK_BYTES = 12 * MIB
+AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
+
+
+@pytest.fixture(params=["file system", "quota"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SmallDisk]:
+    """A small file system where this user may make one; a quota everywhere."""
+    with small_file_system(tmp_path, DISK_BYTES) as found:
+        is_quota = request.param == "quota" or found is None
+        yield quota_disk(tmp_path, DISK_BYTES) if is_quota or found is None else found
+
+
+def write_file(folder: Path, name: str, size: int, chunk_bytes: int = 256 * 1024) -> tuple[Path, bytes, ChunkManifest]:
+    content = random.Random(name).randbytes(size)
+    (folder / name).write_bytes(content)
+    return folder / name, content, manifest_of(content, even_cuts(size, chunk_bytes))
+
+
+def test_a_file_that_does_not_fit_is_refused_before_a_chunk_is_sent(disk: SmallDisk, tmp_path: Path) -> None:
+    path, _, manifest = write_file(tmp_path, "large", 20 * MIB)
+    ledger = ChunkLedger()
+    with pytest.raises(NoSpaceError) as refused:
+        upload_file(disk.opener([ledger.around]), path, manifest, retry=AT_ONCE)
+    assert ledger.sent == []
+    assert refused.value.cause.startswith("21.0 MB are still to come and 12.")
+    assert f"free on {disk.name}; the store at" in refused.value.cause
+    check_not_stored(disk.root, manifest)
+
+
+def test_what_the_disk_lacks_is_freed_from_the_store(disk: SmallDisk, tmp_path: Path) -> None:
+    old, new = write_file(tmp_path, "old", 7 * MIB), write_file(tmp_path, "new", 9 * MIB)
+    for path, content, manifest in (old, new):
+        upload_file(disk.opener(), path, manifest, retry=AT_ONCE)
+        check_stored(disk.root, manifest, content)
+    check_not_stored(disk.root, old[2])
+
+
+@pytest.mark.parametrize("chunk_bytes", [256 * 1024, 4 * 1024])
+def test_a_disk_that_somebody_fills_in_the_middle_costs_only_what_is_missing(tmp_path: Path, chunk_bytes: int) -> None:
+    path, content, manifest = write_file(tmp_path, "file", 8 * MIB, chunk_bytes)
+    ledger, later = ChunkLedger(), ChunkLedger()
+    with small_file_system(tmp_path, DISK_BYTES) as found:
+        disk = found or limited_files(tmp_path, 4 * MIB)
+        fill_up = lambda inner: ledger.around(WatchedStream(inner, 3 * MIB, disk.fill))  # noqa: E731
+        with pytest.raises(NoSpaceError, match=r"(full|limit).* are free, .* still missing") as told:
+            upload_file(disk.opener([fill_up]), path, manifest, retry=AT_ONCE)
+        assert f"on {disk.name}" in told.value.cause
+        check_not_stored(disk.root, manifest)
+        kept = journalled(disk.root, manifest)
+        assert ledger.acknowledged <= kept
+        assert len(kept) * chunk_bytes > MIB
+        disk.make_room()
+        upload_file(disk.opener([later.around]), path, manifest, retry=AT_ONCE)
+        assert sorted(later.sent) == sorted(set(range(len(manifest.chunks))) - kept)
+        check_stored(disk.root, manifest, content)
