@@ -8,6 +8,10 @@ import math
 MAX_STREAMS = 16
 SETTLE_S = 0.7
 MEASURE_S = 1.3
+NEAR_S = 0.005
+"""Within such a round trip a new stream is at full speed at once, and little is on its way: settling and measuring take
+the share below of their times."""
+_NEAR_SHARE = 0.4
 HOLD_S = 20.0
 LONGEST_HOLD_S = 160.0
 _WORTH_IT = 0.25
@@ -62,6 +66,7 @@ class StreamCount:
         self._next_step_up = True
         self._since: tuple[float, int] | None = None
         self._settled_at: float | None = None
+        self._pace = 1.0
 
     @property
     def wanted(self) -> int:
@@ -76,13 +81,13 @@ class StreamCount:
             return self._wanted
         if self._settled_at is None:
             self._settled_at = now_s
-        if now_s - self._settled_at < SETTLE_S:
+        if now_s - self._settled_at < SETTLE_S * self._pace:
             return self._wanted
         if self._since is None:
             self._since = (now_s, bytes_arrived)
             return self._wanted
         then_s, bytes_then = self._since
-        if now_s - then_s < MEASURE_S:
+        if now_s - then_s < MEASURE_S * self._pace:
             return self._wanted
         self._since = (now_s, bytes_arrived)
         self._judge(now_s, max(0, bytes_arrived - bytes_then) / (now_s - then_s))
@@ -90,6 +95,8 @@ class StreamCount:
 
     def path_is(self, round_trip_s: float | None) -> int:
         """The path became known, before anything has arrived: start with what it needs."""
+        if round_trip_s is not None and round_trip_s < NEAR_S:
+            self._pace = _NEAR_SHARE
         if self._fixed is None and self._tried_from is None and self._wanted == 1:
             self._go(min(self._most, first_guess(round_trip_s)))
         return self._wanted

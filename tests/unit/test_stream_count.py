@@ -57,6 +57,15 @@ def test_streams_grow_while_the_rate_grows_with_them() -> None:
     assert link.run(30) >= MAX_STREAMS - 1
 
 
+@pytest.mark.parametrize(("round_trip_s", "streams"), [(0.0002, 8), (0.016, 2), (None, 2)])
+def test_a_near_node_that_takes_what_eight_processors_send_gets_eight_streams_within_four_seconds(
+    round_trip_s: float | None, streams: int
+) -> None:
+    link = Link(StreamCount(StreamPolicy()), lambda n, _: 300 * MB * min(n, 8))
+    link.count.path_is(round_trip_s)
+    assert link.run(3.6) == streams
+
+
 def test_a_rate_that_falls_with_more_streams_takes_them_back() -> None:
     link = Link(StreamCount(StreamPolicy()), crowded)
     link.run(120)
