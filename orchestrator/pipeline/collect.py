@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import posixpath
 import shutil
@@ -10,15 +11,19 @@ from pathlib import Path
 from orchestrator.errors import IntegrityError
 from orchestrator.fsutil import write_atomically
 from orchestrator.journal import AttemptRecord
+from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.launch import read_status, reference
 from orchestrator.transfer.download import Download, download_files
+from orchestrator.transfer.fetch import fetch_file
 from remote_payload.wire.codec import WireError, to_json
-from remote_payload.wire.messages import Manifest
+from remote_payload.wire.messages import FileList, ListRequest, Manifest, ManifestEntry
+from remote_payload.wire.names import printable
 
 
 def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> Manifest:
-    """Bring everything of an attempt here, from a failed one too, over one stream each for logs and artifacts.
+    """Bring everything of an attempt here, from a failed one too: logs, and small artifacts, over one stream each, then
+    each large artifact over as many as pay.
 
     `is_final`: the attempt has ended, so what is collected now is all there will be. Raises `IntegrityError` for what
     does not verify.
@@ -29,23 +34,48 @@ def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> M
     incoming = context.run.folder / f".artifacts-{attempt.number}"
     incoming.mkdir(mode=0o700, exist_ok=True)
     layout = context.node.layout.attempt(context.plan.run_id, attempt.number)
-    wanted = []
-    for entry in manifest.entries:
-        target = incoming.joinpath(*entry.path.split("/"))
+    wanted = [
+        (posixpath.join(layout.artifacts, e.path), incoming.joinpath(*e.path.split("/")), e) for e in manifest.entries
+    ]
+    for _, target, _ in wanted:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        wanted.append(Download(posixpath.join(layout.artifacts, entry.path), target, entry.size, entry.sha256))
-    if wanted:
+    small = [Download(path, target, e.size, e.sha256) for path, target, e in wanted if e.size < BULK_BYTES]
+    if small:
         download_files(
             context.node,
-            wanted,
+            small,
             on_progress=lambda progress: context.reporter.transfer("artifacts", progress),
             bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         )
+    for path, target, entry in wanted:
+        if entry.size >= BULK_BYTES:
+            _fetch_large(context, path, target, entry)
     _replace_folder(incoming, context.run.artifacts)
     write_atomically(context.run.manifest, (json.dumps(to_json(manifest), indent=1, sort_keys=True) + "\n").encode())
     if is_final:
         context.note_entry("collected", attempt=attempt.number, complete=manifest.complete, files=len(wanted))
     return manifest
+
+
+def _fetch_large(context: RunContext, path: str, target: Path, entry: ManifestEntry) -> None:
+    """One artifact over several streams, gone on with where an earlier client was killed."""
+    listed = context.node.call("list_files", ListRequest(context.node.root, path), FileList)
+    if listed.is_folder or [file.size for file in listed.files] != [entry.size]:
+        raise IntegrityError(
+            f"{printable(entry.path)} has not the {entry.size} bytes that the node's manifest says",
+            action="It changed after the manifest was written: look at it there.",
+        )
+    fetch_file(
+        context.node,
+        path,
+        listed.files[0],
+        target,
+        overwrite=True,
+        sha256=entry.sha256,
+        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
+        packing=context.profile.pack_floats,
+        on_progress=functools.partial(context.reporter.transfer, printable(entry.path)),
+    )
 
 
 def _collect_diagnostics(context: RunContext, attempt: AttemptRecord) -> None:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import IntegrityError, UnreachableError, UsageError
-from orchestrator.ssh.transport import ByteStream
+from orchestrator.ssh.transport import BulkStream, ByteStream
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
     FrameChannel,
@@ -27,7 +27,7 @@ from orchestrator.transfer.channel import (
     with_reconnects,
 )
 from orchestrator.transfer.packing import MIN_BYTES, PackingRates, Unpacker
-from orchestrator.transfer.partial import SpanFile
+from orchestrator.transfer.partial import SpanFile, sha256_of
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamPool
@@ -73,6 +73,7 @@ def fetch_file(
     target: Path,
     *,
     overwrite: bool = False,
+    sha256: str | None = None,
     streams: StreamPolicy | None = None,
     bandwidth_limit_bytes_per_s: float | None = None,
     packing: bool = True,
@@ -83,10 +84,10 @@ def fetch_file(
 ) -> FetchResult:
     """Bring the file at the absolute `path` on the node, as it was `listed`, to `target`, whose folder exists.
 
-    `packing`: floats come in fewer bytes where the link is slower than that takes.
+    `sha256`: what the whole must have. `packing`: floats come in fewer bytes where the link is slower than that takes.
     Raises `UsageError` (another file is at the target and `overwrite` is not set; this disk refuses), `IntegrityError`
-    (it changed on the node), `LockedError`, and the `UnreachableError` family once `retry` is exhausted. What arrived
-    before any of them is kept.
+    (it changed on the node, or is not what `sha256` says), `LockedError`, and the `UnreachableError` family once
+    `retry` is exhausted. What arrived before any of them is kept.
     """
     if not 0 <= listed.size <= MAX_FILE_BYTES:
         raise IntegrityError(f"the node says that {printable(path)} has {listed.size} bytes")
@@ -99,7 +100,9 @@ def fetch_file(
         return _Work(opener, path, listed, count, bucket, packing, listener, idle_timeout_s)
 
     if target.is_symlink() or target.exists():
-        if _is_the_same(new_work(None), target, policy, on_reconnect):
+        if _is_known(target, listed.size, sha256) or (
+            sha256 is None and _is_the_same(new_work(None), target, policy, on_reconnect)
+        ):
             return FetchResult(target, "unchanged", listed.size, 0, listed.size, time.monotonic() - began)
         if not overwrite:
             raise UsageError(f"another file is at {target}", action="Name another place, or overwrite it with --force.")
@@ -107,10 +110,24 @@ def fetch_file(
             raise UsageError(f"{target} is a folder", action="Name another place.")
     identity = json.dumps([path, listed.size, listed.mtime_ns, listed.inode, SPAN_BYTES])
     file = SpanFile(target, identity, span_count(listed.size))
-    try:
+
+    def bring() -> tuple[_Work, int]:
         work = new_work(on_progress)
         saved = work.begin(file)
         with_reconnects(opener, work.attempt, lambda: work.done_bytes, policy, on_reconnect)
+        return work, saved
+
+    try:
+        work, saved = bring()
+        while sha256 is not None and file.sha256() != sha256:
+            file.start_over()
+            if not saved:
+                raise IntegrityError(
+                    f"{printable(path)} is not what the node's manifest says: another SHA-256",
+                    action="It changed after that was written, or the node's disk is damaged: look at it there.",
+                )
+            # What an earlier fetch had left here may be what is damaged.
+            work, saved = bring()
         file.finish(listed.mtime_ns)
     finally:
         file.close()
@@ -205,6 +222,9 @@ class _Work:
         self._report(0)
 
     def _serve(self, stream: ByteStream) -> None:
+        if isinstance(stream, BulkStream):
+            with self._changed:
+                self._count.path_is(stream.facts.round_trip_s)
         channel = FrameChannel(stream)
         buffer = memoryview(bytearray(min(MAX_DATA_BYTES, max(1, self.listed.size))))
         due: collections.deque[int] = collections.deque()
@@ -307,6 +327,16 @@ class _Work:
         if self._on_progress is not None and self._file is not None:
             moved = self.done_bytes - self._saved
             self._on_progress(self._meter.measure(moved, self._saved, streams, bytes_packed=self.bytes_packed))
+
+
+def _is_known(target: Path, size: int, sha256: str | None) -> bool:
+    """Whether the target has the SHA-256 that is promised."""
+    if sha256 is None or target.is_symlink() or not target.is_file() or target.stat().st_size != size:
+        return False
+    try:
+        return sha256_of(target) == sha256
+    except OSError as error:
+        raise UsageError(f"{target} cannot be read: {error.strerror}") from error
 
 
 def _is_the_same(work: _Work, target: Path, policy: ReconnectPolicy, on_reconnect: ReconnectListener | None) -> bool:

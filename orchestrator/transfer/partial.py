@@ -14,6 +14,7 @@ from pathlib import Path
 from orchestrator.errors import LockedError, UsageError
 
 SYNC_BYTES = 64 * 1024 * 1024
+_READ_BYTES = 1024 * 1024
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -31,7 +32,7 @@ class SpanFile:
         self.here = bytearray(spans)
         self._partial = target.with_name(f".remote-eval-{token}.spans")
         self._journal = target.with_name(f".remote-eval-{token}.journal")
-        self._identity = identity
+        self._head = json.dumps({"schema": 1, "identity": identity})
         self._lock = threading.Lock()
         self._due: list[int] = []
         self._due_bytes = 0
@@ -68,6 +69,19 @@ class SpanFile:
             if self._due_bytes >= SYNC_BYTES:
                 self._sync()
 
+    def sha256(self) -> str:
+        """Of the whole, which is read for it."""
+        with self._local_errors():
+            return sha256_of(self._partial)
+
+    def start_over(self) -> None:
+        """Nothing of it is here."""
+        with self._lock, self._local_errors():
+            self.here = bytearray(len(self.here))
+            self._due.clear()
+            self._due_bytes = 0
+            self._begin()
+
     def finish(self, mtime_ns: int) -> None:
         """Everything is verified: rename it to the target."""
         with self._lock, self._local_errors():
@@ -100,21 +114,24 @@ class SpanFile:
         self._due_bytes = 0
 
     def _take_up(self) -> None:
-        head = json.dumps({"schema": 1, "identity": self._identity})
         known = b""
         with contextlib.suppress(FileNotFoundError):
             known = self._journal.read_bytes()
         # A last line without its end was being written when the client died.
         first, *lines = known.split(b"\n")[:-1] or [b""]
-        if first.decode(errors="replace") == head:
+        if first.decode(errors="replace") == self._head:
             for line in lines:
                 if line.isdigit() and int(line) < len(self.here):
                     self.here[int(line)] = 1
         self._log = os.open(self._journal, _OPEN | os.O_APPEND, 0o600)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Let the journal name what is here, and nothing else."""
         if not any(self.here):
             os.ftruncate(self._fd, 0)
         os.ftruncate(self._log, 0)
-        kept = [head, *(str(index) for index, is_here in enumerate(self.here) if is_here)]
+        kept = [self._head, *(str(index) for index, is_here in enumerate(self.here) if is_here)]
         os.write(self._log, ("\n".join(kept) + "\n").encode())
         os.fdatasync(self._log)
 
@@ -135,3 +152,12 @@ class SpanFile:
                 f"cannot write {self.target}: {error.strerror or error}",
                 action="Free space there or choose another folder, then run this again: what has arrived is kept.",
             ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Raises `OSError`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

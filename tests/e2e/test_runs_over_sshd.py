@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -82,6 +83,30 @@ def test_ctrl_c_detaches_and_the_job_goes_on(world: World) -> None:
     (world.node / "data" / "go").touch()
     assert world.json("resume")["run_id"] == world.launches()[0]
     assert len(world.launches()) == 1
+
+
+def test_a_large_artifact_is_gone_on_with_after_the_client_was_killed_in_its_middle(world: World) -> None:
+    content = random.Random(8).randbytes(144 * 1024 * 1024)
+    (world.node / "data" / "big.bin").write_bytes(content)
+    world.edit_profile(bandwidth_limit_mbps=320)
+    client = world.start("--checkpoint", "lab:best.pt", "--jobs", "big", "--json")
+    assert client.stdout is not None
+    for line in client.stdout:
+        event = json.loads(line)
+        if event["what"] == "big/big.bin" and event["bytes_done"] > 72 * 1024 * 1024:
+            client.kill()
+            break
+    client.wait(60)
+    (run_id,) = world.run_ids()
+    assert not (world.run_folder(run_id) / "artifacts").exists()
+    resumed = world.cli("resume", run_id, "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    events = [json.loads(line) for line in resumed.stderr.splitlines()]
+    told = [event["saved"]["already_there"] for event in events if event["what"] == "big/big.bin"]
+    assert told[-1] >= 64 * 1024 * 1024
+    folder = world.run_folder(run_id) / "artifacts" / "big"
+    assert sorted(path.name for path in folder.iterdir()) == ["big.bin", "small.txt"]
+    assert (folder / "big.bin").read_bytes() == content
 
 
 def test_a_cancelled_run_ends_as_cancelled_and_its_process_is_gone(world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import signal
@@ -159,6 +161,43 @@ def test_a_file_that_is_here_already_is_known_and_another_is_not_overwritten_una
         bring(root, source, target)
     assert target.read_bytes() == changed
     assert bring(root, source, target, overwrite=True).how == "fetched"
+    assert target.read_bytes() == source.read_bytes()
+
+
+def with_sha256(root: Path, source: Path, target: Path, sha256: str, opener: ThreadOpener | None = None) -> FetchResult:
+    return fetch_file(
+        opener or ThreadOpener(root), str(source), listed(root, source), target, overwrite=True, sha256=sha256
+    )
+
+
+def test_a_file_that_has_the_promised_sha256_is_not_asked_for(root: Path, source: Path, tmp_path: Path) -> None:
+    promised = hashlib.sha256(source.read_bytes()).hexdigest()
+    target, opener = tmp_path / "target", ThreadOpener(root)
+    target.write_bytes(source.read_bytes())
+    assert with_sha256(root, source, target, promised, opener).how == "unchanged"
+    assert opener.opened == 0
+    target.write_bytes(noise(100_000, 1))
+    assert with_sha256(root, source, target, promised, opener).how == "fetched"
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_file_that_is_not_what_was_promised_does_not_arrive(root: Path, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        with_sha256(root, source, tmp_path / "target", "0" * 64)
+    assert not (tmp_path / "target").exists()
+
+
+def test_what_an_earlier_fetch_left_and_the_disk_damaged_is_fetched_again(
+    root: Path, source: Path, tmp_path: Path
+) -> None:
+    target, facts = tmp_path / "target", listed(root, source)
+    identity = json.dumps([str(source), facts.size, facts.mtime_ns, facts.inode, fetch.SPAN_BYTES])
+    left = SpanFile(target, identity, fetch.span_count(facts.size))
+    left.write(7000, memoryview(b"x" * 1000))
+    left.commit(7, 1000)
+    left.close()
+    promised = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert with_sha256(root, source, target, promised).bytes_received == 100_000
     assert target.read_bytes() == source.read_bytes()
 
 

@@ -43,6 +43,12 @@ def count(context):
     return {"answer": 42}
 
 
+def big(context):
+    with open(_beside(context, "big.bin"), "rb") as file:
+        context.write_bytes("big.bin", file.read())
+    context.write_text("small.txt", "small\\n")
+
+
 def wait(context):
     with open(_beside(context, "launches.txt"), "a") as file:
         file.write(context.plan.run_id + "\\n")
@@ -179,7 +185,7 @@ def make_world(tmp_path: Path, sshd: Sshd, small_checkpoint: Path, python: str) 
     jobs.mkdir(parents=True)
     (jobs / "jobs.py").write_text(JOB_CODE)
     (project / "best.pt").write_bytes(small_checkpoint.read_bytes())
-    names = ("count", "wait", "fail", "hang")
+    names = ("big", "count", "wait", "fail", "hang")
     (project / "remote-eval.yaml").write_text(
         yaml.safe_dump({"cluster": "lab", "code": ["my_jobs"], "jobs": {n: f"my_jobs.jobs:{n}" for n in names}})
     )
