@@ -87,7 +87,7 @@ def _shortage(
             f"a file of {human_bytes(size)} does not fit in the store at {layout.checkpoints}, "
             f"which holds {there} of at most {human_bytes(limit)}"
         )
-    needed = [file for file in others if file.folder in pinned]
+    needed = sorted((file for file in others if file.folder in pinned), key=lambda file: -(file.size + file.to_come))
     if not needed:
         return shortage + ", and freeing all of it would not suffice" if others else shortage
     shown = [

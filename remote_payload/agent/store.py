@@ -124,7 +124,6 @@ def stored_files(layout: NodeLayout) -> list[StoredFile]:
 def pins(layout: NodeLayout, stored: Sequence[StoredFile]) -> dict[str, tuple[str, ...]]:
     """By folder, who needs a file now: ids of runs under way, or `an upload`. What nobody needs is left out. A run that
     was not launched yet needs all it used, as long as it gives signs of life at any file of `stored`."""
-    now = time.time()
     under_way = _needed_by_runs(layout)
     uses = {file.folder: [use for use in _uses(layout, file.digest) if use.run_id != _NO_RUN] for file in stored}
     last_sign: dict[str, float] = {}
@@ -133,13 +132,13 @@ def pins(layout: NodeLayout, stored: Sequence[StoredFile]) -> dict[str, tuple[st
             last_sign[use.run_id] = max(use.at, last_sign.get(use.run_id, 0.0))
     for file in stored:
         if file.is_arriving and uses[file.folder]:
-            last_sign[uses[file.folder][-1].run_id] = now
+            last_sign[uses[file.folder][-1].run_id] = time.time()
     pinned: dict[str, tuple[str, ...]] = {}
     for file in stored:
         by_runs = uses[file.folder]
         needed_by = set(under_way.get(file.folder, ()))
         needed_by.update(
-            use.run_id for use in by_runs if now - last_sign[use.run_id] < UNCLAIMED_S and not _ended_since(layout, use)
+            use.run_id for use in by_runs if _is_recent(last_sign[use.run_id]) and not _ended_since(layout, use)
         )
         if file.is_arriving:
             needed_by.add(by_runs[-1].run_id if by_runs else "an upload")
@@ -201,7 +200,7 @@ def _measure(layout: NodeLayout, digest: str) -> StoredFile:
     signs = [facts[path].st_mtime for path in (part, layout.checkpoint_journal(digest)) if path in facts]
     used = [use.at for use in _uses(layout, digest)]
     is_locked = _is_locked(layout.checkpoint_lock(digest))
-    is_arriving = is_locked or (bool(signs) and time.time() - max(signs) < UNCLAIMED_S)
+    is_arriving = is_locked or any(map(_is_recent, signs))
     to_come = max(0, facts[part].st_size - facts[part].st_blocks * 512) if is_locked and part in facts else 0
     last_used = max([*used, *signs] if used else (one.st_mtime for one in facts.values()))
     return StoredFile(digest, folder, size, to_come, last_used, is_arriving)
@@ -220,6 +219,11 @@ def _below(folder: str) -> dict[str, os.stat_result]:
             with contextlib.suppress(FileNotFoundError):
                 facts[path] = os.lstat(path)
     return facts
+
+
+def _is_recent(at: float) -> bool:
+    """Times that are yet to come are of a clock that was wrong."""
+    return abs(time.time() - at) < UNCLAIMED_S
 
 
 def _is_locked(path: str) -> bool:

@@ -11,7 +11,10 @@ import pytest
 from orchestrator.errors import NoSpaceError
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.probe import Probe
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.messages import PreflightRequest
+from remote_payload.wire.results import Severity
 from tests.support.agent_streams import (
     ChunkLedger,
     WatchedStream,
@@ -79,3 +82,22 @@ def test_a_disk_that_somebody_fills_in_the_middle_costs_only_what_is_missing(tmp
         upload_file(disk.opener([later.around]), path, manifest, retry=AT_ONCE)
         assert sorted(later.sent) == sorted(set(range(len(manifest.chunks))) - kept)
         check_stored(disk.root, manifest, content)
+
+
+def test_preflight_refuses_a_full_disk_unless_an_upload_would_make_room_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = quota_disk(tmp_path, 100 * MIB)
+    path, _, manifest = write_file(tmp_path, "old", 80 * MIB, 8 * MIB)
+    upload_file(disk.opener(), path, manifest)
+    monkeypatch.setenv("PATH", disk.prefix[1].partition("=")[2])
+
+    def severity(needed_bytes: int) -> Severity:
+        probe = Probe(PreflightRequest(str(disk.root), gpu_policy="cpu", needed_bytes=needed_bytes), None)
+        probe._look_at_disk()
+        (finding,) = probe.result.findings
+        assert finding.id == "node.low_disk"
+        return finding.severity
+
+    assert severity(0) is Severity.ERROR
+    assert severity(50 * MIB) is Severity.WARNING

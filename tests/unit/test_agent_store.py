@@ -96,6 +96,13 @@ def test_a_run_that_located_a_file_and_is_yet_to_start_pins_it_for_minutes(node:
     assert there(node) == ""
 
 
+def test_a_use_that_a_wrong_clock_noted_in_the_future_pins_nothing(node: NodeLayout) -> None:
+    digest = store_file(node, "a", 9)
+    note_use_at(node, digest, "soon", -86_400)
+    keep_below(node, 150_000)
+    assert there(node) == ""
+
+
 def test_a_run_that_is_still_sending_pins_what_it_sent_long_ago(node: NodeLayout) -> None:
     sent, arriving = store_file(node, "a", 9), store_file(node, "b", 9)
     note_use_at(node, sent, "large-folder", 3600)
