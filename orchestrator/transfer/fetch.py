@@ -45,6 +45,8 @@ from remote_payload.wire.stream import (
 
 SPAN_BYTES = 8 * 1024 * 1024
 WANTS_AHEAD = 4
+_FIRST_WANTS_AHEAD = 2
+"""Until the link is measured: what is asked for by then comes as it is."""
 PIECE_BYTES = 1024 * 1024
 MAX_FILE_BYTES = 1 << 44
 _TICK_S = 0.2
@@ -232,7 +234,8 @@ class _Work:
             self._working += 1
         try:
             while True:
-                while len(due) < WANTS_AHEAD and (index := self._take(may_wait=not due)) is not None:
+                ahead = WANTS_AHEAD if self._rates.knows_link else _FIRST_WANTS_AHEAD
+                while len(due) < ahead and (index := self._take(may_wait=not due)) is not None:
                     due.append(index)
                     channel.send_json(FrameKind.WANT, self._want(index))
                 if not due:

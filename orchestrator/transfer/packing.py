@@ -50,6 +50,11 @@ class PackingRates:
         self._moving_s = 0.0
         self._moved_bytes = 0
 
+    @property
+    def knows_link(self) -> bool:
+        with self._lock:
+            return self._link_bytes_per_s is not None
+
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Around moving a chunk that is ready: what all streams carry is measured while any of them moves one."""

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import IntegrityError, LockedError, UsageError
+from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer import fetch
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.fetch import FetchResult, fetch_file
@@ -24,7 +25,7 @@ from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.agent import send
 from remote_payload.agent.listing import list_files
 from remote_payload.wire.messages import ListedFile, ListRequest
-from tests.support.agent_streams import CutStream, FlipStream, ThreadOpener, Wrap, make_node_root
+from tests.support.agent_streams import CutStream, FlipStream, ThreadOpener, WatchedStream, Wrap, make_node_root
 
 STUBBORN = ReconnectPolicy(max_fruitless=1000, first_wait_s=0.0, longest_wait_s=0.0)
 KIB = 1024
@@ -97,6 +98,29 @@ def source(tmp_path: Path) -> Path:
     path = tmp_path / "best \n $(x).pt"
     path.write_bytes(noise(100_000))
     return path
+
+
+class FirstWants(WatchedStream):
+    """Counts what is asked for before the first answer is looked at."""
+
+    def __init__(self, inner: ByteStream) -> None:
+        super().__init__(inner, 0, lambda: None)
+        self.count = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        super().write(data)
+        self.count += self.read_count == 0
+
+
+def test_little_is_asked_for_as_it_is_before_the_link_is_known(root: Path, source: Path, tmp_path: Path) -> None:
+    streams: list[FirstWants] = []
+
+    def watch(inner: ByteStream) -> ByteStream:
+        streams.append(FirstWants(inner))
+        return streams[-1]
+
+    bring(root, source, tmp_path / "target", [watch])
+    assert [stream.count for stream in streams] == [2]
 
 
 def test_a_client_killed_in_the_middle_fetches_nothing_again_that_it_had_on_its_disk(
