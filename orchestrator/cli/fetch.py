@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import os
 import posixpath
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 from orchestrator.cli.output import print_json
 from orchestrator.cli.session import services
 from orchestrator.errors import ExitCode, IntegrityError, UsageError
-from remote_payload.wire.names import printable
+from remote_payload.wire.codec import WireError
+from remote_payload.wire.names import check_member_path, printable
 from remote_payload.wire.units import human_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from remote_payload.wire.messages import FileList
 
 _LIST_TIMEOUT_S = 60.0
-_MAX_DEPTH = 8
 
 
 def fetch(
@@ -53,7 +54,7 @@ def fetch(
     with world.open_node(named.profile, build_payload(world.layout)) as node:
         there = node_path(CheckpointReference(path, cluster), named.profile.checkpoint_roots)
         listed = node.call("list_files", ListRequest(node.root, there), FileList, timeout_s=_LIST_TIMEOUT_S)
-        check_names(file.name for file in listed.files)
+        check_names(file.name for file in listed.files if listed.is_folder)
         base = target_of(listed, local)
         _refuse_too_little_room(base, sum(max(0, file.size) for file in listed.files))
         for file in listed.files:
@@ -82,9 +83,9 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     from orchestrator.payload import build_payload
     from orchestrator.pipeline.resolve import resolve_profile
     from orchestrator.pipeline.room import gc_offered
-    from orchestrator.plan import CheckpointReference, node_path
+    from orchestrator.plan import CheckpointReference, new_run_id, node_path
     from orchestrator.project import find_project
-    from orchestrator.transfer.node_copy import copy_to_node, describe_file
+    from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe
     from orchestrator.transfer.stream_count import StreamPolicy
 
     cluster, _, path = reference.partition(":")
@@ -92,31 +93,30 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     near, far = resolve_profile(cluster, project, layout), resolve_profile(other, project, layout)
     world = services(as_json=as_json)
     payload = build_payload(world.layout)
-    limits = [named.profile.bandwidth_limit_bytes_per_s for named in (near, far)]
-    limits.append(limit_mbps * 1e6 / 8 if limit_mbps is not None else None)
     with (
         world.open_node(near.profile, payload) as source,
         world.open_node(far.profile, payload) as target,
         gc_offered(target, world.journal, other),
     ):
         there = node_path(CheckpointReference(path, cluster), near.profile.checkpoint_roots)
-        file = describe_file(source, there)
-        done = copy_to_node(
+        described = describe(source, there)
+        # Of a folder the files that have arrived are kept, under a name, while the others still come.
+        name = new_run_id(datetime.datetime.now(datetime.timezone.utc))
+        done = copy_checkpoint(
             source,
-            file,
+            described,
             target,
             streams=StreamPolicy(fixed=streams),
-            bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
-            packing=near.profile.pack_floats and far.profile.pack_floats,
-            on_progress=functools.partial(world.reporter.transfer, posixpath.basename(file.path)),
-            store_limit_bytes=far.profile.store_limit_bytes,
+            bandwidth_limit_bytes_per_s=limit_mbps * 1e6 / 8 if limit_mbps is not None else None,
+            on_progress=functools.partial(world.reporter.transfer, posixpath.basename(described.path)),
+            run_id=name if isinstance(described, DescribedFolder) else "",
         )
-    reached = f"{other}:{done.path_on_node}"
+    reached = f"{other}:{done.path}"
     if as_json:
-        facts = {"bytes": file.manifest.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
-        print_json({"checkpoint": reached, "digest": file.manifest.digest, **facts})
+        facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
+        print_json({"checkpoint": reached, "digest": done.digest, **facts})
     else:
-        print(printable(f"{reached}: {human_bytes(file.manifest.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
+        print(printable(f"{reached}: {human_bytes(done.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
     return int(ExitCode.DONE)
 
 
@@ -124,13 +124,13 @@ def check_names(names: Iterable[str]) -> None:
     """Refuse what could lead out of the folder, or hide. Raises `IntegrityError`."""
     seen = set()
     for name in names:
-        parts = name.split("/") if name else []
-        is_plain = all(part not in ("", ".", "..") and printable(part) == part and "\\" not in part for part in parts)
-        if not is_plain or len(parts) > _MAX_DEPTH or any(part.startswith(".remote-eval-") for part in parts):
+        try:
+            check_member_path(name)
+        except WireError as error:
             raise IntegrityError(
-                f"the node names a file {printable(name)[:200]!r} that could lead elsewhere",
+                f"the node names a file that could lead elsewhere: {error}",
                 action="Do not trust this node; tell its administrator.",
-            )
+            ) from error
         if name.lower() in seen:
             raise IntegrityError(f"the node names {printable(name)!r} twice")
         seen.add(name.lower())

@@ -10,8 +10,6 @@ import bisect
 import dataclasses
 import functools
 import io
-import os
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -25,11 +23,10 @@ from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Source
 from orchestrator.transfer.upload import UploadResult
 from remote_payload.wire.chunks import ChunkManifest, Fingerprint, digest_file
-from remote_payload.wire.codec import WireError
-from remote_payload.wire.folders import folder_files, folder_fingerprint
+from remote_payload.wire.folders import UnsendableError, folder_fingerprint, sendable_files
 from remote_payload.wire.members import PACKED_BELOW, Member, folder_digest, joined
 from remote_payload.wire.messages import Assembled, AssembleRequest
-from remote_payload.wire.names import check_member_path, printable
+from remote_payload.wire.names import printable
 
 ASSEMBLE_TIMEOUT_S = 900.0
 """The node writes small files anew, and copies large ones where its file system has no hard links."""
@@ -230,33 +227,12 @@ def _read_files(path: Path, layout: LocalLayout, use_remembered: bool) -> Iterat
 
 def _list(path: Path) -> list[tuple[str, int]]:
     """(name, size) of every file that counts, in order."""
-    base = os.path.realpath(path)
-    listed = []
-    for name, facts in _files(path):
-        try:
-            check_member_path(name)
-        except WireError as error:
-            raise CheckpointError(f"{path}: {error}", action="Rename that file, or leave it out.") from error
-        if not stat.S_ISREG(facts.st_mode):
-            raise CheckpointError(f"{path / name} is no regular file", action="Take it out of the folder.")
-        if not os.path.realpath(path / name).startswith(base + os.sep):
-            raise CheckpointError(
-                f"{path / name} is a link that leads out of the folder",
-                action=f"Send a copy without links: `cp -rL {printable(str(path))} COPY`.",
-            )
-        listed.append((name, facts.st_size))
-    if not listed:
-        raise CheckpointError(f"{path} holds no files", action="Check --checkpoint.")
-    return sorted(listed)
-
-
-def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     try:
-        yield from folder_files(str(path))
+        return [(name, facts.st_size) for name, facts in sendable_files(str(path))]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(str(error), action="Name the folder of one checkpoint.") from error
+    except UnsendableError as error:
+        raise CheckpointError(printable(str(error)), action=error.action) from error
 
 
 def read_folder_fingerprint(path: Path) -> Fingerprint:

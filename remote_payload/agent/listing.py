@@ -8,8 +8,8 @@ import stat
 from remote_payload.agent import root
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.chunks import ChunkManifest, digest_file
-from remote_payload.wire.folders import folder_files
-from remote_payload.wire.messages import FileList, ListedFile, ListRequest
+from remote_payload.wire.folders import UnsendableError, folder_files, sendable_files
+from remote_payload.wire.messages import FileList, FolderManifest, ListedFile, ListRequest, ReadFile
 
 
 def list_files(request: ListRequest) -> FileList:
@@ -37,18 +37,47 @@ def chunk_manifest(request: ListRequest) -> ChunkManifest:
     listed = list_files(request)
     if listed.is_folder:
         raise AgentError("usage", f"{listed.path} is a folder", "Name a file.")
-    before = listed.files[0]
+    return _read(listed.path, listed.files[0])
+
+
+def folder_manifest(request: ListRequest) -> FolderManifest:
+    """The files of a folder that may go to another machine, and their chunks, by reading them once. Raises as
+    `chunk_manifest`."""
+    listed = list_files(request)
+    if not listed.is_folder:
+        raise AgentError("usage", f"{listed.path} is no folder", "Name a folder.")
+    before = _sendable(listed.path)
+    files = tuple(ReadFile(file, _read(os.path.join(listed.path, file.name), file)) for file in before)
+    if _sendable(listed.path) != before:
+        raise _changed(listed.path)
+    return FolderManifest(listed.path, files)
+
+
+def _sendable(path: str) -> list[ListedFile]:
     try:
-        with open(listed.path, "rb") as file:
+        return [_listed(name, facts) for name, facts in sendable_files(path)]
+    except OSError as error:
+        raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
+    except UnsendableError as error:
+        raise AgentError("usage", str(error), error.action) from error
+
+
+def _read(path: str, before: ListedFile) -> ChunkManifest:
+    try:
+        with open(path, "rb") as file:
             manifest = digest_file(file, before.size)
-            after = _listed("", os.fstat(file.fileno()))
+            after = _listed(before.name, os.fstat(file.fileno()))
     except EOFError:
         after = None
     except OSError as error:
-        raise AgentError("usage", f"{listed.path} cannot be read: {error.strerror}") from error
+        raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
     if after != before:
-        raise AgentError("integrity", f"{listed.path} changed while it was read", "Copy it when it is complete.")
+        raise _changed(path)
     return manifest
+
+
+def _changed(path: str) -> AgentError:
+    return AgentError("integrity", f"{path} changed while it was read", "Copy it when it is complete.")
 
 
 def _listed(name: str, facts: os.stat_result) -> ListedFile:

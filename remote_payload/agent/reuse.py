@@ -27,8 +27,6 @@ from remote_payload.wire.stream import ChunkTable
 
 MAX_SOURCES = 64
 """So many checkpoints, the latest used first, are looked through."""
-MAX_OPEN_FILES = 128
-"""Of one folder; what its other files hold is sent."""
 MAX_CANDIDATES = 3
 """How many places a chunk is tried from: a second one matters only where the first is damaged."""
 _MAX_LINE_BYTES = 200
@@ -40,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Place(NamedTuple):
-    fd: int
+    path: str
     offset: int
 
 
@@ -55,10 +53,9 @@ def reuse_chunks(
     wanted = _wanted(table, part.have)
     if not wanted:
         return 0
-    with contextlib.ExitStack() as stack:
-        places = _places(layout, digest, table, part, wanted, stack)
-        work = [(index, places[sha256]) for sha256, indices in wanted.items() if sha256 in places for index in indices]
-        return _copy_all(work, table, part, tell)
+    places = _places(layout, digest, table, part, wanted)
+    work = [(index, places[sha256]) for sha256, indices in wanted.items() if sha256 in places for index in indices]
+    return _copy_all(work, table, part, tell)
 
 
 def _wanted(table: ChunkTable, have: bytearray) -> dict[bytes, list[int]]:
@@ -75,13 +72,12 @@ def _places(
     table: ChunkTable,
     part: PartialFile,
     wanted: dict[bytes, list[int]],
-    stack: contextlib.ExitStack,
 ) -> dict[bytes, list[_Place]]:
-    """Where the wanted chunks may be. Files that hold any stay open until `stack` closes them."""
+    """Where the wanted chunks may be."""
     places: dict[bytes, list[_Place]] = {}
     for index, is_here in enumerate(part.have):
         if is_here and table.sha256(index) in wanted:
-            places.setdefault(table.sha256(index), [_Place(part.fd, table.offset(index))])
+            places.setdefault(table.sha256(index), [_Place(layout.checkpoint_part(digest), table.offset(index))])
     lengths = {sha256: table.length(indices[0]) for sha256, indices in wanted.items()}
     for stored in _stored(layout):
         if stored == digest or all(len(places.get(sha256, ())) >= MAX_CANDIDATES for sha256 in wanted):
@@ -89,22 +85,19 @@ def _places(
         found: list[tuple[bytes, int]] = []
         with contextlib.suppress(OSError):
             found.extend(_matches(layout.checkpoint_manifest(stored), lengths))
-        holder = _Holder(layout, stored, stack)
+        holder = _Holder(layout, stored) if found else None
         for sha256, offset in found:
             known = places.setdefault(sha256, [])
-            place = holder.place(offset) if len(known) < MAX_CANDIDATES else None
-            if place is not None:
-                known.append(place)
+            if holder is not None and len(known) < MAX_CANDIDATES:
+                known.append(holder.place(offset))
     return places
 
 
 class _Holder:
     """A stored checkpoint by the offsets of its chunk manifest, which for a folder runs through all of its files."""
 
-    def __init__(self, layout: NodeLayout, digest: str, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
+    def __init__(self, layout: NodeLayout, digest: str) -> None:
         self._paths, self._starts = [layout.checkpoint(digest)], [0]
-        self._fds: dict[int, Optional[int]] = {}
         with contextlib.suppress(WireError, ValueError, OSError):
             value = files.read_json(layout.checkpoint_members(digest))
             members = from_json(MemberList, value).members if value is not None else ()
@@ -114,15 +107,9 @@ class _Holder:
                 self._paths = [os.path.join(tree, member.path) for member in members]
                 self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
 
-    def place(self, offset: int) -> Optional[_Place]:
-        """None where the file cannot be opened, or too many are open already."""
+    def place(self, offset: int) -> _Place:
         index = bisect.bisect_right(self._starts, offset) - 1
-        if index not in self._fds and len(self._fds) < MAX_OPEN_FILES:
-            self._fds[index] = fd = _open(self._paths[index])
-            if fd is not None:
-                self._stack.callback(os.close, fd)
-        fd = self._fds.get(index)
-        return None if fd is None else _Place(fd, offset - self._starts[index])
+        return _Place(self._paths[index], offset - self._starts[index])
 
 
 def _stored(layout: NodeLayout) -> list[str]:
@@ -199,8 +186,11 @@ def _copy_all(
 
 def _copy_verified(place: _Place, fd: int, offset: int, length: int, sha256: bytes) -> bool:
     """Whether the chunk now stands at `offset`. Where it does not, what stands there counts for nothing."""
+    source = _open(place.path)
+    if source is None:
+        return False
     try:
-        _copy(place, fd, offset, length)
+        _copy(source, place.offset, fd, offset, length)
         return _digest_at(fd, offset, length) == sha256
     except EOFError:
         return False
@@ -208,13 +198,15 @@ def _copy_verified(place: _Place, fd: int, offset: int, length: int, sha256: byt
         if error.errno in _FULL:
             raise
         return False  # a source that cannot be read is no source
+    finally:
+        os.close(source)
 
 
-def _copy(place: _Place, fd: int, offset: int, length: int) -> None:
+def _copy(source: int, start: int, fd: int, offset: int, length: int) -> None:
     """By the kernel where it can, which shares the blocks on file systems that know how; else through memory."""
-    done = _copy_in_kernel(place, fd, offset, length)
+    done = _copy_in_kernel(source, start, fd, offset, length)
     while done < length:
-        data = os.pread(place.fd, min(length - done, _PIECE_BYTES), place.offset + done)
+        data = os.pread(source, min(length - done, _PIECE_BYTES), start + done)
         if not data:
             raise EOFError
         view = memoryview(data)
@@ -223,13 +215,13 @@ def _copy(place: _Place, fd: int, offset: int, length: int) -> None:
             view, done = view[count:], done + count
 
 
-def _copy_in_kernel(place: _Place, fd: int, offset: int, length: int) -> int:
+def _copy_in_kernel(source: int, start: int, fd: int, offset: int, length: int) -> int:
     """How many bytes of it were copied so."""
     copy_file_range = getattr(os, "copy_file_range", None)
     done = 0
     while copy_file_range is not None and done < length:
         try:
-            count = copy_file_range(place.fd, fd, length - done, place.offset + done, offset + done)
+            count = copy_file_range(source, fd, length - done, start + done, offset + done)
         except OSError as error:
             if error.errno in _FULL:
                 raise

@@ -38,6 +38,7 @@ VERBS = {
     "locate": Verb(messages.LocateRequest, locate.locate),
     "list_files": Verb(messages.ListRequest, listing.list_files),
     "chunk_manifest": Verb(messages.ListRequest, listing.chunk_manifest),
+    "folder_manifest": Verb(messages.ListRequest, listing.folder_manifest),
     "inspect": Verb(messages.InspectRequest, inspect.inspect),
     "claim": Verb(messages.ClaimRequest, claim.claim),
     "launch": Verb(messages.AttemptRef, launch.launch),

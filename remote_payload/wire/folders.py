@@ -8,6 +8,8 @@ import stat
 from collections.abc import Iterator
 
 from remote_payload.wire.chunks import Fingerprint
+from remote_payload.wire.codec import WireError
+from remote_payload.wire.names import check_member_path
 
 MAX_FILES = 20_000
 MAX_DEPTH = 3
@@ -27,6 +29,44 @@ def folder_fingerprint(folder: str) -> Fingerprint:
         listing.update(os.fsencode(name) + b"\0" + f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}\n".encode())
     # 60 bits travel unharmed through every JSON reader that knows 64-bit integers.
     return Fingerprint(folder, size, newest, int.from_bytes(listing.digest()[:8], "big") >> 4)
+
+
+class UnsendableError(ValueError):
+    """A folder that does not go to another machine as it is. `action` says what to do."""
+
+    def __init__(self, cause: str, action: str) -> None:
+        super().__init__(cause)
+        self.action = action
+
+
+def sendable_files(folder: str) -> list[tuple[str, os.stat_result]]:
+    """What `folder_files` finds, in the order of the names, if all of it may go to another machine.
+
+    A link counts as the file that it leads to. Raises `UnsendableError` for a name that could lead elsewhere, a link
+    out of the folder, what is no regular file, and a folder without files or with too many; `OSError`.
+    """
+    base = os.path.realpath(folder)
+    found = []
+    try:
+        for name, facts in folder_files(folder):
+            check_member_path(name)
+            path = os.path.join(folder, name)
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnsendableError(f"{path} is no regular file", "Take it out of the folder.")
+            if not os.path.realpath(path).startswith(base + os.sep):
+                raise UnsendableError(
+                    f"{path} is a link that leads out of the folder", "Use a copy without links, made by `cp -rL`."
+                )
+            found.append((name, facts))
+    except WireError as error:
+        raise UnsendableError(f"{folder}: {error}", "Rename that file, or leave it out.") from error
+    except UnsendableError:
+        raise
+    except ValueError as error:
+        raise UnsendableError(str(error), "Name the folder of one checkpoint.") from error
+    if not found:
+        raise UnsendableError(f"{folder} holds no files", "Check the path.")
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def folder_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:

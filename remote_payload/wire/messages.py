@@ -11,6 +11,7 @@ on the node.
 | locate | LocateRequest | Located | yes |
 | list_files | ListRequest | FileList | yes |
 | chunk_manifest | ListRequest | `chunks.ChunkManifest` of a file | yes |
+| folder_manifest | ListRequest | FolderManifest | yes |
 | inspect | InspectRequest | `header`, `findings`, `text` as JSON | yes |
 | claim | ClaimRequest | Claimed | yes: the same nonce claims once |
 | launch | AttemptRef | Launched | yes: the decision file lets one supervisor start |
@@ -28,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Optional
 
+from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.members import Member
 from remote_payload.wire.plan import NodePlan
 from remote_payload.wire.results import Finding
@@ -162,6 +164,22 @@ class FileList:
     path: str
     is_folder: bool
     files: tuple[ListedFile, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadFile:
+    """A file as it was listed, and its chunks as they were read."""
+
+    listed: ListedFile
+    manifest: ChunkManifest
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderManifest:
+    """`path` absolute on the node; the files in the order of their names."""
+
+    path: str
+    files: tuple[ReadFile, ...]
 
 
 @dataclasses.dataclass(frozen=True)

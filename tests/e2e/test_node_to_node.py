@@ -21,7 +21,7 @@ from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.upload import UploadResult
 from tests.support.floats import bfloat16
 from tests.support.sshd import Sshd, start_sshd
-from tests.support.world import World, make_world
+from tests.support.world import World, digests, make_world
 
 CONTENT = random.Random(6).randbytes(40 * 1024 * 1024 + 5)
 SOON = ReconnectPolicy(max_fruitless=8, first_wait_s=0.05, longest_wait_s=0.5)
@@ -109,3 +109,30 @@ def test_a_copy_survives_the_loss_of_either_node(tmp_path: Path, servers: tuple[
         done = copy(source, target, source_file, bandwidth_limit_bytes_per_s=40e6, on_progress=cut)
     assert cuts == []
     assert Path(done.path_on_node).read_bytes() == CONTENT
+
+
+def test_a_folder_is_copied_whole_and_the_second_time_not_at_all(world: World) -> None:
+    folder = world.node / "data" / "step 5"
+    (folder / "below").mkdir(parents=True)
+    (folder / "large").write_bytes(CONTENT)
+    for number in range(300):
+        (folder / "below" / f"part {number}").write_bytes(f"{number}".encode() * number)
+    done = world.json("fetch", "lab:step 5", "other:")
+    assert digests(Path(done["checkpoint"].partition(":")[2])) == digests(folder)
+    assert done["bytes_sent"] == done["bytes"] == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert world.json("fetch", "lab:step 5", "other:")["bytes_sent"] == 0
+    with (folder / "large").open("r+b") as file:
+        file.write(b"changed")
+    assert world.json("fetch", "lab:step 5", "other:")["bytes_sent"] == 8 * 1024 * 1024
+    assert [p for p in world.home.rglob("*") if p.is_file() and p.stat().st_size > 10 * 1024 * 1024] == []
+    refused = world.json("fetch", "lab:nowhere", "other:", expect=2)
+    assert "nowhere" in refused["cause"]
+
+
+def test_a_folder_with_what_must_not_travel_is_refused(world: World) -> None:
+    folder = world.node / "data" / "step 5"
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"w")
+    (folder / "odd").symlink_to("/etc/passwd")
+    refused = world.json("fetch", "lab:step 5", "other:", expect=2)
+    assert "leads out of the folder" in refused["cause"]

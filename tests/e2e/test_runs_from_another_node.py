@@ -15,8 +15,9 @@ import yaml
 
 from orchestrator.errors import ExitCode
 from tests.support.durable import durable_bytes
+from tests.support.formats import write_dcp_checkpoint
 from tests.support.sshd import Sshd, start_sshd
-from tests.support.world import World, agents_of, make_world, until
+from tests.support.world import World, agents_of, digests, make_world, until
 
 RUN = ("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "count")
 LARGE_BYTES = 48 * 1024 * 1024
@@ -87,6 +88,21 @@ def test_the_checkpoint_is_copied_once_and_keeps_its_name(world: World, far: Pat
     assert {row["checkpoint"] for row in rows} == {"lab:best.pt"}
     assert len({row["lineage"] for row in rows}) == 1
     assert not [p for p in world.home.rglob("*") if p.is_file() and p.read_bytes() == original]
+
+
+def test_a_folder_is_copied_once_and_judged_there(world: World, far: Path) -> None:
+    world.with_torch()
+    edit_far(world, python=yaml.safe_load(world.profile.read_text())["python"])
+    folder = world.node / "data" / "step 5"
+    write_dcp_checkpoint(folder)
+    run = ("--cluster", "other", "--checkpoint", "lab:step 5", "--jobs", "health")
+    result = world.json(*run)
+    assert result["verdict"]["dimensions"]["integrity"] == "pass"
+    first = provenance(world, result["run_id"])
+    assert digests(Path(first["path"])) == digests(folder)
+    assert (first["how"], first["reference"], first["source_path"]) == ("copied", "lab:step 5", str(folder))
+    again = provenance(world, world.json(*run)["run_id"])
+    assert (again["how"], again["bytes_sent"], again["digest"]) == ("store", 0, first["digest"])
 
 
 def test_what_the_run_s_node_has_elsewhere_by_content_is_used_there(world: World, far: Path) -> None:

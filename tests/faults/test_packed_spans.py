@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.transfer import fetch, node_copy
+from orchestrator.transfer import fetch, node_files
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.fetch import FetchResult, fetch_file
-from orchestrator.transfer.node_copy import DescribedFile, copy_to_node
+from orchestrator.transfer.node_copy import copy_to_node
+from orchestrator.transfer.node_files import DescribedFile
 from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult
@@ -44,7 +45,7 @@ def small_spans_always_packed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetch, "SPAN_BYTES", SPAN)
         patch.setattr(fetch, "MIN_BYTES", 1)
-        patch.setattr(node_copy, "MIN_BYTES", 1)
+        patch.setattr(node_files, "MIN_BYTES", 1)
         patch.setattr(PackingRates, "pays", lambda self, packers: True)
         yield
 

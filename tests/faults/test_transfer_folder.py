@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import socket
@@ -14,15 +15,19 @@ import pytest
 from orchestrator.errors import CheckpointError, IntegrityError, UnreachableError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
+from orchestrator.profiles import ClusterProfile
+from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
+from orchestrator.transfer.node_copy import CopiedCheckpoint, copy_checkpoint, describe
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.agent.verbs import perform
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.codec import from_json, to_json
-from tests.support.agent_streams import CutStream, ThreadOpener, Wrap, make_node_root
+from remote_payload.wire.messages import FolderManifest
+from tests.support.agent_streams import CutStream, ThreadOpener, TurnStream, Wrap, make_node_root
 from tests.support.durable import durable_bytes
 from tests.support.world import digests
 
@@ -37,6 +42,7 @@ class AgentHere(ThreadOpener):
     def __init__(self, root: Path, wraps: Sequence[Wrap] = ()) -> None:
         super().__init__(root, wraps)
         self.calls: list[str] = []
+        self.profile = ClusterProfile(host="here")
 
     def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
         self.calls.append(verb)
@@ -190,3 +196,72 @@ def test_what_must_not_travel_is_refused_with_its_name(
         LocalFolder(folder, layout)
     assert caught.value.action
     assert "\x1b" not in str(caught.value)
+
+
+def copy(source: AgentHere, target: AgentHere, folder: Path) -> CopiedCheckpoint:
+    described = describe(cast(Node, source), str(folder))
+    return copy_checkpoint(cast(Node, source), described, cast(Node, target), streams=StreamPolicy(fixed=1))
+
+
+def test_a_thousand_small_files_go_from_node_to_node_in_few_round_trips(
+    root: Path, layout: LocalLayout, tmp_path: Path
+) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(1000):
+        (many / f"part {number}").write_bytes(f"{number}".encode() * number)
+    (tmp_path / "other").mkdir()
+    turns: list[TurnStream] = []
+
+    def watched(inner: ByteStream) -> ByteStream:
+        turns.append(TurnStream(inner))
+        return turns[-1]
+
+    source, target = AgentHere(root, [watched]), AgentHere(make_node_root(tmp_path / "other"))
+    done = copy(source, target, many)
+    assert digests(Path(done.path)) == digests(many)
+    assert source.opened == 1
+    assert sum(stream.turns for stream in turns) < 30
+    assert (source.calls.count("list_files"), target.calls) == (2, ["assemble_folder"] * 2)
+
+
+def test_a_folder_from_node_to_node_survives_cuts_at_either_end(root: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    near: list[Wrap] = [lambda inner: CutStream(inner, None, 9 * MIB)]
+    far: list[Wrap] = [lambda inner: CutStream(inner, 10 * MIB, None)]
+    source, target = AgentHere(root, near), AgentHere(make_node_root(tmp_path / "other"), far)
+    done = copy(source, target, folder)
+    assert digests(Path(done.path)) == digests(folder)
+
+
+@pytest.mark.parametrize("change", ["written", "added", "removed"])
+def test_a_folder_on_a_node_that_changes_while_it_is_copied_is_an_error(
+    root: Path, folder: Path, tmp_path: Path, change: str
+) -> None:
+    (tmp_path / "other").mkdir()
+
+    def act(inner: ByteStream) -> ByteStream:
+        if change == "written":
+            (folder / "c").write_bytes(b"other")
+        elif change == "added":
+            (folder / "late").write_bytes(b"late")
+        else:
+            (folder / "c").unlink()
+        return inner
+
+    with pytest.raises(IntegrityError, match="changed while it was copied"):
+        copy(AgentHere(root, [act]), AgentHere(make_node_root(tmp_path / "other")), folder)
+
+
+def test_a_node_that_names_files_elsewhere_is_not_believed(root: Path, folder: Path) -> None:
+    class Liar(AgentHere):
+        def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
+            found = super().call(verb, request, result, timeout_s=timeout_s)
+            if isinstance(found, FolderManifest):
+                listed = dataclasses.replace(found.files[0].listed, name="../../.ssh/authorized_keys")
+                files = (dataclasses.replace(found.files[0], listed=listed),)
+                return cast(T, dataclasses.replace(found, files=files))
+            return found
+
+    with pytest.raises(IntegrityError, match="cannot be"):
+        describe(cast(Node, Liar(root)), str(folder))

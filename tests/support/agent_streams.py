@@ -289,6 +289,24 @@ class CutStream(_Wrapped):
         raise ConnectionLostError("the link is cut")
 
 
+class TurnStream(_Wrapped):
+    """Counts how often the client speaks after it has listened: each such turn costs a round trip."""
+
+    def __init__(self, inner: ByteStream) -> None:
+        super().__init__(inner)
+        self.turns = 0
+        self._has_listened = True
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.turns += self._has_listened
+        self._has_listened = False
+        super().write(data)
+
+    def read(self, max_bytes: int) -> bytes:
+        self._has_listened = True
+        return super().read(max_bytes)
+
+
 class FlipStream(_Wrapped):
     """Flips one bit at the given offset of what is written, or of what is read."""
 
