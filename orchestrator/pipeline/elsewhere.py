@@ -13,8 +13,9 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.locate import find_by_content, locate_in_place
 from orchestrator.pipeline.room import gc_offered
 from orchestrator.plan import SyncedCheckpoint
-from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe
+from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe, is_unchanged
 from orchestrator.transfer.node_files import DescribedFile
+from orchestrator.transfer.sender import LocalFileChangedError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.messages import InspectRequest
 
@@ -33,13 +34,20 @@ def copy_from_source(context: RunContext, source: Node) -> SyncedCheckpoint:
     """Put the checkpoint on the run's node, as far as that lacks its content."""
     located = locate_in_place(source, context.plan.checkpoint, context.plan.run_id)
     described = describe(source, located.path)
-    found = None if isinstance(described, DescribedFolder) else find_by_content(context, described.manifest)
-    if found is None:
+    try:
         found = _copied(context, source, described)
+    except LocalFileChangedError:
+        if not is_unchanged(source, described):
+            raise
+        # What the node remembered was of another content with the same facts and sampled bytes: read it anew, once.
+        found = _copied(context, source, describe(source, located.path, anew=True))
     return dataclasses.replace(found, source_path=located.path, source_fingerprint=located.fingerprint)
 
 
 def _copied(context: RunContext, source: Node, described: DescribedFile | DescribedFolder) -> SyncedCheckpoint:
+    found = None if isinstance(described, DescribedFolder) else find_by_content(context, described.manifest)
+    if found is not None:
+        return found
     with gc_offered(context.node, context.journal, context.plan.cluster):
         done = copy_checkpoint(
             source,

@@ -6,8 +6,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.node import Node
 from orchestrator.pipeline.context import RunContext
 from orchestrator.plan import CheckpointReference, SyncedCheckpoint, node_path
-from orchestrator.transfer.fingerprints import sample_spans
-from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.chunks import ChunkManifest, sample_spans
 from remote_payload.wire.messages import Located, LocateRequest
 
 LOCATE_TIMEOUT_S = 900.0

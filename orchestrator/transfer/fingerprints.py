@@ -20,11 +20,10 @@ from pathlib import Path
 
 from orchestrator.errors import CheckpointError, IntegrityError
 from orchestrator.layout import LocalLayout
-from remote_payload.wire.chunks import Chunk, ChunkManifest, Fingerprint, chunk_spans, file_digest
+from remote_payload.wire.chunks import Chunk, ChunkManifest, Fingerprint, chunk_spans, file_digest, sample_spans
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.stream import ChunkTable, pack_chunks
 
-SAMPLE_CHUNKS = 8
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was hashed could change again within one tick of its time stamps
 (2 s on FAT, 1 s on old network file systems), so its manifest is not remembered."""
@@ -77,19 +76,6 @@ def digest_local_file(
     if begun_ns - max(before.mtime_ns, before.ctime_ns) > SETTLED_NS:
         memory.remember(before, manifest)
     return LocalFile(manifest, before.fingerprint)
-
-
-def sample_spans(manifest: ChunkManifest) -> tuple[tuple[int, int, str], ...]:
-    """(offset, length, sha256) of a few chunks: the first, the last, and others that follow from the digest."""
-    count = len(manifest.chunks)
-    chosen = {0, count - 1} if count else set()
-    step = 0
-    while len(chosen) < min(SAMPLE_CHUNKS, count):
-        word = hashlib.sha256(f"{manifest.digest}/{step}".encode()).digest()
-        chosen.add(int.from_bytes(word[:8], "big") % count)
-        step += 1
-    picked = (manifest.chunks[index] for index in sorted(chosen))
-    return tuple((chunk.offset, chunk.length, chunk.sha256) for chunk in picked)
 
 
 @dataclasses.dataclass(frozen=True)

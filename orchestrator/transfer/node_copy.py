@@ -51,19 +51,20 @@ class CopiedCheckpoint:
     seconds: float
 
 
-def describe(node: Node, path: str) -> DescribedFile | DescribedFolder:
-    """Ask `node` for what stands at `path`, chunk by chunk. Raises what `Node.call` does."""
+def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | DescribedFolder:
+    """Ask `node` for what stands at `path`, chunk by chunk; `anew`: by reading it, whatever is remembered. Raises what
+    `Node.call` does."""
     listed = _list(node, path)
     if not listed.is_folder:
-        return describe_file(node, path)
-    request = ListRequest(node.root, path)
+        return describe_file(node, path, anew=anew)
+    request = ListRequest(node.root, path, anew)
     return _described(node.call("folder_manifest", request, FolderManifest, timeout_s=DIGEST_TIMEOUT_S))
 
 
-def describe_file(node: Node, path: str) -> DescribedFile:
+def describe_file(node: Node, path: str, *, anew: bool = False) -> DescribedFile:
     """As `describe`, of a file; refuses a folder."""
     listed = _list(node, path)
-    request = ListRequest(node.root, path)
+    request = ListRequest(node.root, path, anew)
     manifest = node.call("chunk_manifest", request, ChunkManifest, timeout_s=DIGEST_TIMEOUT_S)
     return DescribedFile(listed.path, listed.files[0], manifest)
 
@@ -173,9 +174,14 @@ def _copy_folder(
     return sent
 
 
+def is_unchanged(source: Node, described: DescribedFile | DescribedFolder) -> bool:
+    """Whether it is listed now as it was when it was described."""
+    files = (described,) if isinstance(described, DescribedFile) else described.files
+    return _list(source, described.path).files == tuple(file.listed for file in files)
+
+
 def _check_unchanged(source: Node, described: DescribedFolder) -> None:
-    listed = _list(source, described.path)
-    if listed.files != tuple(file.listed for file in described.files):
+    if not is_unchanged(source, described):
         raise changed_on_node(described.path)
 
 

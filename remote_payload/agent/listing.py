@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 from remote_payload.agent import root
 from remote_payload.agent.failure import AgentError
+from remote_payload.agent.manifest_memory import ManifestMemory
 from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.folders import UnsendableError, folder_files, sendable_files
+from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import FileList, FolderManifest, ListedFile, ListRequest, ReadFile
 
 
@@ -33,21 +36,21 @@ def list_files(request: ListRequest) -> FileList:
 
 
 def chunk_manifest(request: ListRequest) -> ChunkManifest:
-    """The chunks of one file, by reading it once. Raises `AgentError` as `list_files`, integrity where it changed."""
+    """The chunks of one file, remembered or by reading it. Raises `AgentError` as `list_files`, integrity where it
+    changed."""
     listed = list_files(request)
     if listed.is_folder:
         raise AgentError("usage", f"{listed.path} is a folder", "Name a file.")
-    return _read(listed.path, listed.files[0])
+    return _read(request, listed.path, listed.files[0])
 
 
 def folder_manifest(request: ListRequest) -> FolderManifest:
-    """The files of a folder that may go to another machine, and their chunks, by reading them once. Raises as
-    `chunk_manifest`."""
+    """The files of a folder that may go to another machine, and their chunks. Raises as `chunk_manifest`."""
     listed = list_files(request)
     if not listed.is_folder:
         raise AgentError("usage", f"{listed.path} is no folder", "Name a folder.")
     before = _sendable(listed.path)
-    files = tuple(ReadFile(file, _read(os.path.join(listed.path, file.name), file)) for file in before)
+    files = tuple(ReadFile(file, _read(request, os.path.join(listed.path, file.name), file)) for file in before)
     if _sendable(listed.path) != before:
         raise _changed(listed.path)
     return FolderManifest(listed.path, files)
@@ -62,11 +65,17 @@ def _sendable(path: str) -> list[ListedFile]:
         raise AgentError("usage", str(error), error.action) from error
 
 
-def _read(path: str, before: ListedFile) -> ChunkManifest:
+def _read(request: ListRequest, path: str, before: ListedFile) -> ChunkManifest:
+    memory = ManifestMemory(NodeLayout(request.root), path)
     try:
         with open(path, "rb") as file:
-            manifest = digest_file(file, before.size)
-            after = _listed(before.name, os.fstat(file.fileno()))
+            known = None if request.anew else memory.recall(file)
+            began = time.time()
+            manifest = known or digest_file(file, before.size)
+            facts = os.fstat(file.fileno())
+            after = _listed(before.name, facts)
+            if known is None and after == before:
+                memory.remember(facts, manifest, began)
     except EOFError:
         after = None
     except OSError as error:

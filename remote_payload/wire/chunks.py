@@ -16,6 +16,7 @@ from remote_payload.wire.names import FILE_DIGEST_PREFIX
 from remote_payload.wire.records import record_cuts
 
 CHUNK_BYTES = 8 * 1024 * 1024
+SAMPLE_CHUNKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,3 +86,16 @@ def digest_file(
         chunks.append(Chunk(offset, length, digest.hexdigest()))
     ordered = tuple(chunks)
     return ChunkManifest(file_digest(ordered), size, ordered)
+
+
+def sample_spans(manifest: ChunkManifest) -> tuple[tuple[int, int, str], ...]:
+    """(offset, length, sha256) of a few chunks: the first, the last, and others that follow from the digest."""
+    count = len(manifest.chunks)
+    chosen = {0, count - 1} if count else set()
+    step = 0
+    while len(chosen) < min(SAMPLE_CHUNKS, count):
+        word = hashlib.sha256(f"{manifest.digest}/{step}".encode()).digest()
+        chosen.add(int.from_bytes(word[:8], "big") % count)
+        step += 1
+    picked = (manifest.chunks[index] for index in sorted(chosen))
+    return tuple((chunk.offset, chunk.length, chunk.sha256) for chunk in picked)

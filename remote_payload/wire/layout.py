@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import posixpath
 from typing import Optional
 
@@ -175,6 +176,14 @@ class NodeLayout:
     def code_folder(self, sha256: str) -> str:
         """The user's shipped code, unpacked; named by the archive's sha256."""
         return posixpath.join(self.code, names.check_sha256(sha256))
+
+    @property
+    def known_manifests(self) -> str:
+        """Chunk manifests of files elsewhere on the node, one for each path that was read for them."""
+        return posixpath.join(self.root, "manifests")
+
+    def known_manifest(self, path: str) -> str:
+        return posixpath.join(self.known_manifests, hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest())
 
     @property
     def digest_cache(self) -> str:

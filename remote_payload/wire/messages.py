@@ -141,10 +141,14 @@ class Located:
 
 @dataclasses.dataclass(frozen=True)
 class ListRequest:
-    """The file at `path`, or all files of the folder there; `~` and `$VARIABLES` of the node are expanded."""
+    """The file at `path`, or all files of the folder there; `~` and `$VARIABLES` of the node are expanded.
+
+    `anew`: chunks are read even where what they were is remembered.
+    """
 
     root: str
     path: str
+    anew: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,10 @@ class AgentHere(ThreadOpener):
         self.calls: list[str] = []
         self.profile = ClusterProfile(host="here")
 
+    @property
+    def root(self) -> str:
+        return self.layout.root
+
     def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
         self.calls.append(verb)
         return from_json(result, perform(verb, to_json(request)))

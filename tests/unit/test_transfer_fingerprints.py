@@ -15,8 +15,8 @@ import pytest
 from orchestrator.errors import CheckpointError, IntegrityError
 from orchestrator.layout import LocalLayout
 from orchestrator.transfer import fingerprints
-from orchestrator.transfer.fingerprints import LocalFile, digest_local_file, sample_spans
-from remote_payload.wire.chunks import CHUNK_BYTES, digest_file
+from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
+from remote_payload.wire.chunks import CHUNK_BYTES, SAMPLE_CHUNKS, digest_file, sample_spans
 from tests.support.agent_streams import even_cuts, manifest_of
 
 MIB = 1024 * 1024
@@ -200,7 +200,7 @@ def test_a_sample_has_the_ends_and_stays_within_what_a_node_reads() -> None:
     content = random.Random(3).randbytes(10_000)
     manifest = manifest_of(content, even_cuts(len(content), 100))
     spans = sample_spans(manifest)
-    assert len(spans) == fingerprints.SAMPLE_CHUNKS
+    assert len(spans) == SAMPLE_CHUNKS
     assert spans == sample_spans(manifest)
     assert spans[0][0] == 0
     assert spans[-1][0] + spans[-1][1] == len(content)
