@@ -38,6 +38,9 @@ Jobs = Annotated[
     str | None, typer.Option("--jobs", help="Comma-separated; default: health, reconstruct, the project's.")
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Return once the job is under way.")]
+BandwidthLimit = Annotated[
+    float | None, typer.Option("--bandwidth-limit", min=0.01, help="Megabits per second at most.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 RunId = Annotated[str | None, typer.Argument(help="Run id; default: the newest run.", autocompletion=complete_run_id)]
 Retry = Annotated[bool, typer.Option("--retry", help="Start a new attempt where the last one did not succeed.")]
@@ -52,6 +55,7 @@ def root(
     num_samples: NumSamples = 4,
     jobs: Jobs = None,
     detach: Detach = False,
+    bandwidth_limit: BandwidthLimit = None,
     json: Json = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
@@ -62,7 +66,7 @@ def root(
         print(f"remote-eval {orchestrator.__version__}")
         raise typer.Exit
     if context.invoked_subcommand is not None:
-        if detach or json or any(option is not None for option in (cluster, checkpoint, config, jobs)):
+        if detach or json or any(option is not None for option in (cluster, checkpoint, config, jobs, bandwidth_limit)):
             raise typer.BadParameter(
                 f"write options behind the sub-command: remote-eval {context.invoked_subcommand} …"
             )
@@ -70,7 +74,7 @@ def root(
     if checkpoint is None and cluster is None:
         print(context.get_help())
         raise typer.Exit
-    run(cluster, checkpoint, config, num_samples, jobs, detach, json)
+    run(cluster, checkpoint, config, num_samples, jobs, detach, bandwidth_limit, json)
 
 
 @app.command()
@@ -81,20 +85,38 @@ def run(
     num_samples: NumSamples = 4,
     jobs: Jobs = None,
     detach: Detach = False,
+    bandwidth_limit: BandwidthLimit = None,
     json: Json = False,
 ) -> None:
     """Evaluate a checkpoint (what remote-eval does without a sub-command)."""
     from orchestrator.cli import runs
 
-    finish(lambda: runs.run(cluster, checkpoint, config, num_samples, jobs, detach=detach, as_json=json))
+    finish(
+        lambda: runs.run(
+            cluster,
+            checkpoint,
+            config,
+            num_samples,
+            jobs,
+            detach=detach,
+            as_json=json,
+            bandwidth_limit_mbps=bandwidth_limit,
+        )
+    )
 
 
 @app.command()
-def resume(run_id: RunId = None, retry: Retry = False, detach: Detach = False, json: Json = False) -> None:
+def resume(
+    run_id: RunId = None,
+    retry: Retry = False,
+    detach: Detach = False,
+    bandwidth_limit: BandwidthLimit = None,
+    json: Json = False,
+) -> None:
     """Go on with a run from wherever it stands."""
     from orchestrator.cli import runs
 
-    finish(lambda: runs.resume(run_id, retry=retry, detach=detach, as_json=json))
+    finish(lambda: runs.resume(run_id, retry=retry, detach=detach, as_json=json, bandwidth_limit_mbps=bandwidth_limit))
 
 
 @app.command()
@@ -174,9 +196,7 @@ def fetch(
     streams: Annotated[
         int | None, typer.Option("--streams", min=1, max=16, help="Connections; default: as many as pay.")
     ] = None,
-    bandwidth_limit: Annotated[
-        float | None, typer.Option("--bandwidth-limit", min=0.01, help="Megabits per second at most.")
-    ] = None,
+    bandwidth_limit: BandwidthLimit = None,
     json: Json = False,
 ) -> None:
     """Bring a checkpoint or an artifact from a node, verified; goes on where it was cut."""

@@ -32,13 +32,14 @@ def run(
     *,
     detach: bool,
     as_json: bool,
+    bandwidth_limit_mbps: float | None,
 ) -> int:
     """Resolve a request and take the run to its end."""
     from orchestrator.pipeline.resolve import Request, resolve
 
     if checkpoint is None:
         raise UsageError("no checkpoint was named", action="Give --checkpoint PATH or --checkpoint CLUSTER:PATH.")
-    world = services(as_json=as_json)
+    world = services(as_json=as_json, bandwidth_limit_mbps=bandwidth_limit_mbps)
     world.reporter.stage("resolve")
     asked = [name.strip() for name in jobs.split(",") if name.strip()] if jobs is not None else None
     plan = resolve(
@@ -49,8 +50,9 @@ def run(
     return take_to_end(plan, world, detach=detach, retry=False, as_json=as_json)
 
 
-def resume(run_id: str | None, *, retry: bool, detach: bool, as_json: bool) -> int:
-    return take_to_end(plan_of(run_id), services(as_json=as_json), detach=detach, retry=retry, as_json=as_json)
+def resume(run_id: str | None, *, retry: bool, detach: bool, as_json: bool, bandwidth_limit_mbps: float | None) -> int:
+    world = services(as_json=as_json, bandwidth_limit_mbps=bandwidth_limit_mbps)
+    return take_to_end(plan_of(run_id), world, detach=detach, retry=retry, as_json=as_json)
 
 
 def take_to_end(plan: RunPlan, world: Services, *, detach: bool, retry: bool, as_json: bool) -> int:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from orchestrator.plan import RunPlan
 
 
-def services(*, quiet: bool = False, as_json: bool = False) -> Services:
+def services(*, quiet: bool = False, as_json: bool = False, bandwidth_limit_mbps: float | None = None) -> Services:
     """`as_json`: what happens is told to a program, in lines on stderr; `quiet`: to nobody."""
     from orchestrator.cli.output import ConsoleReporter, JsonReporter, ask_on_terminal
     from orchestrator.pipeline.world import make_services
 
     reporter = JsonReporter() if as_json else ConsoleReporter(quiet=quiet)
-    return make_services(LocalLayout.for_user(), reporter, ask_on_terminal)
+    return make_services(LocalLayout.for_user(), reporter, ask_on_terminal, bandwidth_limit_mbps)
 
 
 def journal() -> Journal:

@@ -40,12 +40,14 @@ class Reporter(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Services:
-    """What the pipeline needs of the world. `open_node` makes no connection yet."""
+    """What the pipeline needs of the world. `open_node` makes no connection yet. `bandwidth_limit_mbps`: of all
+    transfers of this command, instead of the profile's own limit."""
 
     layout: LocalLayout
     journal: Journal
     reporter: Reporter
     open_node: Callable[[ClusterProfile, Payload], Node]
+    bandwidth_limit_mbps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,9 @@ def load_plan(run_id: str, layout: LocalLayout) -> RunPlan:
 def open_run(plan: RunPlan, services: Services) -> RunContext:
     """A context for stages; nothing is connected yet."""
     profile, elsewhere = plan.cluster_profile(), plan.source_cluster_profile()
+    if services.bandwidth_limit_mbps is not None:
+        # Where this command runs now may be another network than the one the run was begun in.
+        profile = profile.model_copy(update={"bandwidth_limit_mbps": services.bandwidth_limit_mbps})
     payload = payload_for(plan.payload_sha256, services.layout)
     source = services.open_node(elsewhere, payload) if elsewhere is not None else None
     node = services.open_node(profile, payload)

@@ -15,14 +15,16 @@ from orchestrator.ssh.settings import ConnectionSettings, Prompt
 from orchestrator.ssh.transport import Transport
 
 
-def make_services(layout: LocalLayout, reporter: Reporter, prompt: Prompt) -> Services:
+def make_services(
+    layout: LocalLayout, reporter: Reporter, prompt: Prompt, bandwidth_limit_mbps: float | None = None
+) -> Services:
     """Services over real SSH. Nothing is connected or started before a stage needs it."""
     layout.make_private(layout.data)
 
     def open_node(profile: ClusterProfile, payload: Payload) -> Node:
         return Node(_for_this_machine(profile, layout), payload, _connector(profile, layout, reporter, prompt))
 
-    return Services(layout, Journal(layout.database), reporter, open_node)
+    return Services(layout, Journal(layout.database), reporter, open_node, bandwidth_limit_mbps)
 
 
 def _for_this_machine(profile: ClusterProfile, layout: LocalLayout) -> ClusterProfile:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.sshd import Sshd
 from tests.support.world import World, digests, make_world, until
@@ -53,6 +54,15 @@ def test_with_json_the_upload_is_told_in_json_lines_on_stderr(world: World) -> N
     assert "verdict" in json.loads(done.stdout), done.stderr
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert {"checkpoint", "artifacts"} <= {e["what"] for e in events if e["bytes_done"] == e["bytes_total"]}
+
+
+def test_a_bandwidth_limit_of_the_command_stands_above_the_profiles(world: World) -> None:
+    values = torch.randint(0, 256, (3_000_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    torch.save({"w": values}, world.project / "best.pt")
+    world.edit_profile(bandwidth_limit_mbps=8000)
+    result = world.json("--checkpoint", "best.pt", "--jobs", "count", "--bandwidth-limit", "8")
+    # A megabyte a second, with bursts of a quarter of a second: whatever else goes on, it cannot take less.
+    assert world.json("status", result["run_id"])["stage_seconds"]["sync"] >= 2.7
 
 
 def test_a_file_of_the_same_content_under_a_root_is_never_sent(world: World) -> None:
