@@ -39,6 +39,7 @@ def fetch(
     from orchestrator.plan import CheckpointReference, node_path
     from orchestrator.project import find_project
     from orchestrator.transfer.fetch import fetch_file
+    from orchestrator.transfer.small_files import SMALL_BYTES, RemoteFile, fetch_small_files
     from orchestrator.transfer.stream_count import StreamPolicy
     from remote_payload.wire.messages import FileList, ListRequest
 
@@ -57,20 +58,34 @@ def fetch(
         check_names(file.name for file in listed.files if listed.is_folder)
         base = target_of(listed, local)
         _refuse_too_little_room(base, sum(max(0, file.size) for file in listed.files))
-        for file in listed.files:
-            target = base.joinpath(*file.name.split("/")) if listed.is_folder else base
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source = posixpath.join(listed.path, file.name) if listed.is_folder else listed.path
+        files = [
+            RemoteFile(posixpath.join(listed.path, file.name), file, base.joinpath(*file.name.split("/")))
+            if listed.is_folder
+            else RemoteFile(listed.path, file, base)
+            for file in listed.files
+        ]
+        for folder in {file.target.parent for file in files}:
+            folder.mkdir(parents=True, exist_ok=True)
+        small = [file for file in files if listed.is_folder and file.listed.size < SMALL_BYTES]
+        if small:
+            results += fetch_small_files(
+                node,
+                small,
+                overwrite=force,
+                bandwidth_limit_bytes_per_s=limit,
+                on_progress=functools.partial(world.reporter.transfer, f"{len(small)} small files"),
+            )
+        for file in (file for file in files if file not in small):
             done = fetch_file(
                 node,
-                source,
-                file,
-                target,
+                file.path,
+                file.listed,
+                file.target,
                 overwrite=force,
                 streams=StreamPolicy(fixed=streams),
                 bandwidth_limit_bytes_per_s=limit,
                 packing=named.profile.pack_floats,
-                on_progress=functools.partial(world.reporter.transfer, target.name),
+                on_progress=functools.partial(world.reporter.transfer, file.target.name),
             )
             results.append(done)
     _show(base, results, as_json=as_json)
