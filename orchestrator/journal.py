@@ -110,7 +110,7 @@ class AttemptRecord:
 class RunRecord:
     """What a run's entries add up to.
 
-    `synced`: the checkpoint is on the node in full. `synced_partly`: what the run's jobs read of it is.
+    `synced`: the checkpoint is on the node in full. `synced_partly`: its header and weights are.
     """
 
     planned: bool

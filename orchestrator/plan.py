@@ -83,7 +83,7 @@ class SyncedCheckpoint:
     """Where the checkpoint stands on the node and what it is: its digest, else [size, mtime_ns, inode].
 
     `source_path` and `source_fingerprint` say the same of the other node that it was read on, if there was one.
-    `is_complete` False: what the jobs read of it is there, and `path` is where it will stand in full.
+    `is_complete` False: header and weights are there, and `path` is where it will stand in full.
     """
 
     path: str
@@ -126,11 +126,6 @@ def choose_jobs(asked: list[str] | None, project_jobs: Mapping[str, str]) -> tup
     return tuple(known[name] for name in dict.fromkeys(chosen))
 
 
-def reads_weights_only(jobs: tuple[JobSpec, ...]) -> bool:
-    """Whether all that the jobs read of a checkpoint is its header and the model's weights."""
-    return jobs == (JobSpec("reconstruct"),)
-
-
 def new_run_id(now: datetime.datetime) -> str:
     """Sorts by time; unique without asking anybody."""
     return f"{now:%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
@@ -168,7 +163,8 @@ def node_plan(plan: RunPlan, checkpoint: SyncedCheckpoint) -> NodePlan:
     return NodePlan(
         run_id=plan.run_id,
         payload_sha256=plan.payload_sha256,
-        jobs=plan.jobs,
+        # Those that read less of the checkpoint can begin while the rest of it is still being sent.
+        jobs=tuple(sorted(plan.jobs, key=lambda job: not job.reads_weights_only)),
         checkpoint_path=checkpoint.path,
         settings=plan.settings,
         gpu=profile.gpu_policy(),

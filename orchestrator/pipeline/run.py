@@ -131,11 +131,12 @@ def _advance(context: RunContext, detach: bool, retry: bool) -> RunOutcome | Non
     record = context.record()
     if retry:
         _refuse_retry_of_success(record)
-    checkpoint = _ensure_synced(context, record, retry)
+    checkpoint = _ensure_synced(context, record, retry, may_start_early=not detach)
     attempt = _ensure_launched(context, checkpoint, record, retry)
     if attempt.fate == "lost":
         lost: AttemptLostError | None = following.lost_error(context.plan.run_id, Standing.ABSENT)
     else:
+        checkpoint = _ensure_complete(context, checkpoint, attempt)
         if detach and attempt.fate == "launched":
             context.note_entry("detached", attempt=attempt.number)
             return None
@@ -159,7 +160,7 @@ def _refuse_retry_of_success(record: RunRecord) -> None:
         raise UsageError("the last attempt succeeded; there is nothing to retry", action="Start a new run instead.")
 
 
-def _ensure_synced(context: RunContext, record: RunRecord, retry: bool) -> SyncedCheckpoint:
+def _ensure_synced(context: RunContext, record: RunRecord, retry: bool, *, may_start_early: bool) -> SyncedCheckpoint:
     known = record.synced or record.synced_partly
     if known is not None:
         checkpoint = from_json(SyncedCheckpoint, known)
@@ -169,9 +170,20 @@ def _ensure_synced(context: RunContext, record: RunRecord, retry: bool) -> Synce
     with context.stage("preflight"):
         preflight(context)
     with context.stage("sync"):
-        checkpoint = syncing.sync_checkpoint(context)
+        checkpoint = syncing.sync_checkpoint(context, may_start_early=may_start_early)
     context.note_entry("synced" if checkpoint.is_complete else "synced_partly", **to_json(checkpoint))
     return checkpoint
+
+
+def _ensure_complete(context: RunContext, checkpoint: SyncedCheckpoint, attempt: AttemptRecord) -> SyncedCheckpoint:
+    """Send what an attempt under way does not have yet of its checkpoint, and needs."""
+    needs_all = not all(job.reads_weights_only for job in context.plan.jobs)
+    if checkpoint.is_complete or not needs_all or attempt.fate != "launched":
+        return checkpoint
+    with context.stage("sync"):
+        whole = syncing.send_rest(context, checkpoint)
+    context.note_entry("synced", **to_json(whole))
+    return whole
 
 
 def _ensure_launched(

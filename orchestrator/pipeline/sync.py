@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
-from orchestrator.errors import CheckpointError, ConfigurationError, RemoteEvalError
+from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
 from orchestrator.inspection import inspect_local
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
@@ -13,7 +14,7 @@ from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
-from orchestrator.plan import SyncedCheckpoint, local_checkpoint, reads_weights_only
+from orchestrator.plan import RunPlan, SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
@@ -25,9 +26,15 @@ from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Unpacked, UnpackRequest
 from remote_payload.wire.units import human_bytes
 
+EARLY_START_BYTES = 64 * 1024 * 1024
+"""So much more than the weights must be to come for an attempt to begin without it."""
 
-def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
-    """Find the checkpoint on the node, by content where it lies elsewhere; else send it, or copy it from its node."""
+
+def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> SyncedCheckpoint:
+    """Find the checkpoint on the node, by content where it lies elsewhere; else send it, or copy it from its node.
+
+    `may_start_early`: the weights suffice for now where a job begins with them; the rest is for `send_rest` then.
+    """
     if context.source is not None:
         return copy_from_source(context, context.source)
     if context.plan.checkpoint.cluster is not None:
@@ -48,12 +55,26 @@ def sync_checkpoint(context: RunContext) -> SyncedCheckpoint:
     if local.was_remembered:
         _prepare_streams(context, path)
     try:
-        return _send(context, path, local)
+        return _send(context, path, local, may_start_early)
     except LocalFileChangedError:
         if not local.was_remembered:
             raise
         # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
-        return _send(context, path, digest_local_file(path, context.services.layout, use_remembered=False))
+        local = digest_local_file(path, context.services.layout, use_remembered=False)
+        return _send(context, path, local, may_start_early)
+
+
+def send_rest(context: RunContext, begun: SyncedCheckpoint) -> SyncedCheckpoint:
+    """Send what is missing of a checkpoint whose weights are on the node. Raises `IntegrityError` where it changed."""
+    path = local_checkpoint(context.plan.checkpoint)
+    manifest = digest_local_file(path, context.services.layout).manifest
+    if manifest.digest != begun.digest:
+        raise IntegrityError(
+            f"{path} changed after its weights were sent",
+            action=f"`remote-eval cancel {context.plan.run_id}`, and start a new run for what the file is now.",
+        )
+    sent = _upload(context, path, manifest, on_progress=_telling(context))
+    return dataclasses.replace(begun, bytes_sent=begun.bytes_sent + sent.bytes_sent, is_complete=sent.is_complete)
 
 
 def sync_code(context: RunContext) -> None:
@@ -101,25 +122,38 @@ def _prepare_streams(context: RunContext, path: Path) -> None:
         context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s))
 
 
-def _send(context: RunContext, path: Path, local: LocalFile) -> SyncedCheckpoint:
-    """Send the file, what `reconstruct` reads before the rest, and nothing else where no other job is asked for."""
+def _send(context: RunContext, path: Path, local: LocalFile, may_start_early: bool) -> SyncedCheckpoint:
+    """Send the file, what `reconstruct` reads before the rest; no rest where nobody needs it, or not yet."""
     manifest, order = local.manifest, None
     classes = _chunk_classes(path, local)
     if classes is not None:
         order = sending_order(classes)
-        if reads_weights_only(context.plan.jobs):
-            order = [index for index in order if classes[index] is not ChunkClass.REST]
-            _tell_what_is_left(context, manifest, order)
-    sent = _upload(
-        context,
-        path,
-        manifest,
-        on_progress=lambda progress: context.reporter.transfer("checkpoint", progress),
-        order=order,
-    )
+        needed = [index for index in order if classes[index] is not ChunkClass.REST]
+        needed_bytes = sum(manifest.chunks[index].length for index in needed)
+        why = _why_weights_suffice(context.plan, local, manifest.size - needed_bytes, may_start_early)
+        if why is not None:
+            order = needed
+            shares = f"{human_bytes(needed_bytes)} of {human_bytes(manifest.size)}"
+            context.reporter.note(f"only the weights are sent ({shares}): {why}")
+    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order)
     return SyncedCheckpoint(
         sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )
+
+
+def _why_weights_suffice(plan: RunPlan, local: LocalFile, rest_bytes: int, may_start_early: bool) -> str | None:
+    """In words; None where everything is to be sent before a job begins."""
+    are_content = [job.reads_weights_only for job in plan.jobs]
+    if rest_bytes and all(are_content):
+        return "reconstruct needs no more"
+    # A digest that is remembered may turn out to be another content's, which must not happen under a running job.
+    if not may_start_early or local.was_remembered or rest_bytes < EARLY_START_BYTES:
+        return None
+    return "reconstruct begins, and the rest follows" if any(are_content) and plan.settings.adapter else None
+
+
+def _telling(context: RunContext) -> ProgressListener:
+    return functools.partial(context.reporter.transfer, "checkpoint")
 
 
 def _upload(
@@ -156,11 +190,3 @@ def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
     if not is_the_file or header["fingerprint"] != [hashed.size, hashed.mtime_ns, hashed.inode]:
         return None
     return classify(local.manifest, tensor_bytes(header, inspected["reads"]))
-
-
-def _tell_what_is_left(context: RunContext, manifest: ChunkManifest, order: list[int]) -> None:
-    if len(order) < len(manifest.chunks):
-        asked_for = human_bytes(sum(manifest.chunks[index].length for index in order))
-        context.reporter.note(
-            f"only the weights are sent ({asked_for} of {human_bytes(manifest.size)}): reconstruct needs no more"
-        )

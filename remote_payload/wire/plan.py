@@ -17,6 +17,11 @@ class JobSpec:
     name: str
     entry: str = "builtin"
 
+    @property
+    def reads_weights_only(self) -> bool:
+        """Whether all that it reads of a checkpoint is the header and the model's weights."""
+        return self == JobSpec("reconstruct")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:

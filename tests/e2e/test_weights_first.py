@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from orchestrator.inspection import inspect_local
+from orchestrator.journal import Journal
+from orchestrator.pipeline.sync import EARLY_START_BYTES
 from orchestrator.transfer.order import ChunkClass, classify, tensor_bytes
 from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.layout import NodeLayout
@@ -22,6 +25,8 @@ from tests.support.world import World, digests, until
 
 RECONSTRUCT = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")
 HEALTH = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "health")
+LAUNCHED = 9
+"""The number of the journal's entry that says so, in a run that begins with the weights."""
 SLOW_MBPS = 2.4
 """Fast enough to wait for, slow enough to be killed in the middle."""
 
@@ -45,11 +50,11 @@ def chunks_of(path: Path) -> tuple[ChunkManifest, list[ChunkClass]]:
 class Trained:
     """A project with a trained checkpoint, and where that is on the node."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, width: int) -> None:
         ship_image_adapter(world)
-        write_config(world, width=48)
+        write_config(world, width)
         self.local = world.project / "trained.pt"
-        write_trained(self.local, width=48)
+        write_trained(self.local, width)
         world.edit_profile(pack_floats=False)
         manifest, self.classes = chunks_of(self.local)
         layout = NodeLayout(str(world.node / "root of ours"))
@@ -67,7 +72,17 @@ class Trained:
 
 @pytest.fixture
 def trained(world: World) -> Trained:
-    return Trained(world)
+    return Trained(world, width=48)
+
+
+@pytest.fixture
+def large(world: World) -> Trained:
+    """The rest is more than what an attempt begins without."""
+    trained = Trained(world, width=448)
+    assert trained.rest_bytes > EARLY_START_BYTES
+    # Long enough in its place that its digest is remembered, as any checkpoint is that took minutes to write.
+    os.utime(trained.local, (1, 1))
+    return trained
 
 
 def provenance(world: World, run_id: str) -> Any:
@@ -83,6 +98,24 @@ def evaluate(world: World, *arguments: str) -> str:
 
 def artifacts(world: World, run_id: str) -> dict[str, str]:
     return digests(world.run_folder(run_id) / "artifacts" / "reconstruct")
+
+
+def kinds_of(world: World, run_id: str) -> list[str]:
+    return [entry.kind for entry in Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)]
+
+
+def killed_at(world: World, when: str, number: int, *arguments: str) -> str:
+    """A client that dies at that entry of its journal; the id of its run."""
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *arguments],
+        capture_output=True,
+        timeout=120,
+        env=world.environment,
+        cwd=world.project,
+        stdin=subprocess.DEVNULL,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    return world.run_ids()[-1]
 
 
 def test_an_upload_that_is_killed_has_brought_header_and_weights_before_anything_else(
@@ -163,32 +196,15 @@ def test_clients_that_are_killed_while_either_share_is_sent_go_on_where_they_wer
 def test_a_client_killed_beside_the_entry_of_a_part_resumes_to_the_same_artifacts(
     world: World, trained: Trained, when: str, number: int
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *RECONSTRUCT],
-        capture_output=True,
-        timeout=120,
-        env=world.environment,
-        cwd=world.project,
-        stdin=subprocess.DEVNULL,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (run_id,) = world.run_ids()
-    kinds = [entry["kind"] for entry in journal_of(world, run_id)]
-    assert kinds[5:6] == ([] if when == "before" else ["synced_partly"])
+    run_id = killed_at(world, when, number, *RECONSTRUCT)
+    assert kinds_of(world, run_id)[5:6] == ([] if when == "before" else ["synced_partly"])
     if number == 6:
         # Another client may have completed the file, or gc taken the part: until the launch nothing is relied on.
         trained.part.unlink()
     done = world.cli("resume", run_id, "--json")
     assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
     assert "mse" in (world.run_folder(run_id) / "results.json").read_text()
-    assert [entry["kind"] for entry in journal_of(world, run_id)].count("launched") == 1
-
-
-def journal_of(world: World, run_id: str) -> list[dict[str, Any]]:
-    from orchestrator.journal import Journal
-
-    entries = Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)
-    return [{"kind": entry.kind, **entry.data} for entry in entries]
+    assert kinds_of(world, run_id).count("launched") == 1
 
 
 def test_a_run_of_the_whole_file_beside_one_of_the_weights_disturbs_neither(world: World, trained: Trained) -> None:
@@ -200,3 +216,60 @@ def test_a_run_of_the_whole_file_beside_one_of_the_weights_disturbs_neither(worl
     sent = [provenance(world, run_id)["bytes_sent"] for run_id in world.run_ids()]
     assert sum(sent) == trained.local.stat().st_size
     assert trained.stored.read_bytes() == trained.local.read_bytes()
+
+
+BOTH = (*RECONSTRUCT[:4], "--jobs", "health,reconstruct", "--num-samples", "2")
+
+
+def test_reconstruct_begins_with_the_weights_and_health_ends_with_the_whole_file(world: World, large: Trained) -> None:
+    done = world.cli(*BOTH)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert "reconstruct begins, and the rest follows" in done.stdout + done.stderr
+    (run_id,) = world.run_ids()
+    kinds = kinds_of(world, run_id)
+    assert kinds.index("synced_partly") < kinds.index("launched") < kinds.index("synced") < kinds.index("terminal")
+    assert large.stored.read_bytes() == large.local.read_bytes()
+    sent = provenance(world, run_id)
+    assert (sent["bytes_sent"], sent["checkpoint"]["is_complete"]) == (large.local.stat().st_size, True)
+    results = json.loads((world.run_folder(run_id) / "results.json").read_text())
+    assert results["verdict"]["dimensions"]["integrity"] == "pass"
+    assert "mse" in {metric["id"] for metric in results["metrics"]}
+
+
+def test_a_client_killed_before_the_rest_went_is_waited_for_and_sends_it_when_it_comes_back(
+    world: World, large: Trained
+) -> None:
+    run_id = killed_at(world, "after", LAUNCHED, *BOTH)
+    assert kinds_of(world, run_id)[-1] == "launched"
+
+    def jobs() -> Any:
+        return world.json("status", run_id)["node"]["status"]["jobs"]
+
+    until(lambda: "waiting for the rest" in jobs()["health"]["message"])
+    assert jobs()["reconstruct"]["state"] == "succeeded"
+    assert not large.stored.exists()
+    done = world.cli("resume", run_id, "--json")
+    assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
+    assert large.stored.read_bytes() == large.local.read_bytes()
+    kinds = kinds_of(world, run_id)
+    assert (kinds.count("launched"), kinds.count("synced")) == (1, 1)
+    results = json.loads((world.run_folder(run_id) / "results.json").read_text())
+    assert results["verdict"]["dimensions"]["integrity"] == "pass"
+
+
+def test_a_file_that_changed_after_its_weights_went_is_no_rest_of_them(world: World, large: Trained) -> None:
+    run_id = killed_at(world, "after", LAUNCHED, *BOTH)
+    with large.local.open("r+b") as file:
+        file.seek(large.local.stat().st_size // 4)
+        file.write(b"another optimizer")
+    error = world.json("resume", run_id, expect=7)
+    assert "changed after its weights were sent" in error["cause"]
+    assert not large.stored.exists()
+    assert world.json("cancel", run_id)["state"] == "cancelled"
+
+
+def test_a_run_that_is_left_alone_begins_with_the_whole_file(world: World, large: Trained) -> None:
+    run_id = world.json(*BOTH, "--detach")["run_id"]
+    assert "synced_partly" not in kinds_of(world, run_id)
+    assert large.stored.exists()
+    world.json("cancel", run_id)
