@@ -230,7 +230,7 @@ class PartialFile:
             return False
         readable = ReadableSpans(os.fstat(self.fd).st_ino, self._table.size, tuple(self._spans_here()))
         with self.fullness_explained():
-            files.replace(self._layout.checkpoint_readable(self._digest), files.json_bytes(to_json(readable)))
+            files.replace(self._layout.checkpoint_readable(self._digest), json.dumps(to_json(readable)).encode())
         return True
 
     @property

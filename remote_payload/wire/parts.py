@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import json
 
 from remote_payload.wire.codec import WireError, from_json
@@ -32,8 +33,9 @@ class ReadableSpans:
         return at >= 0 and offset + length <= self.spans[at][1]
 
 
+@functools.lru_cache(maxsize=4)
 def parse_readable(data: bytes) -> ReadableSpans:
-    """The list as the agent wrote it. Raises `WireError`."""
+    """The list as the agent wrote it. Remembered, since it is read again for every tensor. Raises `WireError`."""
     try:
         found = from_json(ReadableSpans, json.loads(data))
     except (ValueError, RecursionError) as error:
