@@ -64,7 +64,9 @@ def open_run(plan: RunPlan, services: Services) -> RunContext:
     profile, elsewhere = plan.cluster_profile(), plan.source_cluster_profile()
     if services.bandwidth_limit_mbps is not None:
         # Where this command runs now may be another network than the one the run was begun in.
-        profile = profile.model_copy(update={"bandwidth_limit_mbps": services.bandwidth_limit_mbps})
+        limit = {"bandwidth_limit_mbps": services.bandwidth_limit_mbps}
+        profile = profile.model_copy(update=limit)
+        elsewhere = elsewhere.model_copy(update=limit) if elsewhere is not None else None
     payload = payload_for(plan.payload_sha256, services.layout)
     source = services.open_node(elsewhere, payload) if elsewhere is not None else None
     node = services.open_node(profile, payload)

@@ -95,7 +95,7 @@ def send_folder(
         files = large.get(digest, packed)
         manifest = pack if digest == pack.digest else files[0].manifest
         sent += upload(files, manifest, meter.of_file).bytes_sent
-        meter.ended(manifest.size)
+        meter.ended()
     if answer.path is None:
         answer = _assemble(node, request)
     if answer.path != node.layout.checkpoint_tree(folder.digest):
@@ -116,29 +116,29 @@ class _Overall:
     def __init__(self, total: int, listener: ProgressListener | None) -> None:
         self._total = total
         self._listener = listener
-        self._done = 0
-        self._saved = 0
+        self._before = TransferProgress(0, total, 0.0, None)
+        self._now = self._before
 
     def begin(self, already_there: int) -> None:
-        self._done = self._saved = already_there
+        self._before = dataclasses.replace(self._before, bytes_done=already_there, bytes_saved=already_there)
 
     def of_file(self, progress: TransferProgress) -> None:
-        if self._listener is None:
-            return
-        done = min(self._total, self._done + progress.bytes_done)
-        rate = progress.bytes_per_s
-        self._listener(
-            dataclasses.replace(
-                progress,
-                bytes_done=done,
-                bytes_total=self._total,
-                bytes_saved=self._saved + progress.bytes_saved,
-                eta_s=(self._total - done) / rate if rate > 0 else None,
-            )
+        before, rate = self._before, progress.bytes_per_s
+        done = before.bytes_done + progress.bytes_done
+        self._now = dataclasses.replace(
+            progress,
+            bytes_done=done,
+            bytes_total=self._total,
+            eta_s=(self._total - done) / rate if rate > 0 else None,
+            bytes_saved=before.bytes_saved + progress.bytes_saved,
+            bytes_reused=before.bytes_reused + progress.bytes_reused,
+            bytes_packed=before.bytes_packed + progress.bytes_packed,
         )
+        if self._listener is not None:
+            self._listener(self._now)
 
-    def ended(self, size: int) -> None:
-        self._done += size
+    def ended(self) -> None:
+        self._before = self._now
 
 
 class LocalFolder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import posixpath
+import struct
 import time
 from collections.abc import Sequence
 
@@ -25,6 +26,7 @@ from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member, check_members
 from remote_payload.wire.messages import FileList, FolderManifest, ListRequest
 from remote_payload.wire.names import printable
+from remote_payload.wire.stream import ChunkTable, pack_chunks
 
 LIST_TIMEOUT_S = 60.0
 DIGEST_TIMEOUT_S = 900.0
@@ -52,21 +54,17 @@ class CopiedCheckpoint:
 
 
 def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | DescribedFolder:
-    """Ask `node` for what stands at `path`, chunk by chunk; `anew`: by reading it, whatever is remembered. Raises what
-    `Node.call` does."""
-    listed = _list(node, path)
-    if not listed.is_folder:
-        return describe_file(node, path, anew=anew)
-    request = ListRequest(node.root, path, anew)
-    return _described(node.call("folder_manifest", request, FolderManifest, timeout_s=DIGEST_TIMEOUT_S))
+    """Ask `node` for what stands at `path`, chunk by chunk; `anew`: by reading it, whatever is remembered.
 
-
-def describe_file(node: Node, path: str, *, anew: bool = False) -> DescribedFile:
-    """As `describe`, of a file; refuses a folder."""
+    Raises what `Node.call` does, and `IntegrityError` for an answer that cannot be.
+    """
     listed = _list(node, path)
     request = ListRequest(node.root, path, anew)
+    if listed.is_folder:
+        found = node.call("folder_manifest", request, FolderManifest, timeout_s=DIGEST_TIMEOUT_S)
+        return _described(found)
     manifest = node.call("chunk_manifest", request, ChunkManifest, timeout_s=DIGEST_TIMEOUT_S)
-    return DescribedFile(listed.path, listed.files[0], manifest)
+    return _checked(DescribedFile(listed.path, listed.files[0], manifest))
 
 
 def copy_checkpoint(
@@ -80,9 +78,9 @@ def copy_checkpoint(
     run_id: str = "",
 ) -> CopiedCheckpoint:
     """Put what was `described` on `source` into `target`'s store, within the limits of both profiles. Raises as
-    `copy_to_node`."""
+    `NodeCopy`, and `LocalFileChangedError` for a folder that is another by the end."""
     limits = (bandwidth_limit_bytes_per_s, *(node.profile.bandwidth_limit_bytes_per_s for node in (source, target)))
-    copy = _Copy(
+    copy = NodeCopy(
         source,
         target,
         streams=streams,
@@ -101,30 +99,15 @@ def copy_checkpoint(
     return CopiedCheckpoint(folder.path, described.folder.digest, size, folder.bytes_sent, time.monotonic() - began)
 
 
-def copy_to_node(
-    source: StreamOpener,
-    described: DescribedFile,
-    target: StreamOpener,
-    *,
-    streams: StreamPolicy | None = None,
-    bandwidth_limit_bytes_per_s: float | None = None,
-    on_progress: ProgressListener | None = None,
-    retry: ReconnectPolicy | None = None,
-) -> UploadResult:
-    """As `copy_checkpoint`, of one file. Raises as `upload_file`, for either node."""
-    copy = _Copy(source, target, streams, bandwidth_limit_bytes_per_s, retry=retry)
-    return copy([described], described.manifest, on_progress)
-
-
 @dataclasses.dataclass
-class _Copy:
+class NodeCopy:
     """Puts files, one behind the other, from node to node. `packing`: floats go in fewer bytes, packed by `source` and
-    unpacked by `target`, where that saves time."""
+    unpacked by `target`, where that saves time. Calls raise as `upload_file`, for either node."""
 
     source: StreamOpener
     target: StreamOpener
-    streams: StreamPolicy | None
-    bandwidth_limit_bytes_per_s: float | None
+    streams: StreamPolicy | None = None
+    bandwidth_limit_bytes_per_s: float | None = None
     packing: bool = True
     retry: ReconnectPolicy | None = None
     run_id: str = ""
@@ -134,7 +117,7 @@ class _Copy:
         self._rates = PackingRates()
 
     def __call__(
-        self, files: Sequence[DescribedFile], manifest: ChunkManifest, on_progress: ProgressListener | None
+        self, files: Sequence[DescribedFile], manifest: ChunkManifest, on_progress: ProgressListener | None = None
     ) -> UploadResult:
         return upload_file(
             self.target,
@@ -152,7 +135,7 @@ class _Copy:
 
 
 def _copy_folder(
-    copy: _Copy,
+    copy: NodeCopy,
     source: Node,
     described: DescribedFolder,
     target: Node,
@@ -191,17 +174,36 @@ def _list(node: Node, path: str) -> FileList:
 
 def _described(found: FolderManifest) -> DescribedFolder:
     files = tuple(
-        DescribedFile(posixpath.join(found.path, file.listed.name), file.listed, file.manifest) for file in found.files
+        _checked(DescribedFile(posixpath.join(found.path, file.listed.name), file.listed, file.manifest))
+        for file in found.files
     )
-    members = [
-        FolderFile(Member(file.listed.name, file.manifest.size, file.manifest.digest), file.manifest) for file in files
-    ]
-    folder = Folder(tuple(members))
+    folder = Folder(
+        tuple(
+            FolderFile(Member(file.listed.name, file.manifest.size, file.manifest.digest), file.manifest)
+            for file in files
+        )
+    )
     try:
         check_members(folder.members)
     except WireError as error:
-        raise IntegrityError(
-            f"the node lists a folder that cannot be: {printable(str(error))}",
-            action="Do not trust this node; tell its administrator.",
-        ) from error
+        raise _cannot_be(str(error)) from error
     return DescribedFolder(found.path, files, folder)
+
+
+def _checked(file: DescribedFile) -> DescribedFile:
+    """Refuse chunks that are not those of a file with its size and digest."""
+    manifest = file.manifest
+    try:
+        digest = ChunkTable(pack_chunks(manifest.chunks), file.listed.size).file_digest()
+    except (ValueError, struct.error) as error:
+        raise _cannot_be(f"{file.path}: {error}") from error
+    if (digest, file.listed.size) != (manifest.digest, manifest.size):
+        raise _cannot_be(f"the chunks of {file.path} are those of another file")
+    return file
+
+
+def _cannot_be(what: str) -> IntegrityError:
+    return IntegrityError(
+        f"the node describes files that cannot be: {printable(what)}",
+        action="Do not trust this node; tell its administrator.",
+    )

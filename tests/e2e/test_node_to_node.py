@@ -16,7 +16,8 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.connect import connect
 from orchestrator.ssh.settings import RetryPolicy
 from orchestrator.transfer.channel import ReconnectPolicy
-from orchestrator.transfer.node_copy import copy_to_node, describe_file
+from orchestrator.transfer.node_copy import NodeCopy, describe
+from orchestrator.transfer.node_files import DescribedFile
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.upload import UploadResult
 from tests.support.floats import bfloat16
@@ -76,14 +77,10 @@ def copy(
     bandwidth_limit_bytes_per_s: float,
     on_progress: ProgressListener | None = None,
 ) -> UploadResult:
-    return copy_to_node(
-        source,
-        describe_file(source, str(file)),
-        target,
-        on_progress=on_progress,
-        retry=SOON,
-        bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
-    )
+    described = describe(source, str(file))
+    assert isinstance(described, DescribedFile)
+    copy_files = NodeCopy(source, target, bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s, retry=SOON)
+    return copy_files([described], described.manifest, on_progress)
 
 
 def test_weights_go_packed_from_node_to_node_over_a_slow_link(tmp_path: Path, nodes: list[Node]) -> None:

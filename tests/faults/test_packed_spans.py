@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.transfer import fetch, node_files
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.fetch import FetchResult, fetch_file
-from orchestrator.transfer.node_copy import copy_to_node
+from orchestrator.transfer.node_copy import NodeCopy
 from orchestrator.transfer.node_files import DescribedFile
 from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.stream_count import StreamPolicy
@@ -68,13 +68,13 @@ def copy(folder: Path, from_wraps: list[Wrap], to_wraps: list[Wrap], streams: in
     source.write_bytes(CONTENT)
     listed = list_files(ListRequest(str(root), str(source))).files[0]
     manifest = manifest_of(CONTENT, even_cuts(len(CONTENT), SPAN))
-    done = copy_to_node(
+    copy = NodeCopy(
         ThreadOpener(root, from_wraps),
-        DescribedFile(str(source), listed, manifest),
         ThreadOpener(other, to_wraps),
         streams=StreamPolicy(fixed=streams),
         retry=STUBBORN,
     )
+    done = copy([DescribedFile(str(source), listed, manifest)], manifest)
     check_stored(other, manifest, CONTENT)
     return done
 

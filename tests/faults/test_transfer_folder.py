@@ -6,7 +6,7 @@ import dataclasses
 import os
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,9 +24,9 @@ from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.agent.verbs import perform
-from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.chunks import Chunk, ChunkManifest
 from remote_payload.wire.codec import from_json, to_json
-from remote_payload.wire.messages import FolderManifest
+from remote_payload.wire.messages import FolderManifest, ReadFile
 from tests.support.agent_streams import CutStream, ThreadOpener, TurnStream, Wrap, make_node_root
 from tests.support.durable import durable_bytes
 from tests.support.world import digests
@@ -257,14 +257,23 @@ def test_a_folder_on_a_node_that_changes_while_it_is_copied_is_an_error(
         copy(AgentHere(root, [act]), AgentHere(make_node_root(tmp_path / "other")), folder)
 
 
-def test_a_node_that_names_files_elsewhere_is_not_believed(root: Path, folder: Path) -> None:
+LIES: dict[str, Callable[[ReadFile], ReadFile]] = {
+    "name": lambda file: ReadFile(dataclasses.replace(file.listed, name="../../.ssh/authorized_keys"), file.manifest),
+    "size": lambda file: ReadFile(dataclasses.replace(file.listed, size=5), file.manifest),
+    "digest": lambda file: ReadFile(file.listed, dataclasses.replace(file.manifest, digest="v1:" + "0" * 64)),
+    "chunks": lambda file: ReadFile(file.listed, dataclasses.replace(file.manifest, chunks=())),
+    "no digest": lambda file: ReadFile(file.listed, dataclasses.replace(file.manifest, chunks=(Chunk(0, 9, "x"),))),
+    "length": lambda file: ReadFile(file.listed, dataclasses.replace(file.manifest, chunks=(Chunk(0, -1, "00"),))),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_node_that_describes_what_cannot_be_is_not_believed(root: Path, folder: Path, lie: str) -> None:
     class Liar(AgentHere):
         def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
             found = super().call(verb, request, result, timeout_s=timeout_s)
             if isinstance(found, FolderManifest):
-                listed = dataclasses.replace(found.files[0].listed, name="../../.ssh/authorized_keys")
-                files = (dataclasses.replace(found.files[0], listed=listed),)
-                return cast(T, dataclasses.replace(found, files=files))
+                return cast(T, dataclasses.replace(found, files=(LIES[lie](found.files[0]), *found.files[1:])))
             return found
 
     with pytest.raises(IntegrityError, match="cannot be"):

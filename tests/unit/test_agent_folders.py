@@ -8,6 +8,9 @@ import io
 import json
 import os
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from remote_payload.agent.gc import gc
 from remote_payload.agent.hello import hello
 from remote_payload.agent.locate import locate
 from remote_payload.wire.chunks import ChunkManifest, digest_file
-from remote_payload.wire.codec import WireError, from_json
+from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import Member, check_members, folder_digest, joined
 from remote_payload.wire.messages import Assembled, AssembleRequest, GcRequest, HelloRequest, LocateRequest
@@ -235,3 +238,32 @@ def test_the_identity_depends_on_every_path_and_content() -> None:
     found = [folder_digest(base), *map(folder_digest, others)]
     assert len(set(found)) == len(found)
     assert all(len(digest) == 67 for digest in found)
+
+
+KILLED = """
+import json, os, signal, sys
+from remote_payload.agent import assemble, files, partial_file, store
+from remote_payload.wire.codec import from_json
+from remote_payload.wire.messages import AssembleRequest
+
+where, name = sys.argv[1].split(".")
+target = {"os": assemble.os, "files": files, "partial_file": partial_file, "store": store}[where]
+setattr(target, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+assemble.assemble_folder(from_json(AssembleRequest, json.loads(sys.stdin.read())))
+"""
+
+
+@pytest.mark.parametrize(
+    "step", ["os.makedirs", "files.write_new", "os.link", "partial_file.write_manifest", "os.rename", "store.free"]
+)
+def test_an_agent_killed_at_any_step_leaves_no_half_a_folder_and_the_next_makes_it_whole(
+    node: NodeLayout, step: str
+) -> None:
+    store_all(node, FILES)
+    request = request_for(node, FILES)
+    question = json.dumps(to_json(request)).encode()
+    killed = subprocess.run([sys.executable, "-c", KILLED, step], input=question, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    tree = Path(node.checkpoint_tree(folder_digest(request.members)))
+    assert tree.exists() == (step == "store.free")
+    assembled(node, FILES)
