@@ -63,6 +63,20 @@ def test_a_folder_comes_with_everything_in_it(world: World) -> None:
     assert digests(world.home / "shards") == digests(shards)
 
 
+def test_a_folder_that_is_here_in_part_is_completed(world: World) -> None:
+    shards = world.node / "data" / "shards"
+    shards.mkdir()
+    for number in range(3):
+        (shards / f"large {number}").write_bytes(CONTENT[number:])
+        (shards / f"small {number}").write_bytes(f"{number}".encode() * 1000)
+    world.json("fetch", "lab:shards", str(world.home))
+    for name in ("large 1", "small 2"):
+        (world.home / "shards" / name).unlink()
+    again = world.json("fetch", "lab:shards", str(world.home))
+    assert again["bytes_received"] == len(CONTENT) - 1 + 1000
+    assert digests(world.home / "shards") == digests(shards)
+
+
 def test_what_is_not_there_is_said_in_a_sentence(world: World) -> None:
     missing = world.cli("fetch", "lab:nowhere.pt", str(world.home))
     assert missing.returncode == ExitCode.USAGE

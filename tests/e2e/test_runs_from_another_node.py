@@ -214,3 +214,18 @@ def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_p
         near.stop()
     assert [path.read_bytes() for path in stored(far)] == [content]
     assert provenance(world, run_id)["bytes_sent"] == len(content) - before
+
+
+def test_a_nightly_target_may_lie_on_another_cluster_or_be_a_folder_here(world: World) -> None:
+    write_dcp_checkpoint(world.project / "step 5")
+    targets = [
+        {"name": "far", "cluster": "other", "checkpoint": "lab:best.pt", "jobs": ["count"]},
+        {"name": "folder", "cluster": "other", "checkpoint": "step 5", "jobs": ["count"]},
+    ]
+    (world.project / "nightly.yaml").write_text(yaml.safe_dump({"targets": targets}))
+    tick = ("nightly", "tick", "--file", "nightly.yaml")
+    assert [t["status"] for t in world.json(*tick, expect=1)["targets"]] == ["evaluated"] * 2
+    assert [t["status"] for t in world.json(*tick, expect=1)["targets"]] == ["unchanged"] * 2
+    (world.node / "data" / "best.pt").touch()
+    (world.project / "step 5" / "notes.txt").write_text("late\n")
+    assert [t["status"] for t in world.json(*tick, expect=1)["targets"]] == ["evaluated"] * 2
