@@ -31,8 +31,8 @@ def test_a_missing_checkpoint_is_said_to_be_missing_on_either_side(world: World)
     assert f"lab:{world.node / 'data' / 'none.pt'}" in there["cause"]
 
 
-def test_a_directory_is_no_checkpoint(world: World) -> None:
-    assert "is a directory" in world.json("--checkpoint", "my_jobs", expect=2)["cause"]
+def test_a_folder_without_one_is_no_checkpoint(world: World) -> None:
+    assert "is a folder, and holds no checkpoint" in world.json("--checkpoint", "my_jobs", expect=2)["cause"]
     (world.node / "data" / "folder").mkdir()
     world.with_torch()
     world.json("--checkpoint", "lab:folder", "--jobs", "health", expect=2)
