@@ -12,6 +12,7 @@ from pathlib import Path
 from orchestrator.errors import ConfigurationError, InternalError, LockedError
 
 BUSY_TIMEOUT_S = 30.0
+_RETRY_S = 0.02
 _NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "glusterfs", "lustre", "9p", "beegfs", "gpfs"}
 )
@@ -102,7 +103,7 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             # Two that change a new file's mode at once would wait for each other, so SQLite refuses one without a wait.
             if not _is_locked(error) or time.monotonic() > deadline:
                 raise
-            time.sleep(0.02)
+            time.sleep(_RETRY_S)
         else:
             return
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.room import gc_offered
+from orchestrator.pipeline.send import send_to_node
 from orchestrator.plan import SyncedCheckpoint
 from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
 from orchestrator.transfer.progress import ProgressListener
-from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
+from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
 
 
@@ -34,16 +35,7 @@ def send_local_folder(context: RunContext, path: Path) -> SyncedCheckpoint:
 
 def _send(context: RunContext, local: LocalFolder) -> SentFolder:
     def upload(files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener) -> UploadResult:
-        return upload_file(
-            context.node,
-            local.open(files),
-            manifest,
-            on_progress=on_progress,
-            bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
-            packing=context.profile.pack_floats,
-            run_id=context.plan.run_id,
-            store_limit_bytes=context.profile.store_limit_bytes,
-        )
+        return send_to_node(context, local.open(files), manifest, on_progress)
 
     report = functools.partial(context.reporter.transfer, "checkpoint")
     with gc_offered(context.node, context.journal, context.plan.cluster):

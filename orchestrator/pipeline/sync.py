@@ -14,6 +14,7 @@ from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
+from orchestrator.pipeline.send import send_to_node
 from orchestrator.plan import RunPlan, SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
@@ -21,7 +22,7 @@ from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.stream_count import first_guess
-from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
+from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Unpacked, UnpackRequest
 from remote_payload.wire.units import human_bytes
@@ -164,19 +165,8 @@ def _upload(
     on_progress: ProgressListener,
     order: list[int] | None = None,
 ) -> UploadResult:
-    profile = context.profile
     with gc_offered(context.node, context.journal, context.plan.cluster):
-        return upload_file(
-            context.node,
-            path,
-            manifest,
-            on_progress=on_progress,
-            bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s,
-            packing=profile.pack_floats,
-            order=order,
-            run_id=context.plan.run_id,
-            store_limit_bytes=profile.store_limit_bytes,
-        )
+        return send_to_node(context, path, manifest, on_progress, order)
 
 
 def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
