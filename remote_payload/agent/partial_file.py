@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Optional
 
 from remote_payload.agent import files, quota
@@ -21,7 +21,7 @@ from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.parts import ReadableSpans
+from remote_payload.wire.parts import ReadableSpans, added_lines
 from remote_payload.wire.stream import ChunkTable
 from remote_payload.wire.units import human_bytes
 
@@ -74,6 +74,9 @@ class PartialFile:
                     found._begin_anew()
                 _keep_space(found._journal_fd, _LINE_BYTES * len(table))
                 found.reload()
+                if os.path.lexists(layout.checkpoint_readable(digest)):
+                    # An agent that was killed may have journalled what it did not come to add.
+                    found._list_readable()
         except BaseException:
             found.close()
             raise
@@ -193,6 +196,7 @@ class PartialFile:
             _data_sync(self._journal_fd)
         for index in written:
             self.have[index] = 1
+        self._add_to_readable(written)
 
     def finish(self) -> bool:
         """Give the file its final name if every chunk is durable here; else False.
@@ -221,28 +225,40 @@ class PartialFile:
     def keep(self, wanted: bytearray) -> bool:
         """Let jobs read what is durable here, if that is every chunk of `wanted`; else False.
 
-        What they may read stands in a list of its own, which speaks of this very part and of nothing that arrives
-        later. The part may still become the finished file under their hands: it is the same file then.
+        What they may read stands in a list of its own, which speaks of this very part; what arrives later is added to
+        it. The part may still become the finished file under their hands: it is the same file then.
         """
         self.sync()
         self.reload()
         if any(is_wanted and not is_here for is_wanted, is_here in zip(wanted, self.have)):
             return False
-        readable = ReadableSpans(os.fstat(self.fd).st_ino, self._table.size, tuple(self._spans_here()))
         with self.fullness_explained():
-            files.replace(self._layout.checkpoint_readable(self._digest), json.dumps(to_json(readable)).encode())
+            self._list_readable()
         return True
+
+    def _list_readable(self) -> None:
+        here = (index for index, is_here in enumerate(self.have) if is_here)
+        readable = ReadableSpans(os.fstat(self.fd).st_ino, self._table.size, tuple(self._spans_of(here)))
+        files.replace(self._layout.checkpoint_readable(self._digest), json.dumps(to_json(readable)).encode())
+
+    def _add_to_readable(self, durable: list[int]) -> None:
+        """Tell jobs that read the part of more of it. A list that cannot be added to lacks bytes, and that is all."""
+        with contextlib.suppress(OSError):
+            path = self._layout.checkpoint_readable(self._digest)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                _write_all(fd, added_lines(self._spans_of(sorted(durable))))
+            finally:
+                os.close(fd)
 
     @property
     def bytes_here(self) -> int:
         return self._table.size - self._missing_bytes()
 
-    def _spans_here(self) -> Iterator[tuple[int, int]]:
-        """Where durable chunks stand, as few spans as there can be."""
+    def _spans_of(self, ascending: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Where chunks stand, as few spans as there can be."""
         begin = end = 0
-        for index, is_here in enumerate(self.have):
-            if not is_here:
-                continue
+        for index in ascending:
             offset = self._table.offset(index)
             if offset != end:
                 if begin < end:

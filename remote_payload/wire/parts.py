@@ -9,8 +9,13 @@ import bisect
 import dataclasses
 import functools
 import json
+import re
+from collections.abc import Iterable
 
 from remote_payload.wire.codec import WireError, from_json
+
+
+_ADDED_LINE = re.compile(rb"(?m)^(\d{1,18}) (\d{1,18})\.$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +40,13 @@ class ReadableSpans:
 
 @functools.lru_cache(maxsize=4)
 def parse_readable(data: bytes) -> ReadableSpans:
-    """The list as the agent wrote it. Remembered, since it is read again for every tensor. Raises `WireError`."""
+    """The list as the agent wrote it and added to it. Remembered, since it is read again for every tensor.
+
+    Raises `WireError`. A line that is being added counts for nothing until it is whole.
+    """
+    head, _, added = data.partition(b"\n")
     try:
-        found = from_json(ReadableSpans, json.loads(data))
+        found = from_json(ReadableSpans, json.loads(head))
     except (ValueError, RecursionError) as error:
         raise WireError(f"the list of readable bytes is malformed: {error}") from None
     reached = -1
@@ -45,4 +54,23 @@ def parse_readable(data: bytes) -> ReadableSpans:
         if len(span) != 2 or not reached < span[0] < span[1] <= found.size:
             raise WireError(f"the list of readable bytes holds {list(span)[:3]} behind {reached}")
         reached = span[1]
-    return found
+    more = [(int(begin), int(end)) for begin, end in _ADDED_LINE.findall(added)]
+    for begin, end in more:
+        if not begin < end <= found.size:
+            raise WireError(f"bytes {begin} to {end} were added to the list of readable ones of {found.size}")
+    return dataclasses.replace(found, spans=_merged([*found.spans, *more])) if more else found
+
+
+def added_lines(spans: Iterable[tuple[int, int]]) -> bytes:
+    """What is appended to the list for more bytes. What a crash left of a line in front swallows none of these."""
+    return b"\n" + b"".join(b"%d %d.\n" % span for span in spans)
+
+
+def _merged(spans: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    merged: list[tuple[int, ...]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((begin, end))
+    return tuple(merged)

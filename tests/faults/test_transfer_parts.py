@@ -126,6 +126,35 @@ def test_any_parts_through_any_cuts_are_read_rightly_and_end_as_the_file_byte_fo
         check_stored(root, manifest, content)
 
 
+def send_some_of_the_rest(root: Path, local: Path, count: int) -> list[int]:
+    """Of the rest, `count` bytes in the file's order, then the link is lost; what can be read."""
+    wraps = [lambda inner, most=most: CutStream(inner, most, None) for most in (count + 1_500, *[1] * 5)]
+    with contextlib.suppress(UnreachableError):
+        upload_file(ThreadOpener(root, wraps), local, MANIFEST, retry=NO_PATIENCE, streams=StreamPolicy(fixed=1))
+    check_not_stored(root, MANIFEST)
+    return check_kept(root, MANIFEST, CONTENT, SOME)
+
+
+def test_what_arrives_of_the_rest_can_be_read_before_all_of_it_is_there(root: Path, local: Path) -> None:
+    upload_file(ThreadOpener(root), local, MANIFEST, order=SOME)
+    first = send_some_of_the_rest(root, local, 2_000)
+    assert set(SOME) < set(first) < set(range(10))
+    journal = Path(NodeLayout(str(root)).checkpoint_journal(MANIFEST.digest)).read_text().splitlines()[1:]
+    assert first == sorted(int(line.split()[0]) for line in journal if line)
+    upload_file(ThreadOpener(root), local, MANIFEST)
+    check_stored(root, MANIFEST, CONTENT)
+
+
+def test_what_was_journalled_and_not_listed_is_read_once_the_upload_goes_on(root: Path, local: Path) -> None:
+    upload_file(ThreadOpener(root), local, MANIFEST, order=SOME)
+    readable = Path(NodeLayout(str(root)).checkpoint_readable(MANIFEST.digest))
+    before = readable.read_bytes()
+    first = send_some_of_the_rest(root, local, 2_000)
+    readable.write_bytes(before + b"\n0 10")
+    assert check_kept(root, MANIFEST, CONTENT, SOME) == sorted(SOME)
+    assert set(first) <= set(send_some_of_the_rest(root, local, 0))
+
+
 def test_an_agent_killed_at_any_chunk_leaves_nothing_readable_that_is_not_there(root: Path, local: Path) -> None:
     for kill_at in (1, 1001, 2001):
         opener = ProcessOpener(root, lambda request: [*AGENT, request])

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from remote_payload.checkpoint.errors import BytesNotSentError, MissingCheckpointError
 from remote_payload.checkpoint.source import Source, SourceWindow
-from remote_payload.wire.codec import to_json
+from remote_payload.wire.codec import WireError, to_json
 from remote_payload.wire.layout import NodeLayout, is_part, part_of
-from remote_payload.wire.parts import ReadableSpans
+from remote_payload.wire.parts import ReadableSpans, added_lines, parse_readable
 
 DIGEST = "v1:" + "a" * 64
 PAGE = mmap.ALLOCATIONGRANULARITY
@@ -124,6 +124,26 @@ def test_a_list_of_another_part_or_without_sense_makes_nothing_readable(
     path = keep(layout, [(0, 100)], changes)
     with pytest.raises(MissingCheckpointError):
         Source(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(SPANS, st.lists(SPANS, max_size=4), st.integers(0, 12))
+def test_what_is_added_to_the_list_counts_with_it_and_half_a_line_for_nothing(
+    first: list[tuple[int, int]], more: list[list[tuple[int, int]]], cut: int
+) -> None:
+    head = json.dumps(to_json(ReadableSpans(7, SIZE, tuple(first)))).encode()
+    torn = b"\n0 %d." % SIZE
+    found = parse_readable(head + torn[:cut] + b"".join(map(added_lines, more)))
+    spans = [(0, SIZE)] * (cut >= len(torn)) + [span for added in (first, *more) for span in added]
+    held = {at for begin, end in spans for at in range(begin, end)}
+    assert {at for begin, end in found.spans for at in range(begin, end)} == held
+    assert all(end < begin for (_, end), (begin, _) in zip(found.spans, found.spans[1:], strict=False)) or not more
+
+
+def test_bytes_that_the_part_does_not_have_are_not_added() -> None:
+    head = json.dumps(to_json(ReadableSpans(7, 10, ()))).encode()
+    with pytest.raises(WireError, match="added to the list"):
+        parse_readable(head + added_lines([(5, 11)]))
 
 
 @pytest.mark.parametrize("missing", ["list", "part", "both"])
