@@ -133,9 +133,13 @@ class _Receiver:
         if not (0 < header.length < length if is_packed else 0 < header.length == length):
             raise DamagedStreamError(f"a chunk numbered {index} of {header.length} bytes is not in the table")
         view = self._buffer[: header.length]
-        digest = self._read_hashed(view)
         if is_packed:
+            self._read(view, None)
             view, digest = _unpacked(view, length)
+        else:
+            hasher = hashlib.sha256()
+            self._read(view, hasher)
+            digest = hasher.digest()
         if digest == self._table.sha256(index):
             self._part.write(index, view)
             self._say(FrameKind.ACK, index)
@@ -149,16 +153,16 @@ class _Receiver:
             )
         self._say(FrameKind.REFUSED, index)
 
-    def _read_hashed(self, view: memoryview) -> bytes:
-        digest = hashlib.sha256()
+    def _read(self, view: memoryview, hasher: Optional[hashlib._Hash]) -> None:
+        """Fill `view`, and give what arrives to the hasher meanwhile."""
         while view:
             count = self._channel.read_some(view)
-            digest.update(view[:count])
+            if hasher is not None:
+                hasher.update(view[:count])
             view = view[count:]
             self._taken_bytes += count
             if time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S:
                 self._say(FrameKind.ALIVE, self._taken_bytes)
-        return digest.digest()
 
     def _send_have(self) -> None:
         self._say(FrameKind.HAVE, len(self._table), encode_bitmap(self._part.have))

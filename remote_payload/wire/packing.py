@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Optional, Union
+from collections.abc import Collection
+from typing import NamedTuple, Optional, Union
 
 from remote_payload.wire.codec import WireError
 
@@ -18,36 +19,51 @@ _RAW, _DEFLATED, _REPEATED = 0, 1, 2
 _PLANE = struct.Struct(">BI")
 _WORTH = 0.95
 """What shrinks to no less than this, a plane or a sample of a chunk, is left as it is."""
-_SAMPLE_BYTES = 16 * 1024
+_SAMPLE_BYTES = 8 * 1024
 _SAMPLES = 4
+_LOOK_BYTES = 64
+
+
+class Planes(NamedTuple):
+    """How floats would be packed: element width, the planes that shrink, and packed bytes / bytes."""
+
+    width: int
+    coded: Collection[int]
+    ratio: float
 
 
 def pack_floats(data: Union[bytes, bytearray]) -> Optional[bytes]:
     """`data` in fewer bytes, as floats of the width that a sample tells; None where it had better go as it is."""
-    width, ratio = best_width(data)
-    if ratio > _WORTH:
+    found = best_planes(data)
+    if found.ratio > _WORTH:
         return None
-    packed = pack(data, width)
+    packed = pack(data, found.width, found.coded)
     return packed if len(packed) < len(data) else None
 
 
-def best_width(data: Union[bytes, bytearray]) -> tuple[int, float]:
-    """(element width, packed bytes / bytes) of the width that packs a sample best."""
+def best_planes(data: Union[bytes, bytearray]) -> Planes:
+    """The element width that packs a sample best, and which of its planes do."""
     size = _SAMPLE_BYTES
     step = max(size, (len(data) - size) // (_SAMPLES - 1) // 8 * 8)
     sample = b"".join(data[start : start + size] for start in range(0, len(data), step))
-    if not sample:
-        return 1, 1.0
-    ratios = {width: len(pack(sample, width)) / len(sample) for width in WIDTHS}
-    width = min(ratios, key=lambda width: ratios[width])
-    return width, ratios[width]
+    return min((_planes(sample, width) for width in WIDTHS), key=lambda planes: planes.ratio)
 
 
-def pack(data: Union[bytes, bytearray], width: int) -> bytes:
-    """`data`, as elements of `width` bytes, packed; not always shorter."""
+def _planes(sample: bytes, width: int) -> Planes:
+    packed = [_pack_plane(sample[start::width]) for start in range(width)]
+    coded = [number for number, (kind, _) in enumerate(packed) if kind != _RAW]
+    return Planes(width, coded, sum(len(body) for _, body in packed) / len(sample) if sample else 1.0)
+
+
+def pack(data: Union[bytes, bytearray], width: int, coded: Optional[Collection[int]] = None) -> bytes:
+    """`data`, as elements of `width` bytes, packed; not always shorter. Planes other than those `coded`, if it is
+    given, stay as they are."""
     count = len(data) // width
     whole = count * width
-    planes = [_pack_plane(data[start:whole:width]) for start in range(width)]
+    planes = []
+    for number in range(width):
+        plane = data[number:whole:width]
+        planes.append(_pack_plane(plane) if coded is None or number in coded else (_RAW, plane))
     heads = b"".join(_PLANE.pack(kind, len(body)) for kind, body in planes)
     return b"".join((bytes((width,)), heads, *(body for _, body in planes), data[whole:]))
 
@@ -74,18 +90,20 @@ def unpack(body: Union[bytes, memoryview], length: int) -> bytearray:
 
 
 def _pack_plane(plane: Union[bytes, bytearray]) -> tuple[int, Union[bytes, bytearray]]:
-    if plane and plane.count(plane[:1]) == len(plane):
-        return _REPEATED, plane[:1]
+    first = plane[:1]
+    # Counting would take as long as coding, comparing ends at the first difference.
+    if plane and plane[:_LOOK_BYTES] == first * min(_LOOK_BYTES, len(plane)) and plane == first * len(plane):
+        return _REPEATED, first
     coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     coded = coder.compress(plane) + coder.flush()
     return (_DEFLATED, coded) if len(coded) < _WORTH * len(plane) else (_RAW, plane)
 
 
-def _unpack_plane(kind: int, packed: memoryview, count: int) -> bytes:
+def _unpack_plane(kind: int, packed: memoryview, count: int) -> Union[bytes, bytearray, memoryview]:
     if kind == _RAW:
-        plane = bytes(packed)
+        plane: Union[bytes, bytearray, memoryview] = packed
     elif kind == _REPEATED and len(packed) == 1:
-        plane = bytes(packed) * count
+        plane = bytearray(packed) * count
     elif kind == _DEFLATED and count:
         plane = _inflate(packed, count)
     else:

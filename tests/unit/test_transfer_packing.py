@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, packing_pays
 from remote_payload.wire.codec import WireError
-from remote_payload.wire.packing import WIDTHS, best_width, pack, unpack
+from remote_payload.wire.packing import WIDTHS, best_planes, pack, pack_floats, unpack
 from tests.support.floats import bfloat16, float32
 
 MIB = 1024 * 1024
@@ -32,17 +32,52 @@ def upcast(count: int) -> bytes:
 def test_any_bytes_at_any_width_are_themselves_again(data: bytes) -> None:
     for width in WIDTHS:
         assert unpack(pack(data, width), len(data)) == data
+        assert unpack(memoryview(pack(data, width, (width - 1,))), len(data)) == data
+
+
+KINDS = (bytes, random.Random(4).randbytes, lambda count: bfloat16(1000) * (count // 2000 + 1))
+
+
+@given(pieces=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 20_000)), min_size=1, max_size=6))
+def test_a_chunk_of_which_only_parts_are_floats_is_itself_again(
+    pieces: list[tuple[Callable[[int], bytes], int]],
+) -> None:
+    data = b"".join(make(count)[:count] for make, count in pieces)
+    packed = pack_floats(data)
+    assert packed is None or (len(packed) < len(data) and unpack(packed, len(data)) == data)
+
+
+@pytest.mark.parametrize(("make", "width"), [(bfloat16, 2), (float32, 4), (upcast, 4)])
+def test_only_the_plane_of_exponents_is_coded(
+    make: Callable[[int], bytes], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, new_coder, coded = make(200_000), zlib.compressobj, 0
+
+    class Coder:
+        def __init__(self, *settings: int) -> None:
+            self._coder = new_coder(*settings)
+            self.flush = self._coder.flush
+
+        def compress(self, plane: bytes) -> bytes:
+            nonlocal coded
+            coded += len(plane)
+            return self._coder.compress(plane)
+
+    best = best_planes(data)
+    monkeypatch.setattr(zlib, "compressobj", Coder)
+    pack(data, best.width, best.coded)
+    assert coded == len(data) // width
 
 
 @pytest.mark.parametrize(("make", "width", "at_most"), [(bfloat16, 2, 0.70), (float32, 4, 0.86), (upcast, 4, 0.36)])
 def test_floats_are_recognised_and_shrink(make: Callable[[int], bytes], width: int, at_most: float) -> None:
     data = make(200_000)
-    assert best_width(data)[0] == width
+    assert best_planes(data).width == width
     assert len(pack(data, width)) < at_most * len(data)
 
 
 def test_noise_is_recognised_as_what_does_not_shrink() -> None:
-    assert best_width(random.Random(1).randbytes(MIN_BYTES))[1] > 0.99
+    assert best_planes(random.Random(1).randbytes(MIN_BYTES)).ratio > 0.99
 
 
 @given(body=st.binary(max_size=200), length=st.integers(0, 500))
