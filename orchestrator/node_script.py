@@ -28,6 +28,8 @@ READY = "ready"
 
 _VARIABLE = re.compile(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))")
 _HEREDOC_END = "REMOTE_EVAL_END"
+_NO_SITE = "-S"
+"""The agent needs the standard library alone; what `site` brings in an old environment takes a second."""
 
 # Runs before any payload is there, so it speaks for itself. No single quotes: it stands between two of them.
 _INSTALL = """
@@ -74,14 +76,15 @@ def expandable(path: str) -> str:
 
 def call_script(python: PythonProfile, root: str, payload_sha256: str, nonce: str, request: str) -> str:
     """Run `agent call` with `request` (base64) on its standard input, where no process list shows it."""
-    body = f"py \"$payload\" agent call - <<'{_HEREDOC_END}'\n{request}\n{_HEREDOC_END}\n"
+    body = f"py {_NO_SITE} \"$payload\" agent call - <<'{_HEREDOC_END}'\n{request}\n{_HEREDOC_END}\n"
     return _script(python, root, payload_sha256, nonce, body)
 
 
 def stream_script(python: PythonProfile, root: str, payload_sha256: str, nonce: str, request: str) -> str:
     """Run `agent stream`, whose standard input is the channel's own."""
-    # The stream verbs need the standard library alone; what `site` brings in an old environment takes a second.
-    return _script(python, root, payload_sha256, nonce, f'py -S "$payload" agent stream {shlex.quote(request)}\n')
+    return _script(
+        python, root, payload_sha256, nonce, f'py {_NO_SITE} "$payload" agent stream {shlex.quote(request)}\n'
+    )
 
 
 def install_script(

@@ -27,9 +27,9 @@ from remote_payload.jobs.resolve import JobNotFoundError, add_shipped_code
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.folders import folder_fingerprint
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.plan import BUILTIN_JOBS, GpuPolicy, JobSpec, NodePlan
 from remote_payload.wire.results import Dimension, Finding, Severity
+from remote_payload.wire.run_messages import Preflight, PreflightRequest
 
 OLDEST_TORCH = (2, 2)
 _LOW_DISK_BYTES = 1024**3

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from orchestrator.errors import RemoteEvalError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import CLOCK_OFFSET_WARNING_S, Node
-from remote_payload.wire.messages import GcReport, GcRequest, Preflight, PreflightRequest
+from remote_payload.wire.messages import GcReport, GcRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Severity
+from remote_payload.wire.run_messages import Preflight, PreflightRequest
 from remote_payload.wire.units import human_bytes
 
 PROBE_TIMEOUT_S = 180.0

@@ -9,9 +9,9 @@ from orchestrator.pipeline.context import Services
 from orchestrator.pipeline.preflight import examine
 from orchestrator.pipeline.resolve import Request, draft
 from orchestrator.pipeline.run import open_run
-from remote_payload.wire.messages import Preflight
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Severity
+from remote_payload.wire.run_messages import Preflight
 
 _STATES = {Severity.ERROR: CheckState.ERROR, Severity.WARNING: CheckState.WARNING, Severity.INFO: CheckState.OK}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 from orchestrator.schedulers.base import Presence, Scheduler
-from remote_payload.wire.messages import StatusReply
+from remote_payload.wire.run_messages import StatusReply
 from remote_payload.wire.states import Decision
 
 

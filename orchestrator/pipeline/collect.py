@@ -17,8 +17,9 @@ from orchestrator.pipeline.launch import read_status, reference
 from orchestrator.transfer.download import Download, download_files
 from orchestrator.transfer.fetch import fetch_file
 from remote_payload.wire.codec import WireError, to_json
-from remote_payload.wire.messages import FileList, ListRequest, Manifest, ManifestEntry
+from remote_payload.wire.messages import FileList, ListRequest
 from remote_payload.wire.names import printable
+from remote_payload.wire.run_messages import Manifest, ManifestEntry
 
 
 def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> Manifest:

@@ -18,7 +18,7 @@ from orchestrator.pipeline.assess import Standing, assess
 from orchestrator.pipeline.context import RunContext
 from orchestrator.plan import SyncedCheckpoint, node_plan
 from orchestrator.schedulers.base import scheduler_for
-from remote_payload.wire.messages import (
+from remote_payload.wire.run_messages import (
     AttemptRef,
     Claimed,
     ClaimRequest,

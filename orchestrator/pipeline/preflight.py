@@ -24,9 +24,9 @@ from orchestrator.pipeline.resolve import fingerprint
 from orchestrator.pipeline.sync import sync_code
 from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
 from remote_payload.wire.codec import from_json, to_json
-from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding, Severity
+from remote_payload.wire.run_messages import Preflight, PreflightRequest
 
 PROBE_TIMEOUT_S = 180.0
 _ANSWER_MARGIN_S = 30.0

@@ -11,7 +11,7 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.preflight import facts
 from orchestrator.plan import SyncedCheckpoint, content_key
 from remote_payload.wire.codec import from_json, to_json
-from remote_payload.wire.messages import Preflight
+from remote_payload.wire.run_messages import Preflight
 
 
 def write_provenance(context: RunContext, checkpoint: SyncedCheckpoint) -> dict[str, Any]:

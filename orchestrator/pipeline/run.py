@@ -30,8 +30,8 @@ from orchestrator.pipeline.reporting import report
 from orchestrator.plan import RunPlan, SyncedCheckpoint
 from orchestrator.report import AttemptOutcome
 from remote_payload.wire.codec import WireError, from_json, to_json
-from remote_payload.wire.messages import Decided, StatusReply
 from remote_payload.wire.names import check_run_id, printable
+from remote_payload.wire.run_messages import Decided, StatusReply
 from remote_payload.wire.states import AttemptState, AttemptStatus
 
 _LOG_TAIL_BYTES = 3000

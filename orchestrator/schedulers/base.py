@@ -6,7 +6,7 @@ import enum
 from typing import Protocol
 
 from orchestrator.errors import ConfigurationError
-from remote_payload.wire.messages import StatusReply
+from remote_payload.wire.run_messages import StatusReply
 
 
 class Presence(enum.Enum):

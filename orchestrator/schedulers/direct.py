@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.schedulers.base import Presence
-from remote_payload.wire.messages import StatusReply
+from remote_payload.wire.run_messages import StatusReply
 
 
 class Direct:

@@ -14,9 +14,9 @@ from remote_payload.agent.attempts import Claim
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import AttemptLayout, NodeLayout
-from remote_payload.wire.messages import AttemptRef, Claimed, ClaimRequest, Decided
 from remote_payload.wire.names import check_nonce
 from remote_payload.wire.plan import NodePlan
+from remote_payload.wire.run_messages import AttemptRef, Claimed, ClaimRequest, Decided
 from remote_payload.wire.states import Decision
 
 

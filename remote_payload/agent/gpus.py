@@ -12,8 +12,8 @@ from typing import Optional
 
 from remote_payload.agent.commands import ask
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import Gpu
 from remote_payload.wire.plan import GpuPolicy
+from remote_payload.wire.run_messages import Gpu
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 _ASK_LIMIT_S = 20.0

@@ -10,8 +10,8 @@ from typing import Optional
 from remote_payload.agent import attempts, own_code, root, sessions
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.layout import AttemptLayout, NodeLayout
-from remote_payload.wire.messages import AttemptRef, Launched
 from remote_payload.wire.plan import NodePlan
+from remote_payload.wire.run_messages import AttemptRef, Launched
 from remote_payload.wire.states import Decision
 
 _DECISION_WAIT_S = 15.0

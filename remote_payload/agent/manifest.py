@@ -16,7 +16,7 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.wire import names
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import AttemptLayout
-from remote_payload.wire.messages import AttemptRef, Manifest, ManifestEntry
+from remote_payload.wire.run_messages import AttemptRef, Manifest, ManifestEntry
 
 MAX_FILES = 20_000
 _PARTIAL_LIMIT_S = 60.0

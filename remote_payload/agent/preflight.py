@@ -15,9 +15,9 @@ from remote_payload.agent.child import Child, describe_exit
 from remote_payload.agent.files import json_bytes, parse_json
 from remote_payload.agent.progress import LineReader
 from remote_payload.wire.codec import WireError, from_json, to_json
-from remote_payload.wire.messages import Preflight, PreflightRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding, Severity
+from remote_payload.wire.run_messages import Preflight, PreflightRequest
 
 STACKS_FD_VARIABLE = "REMOTE_EVAL_STACKS_FD"
 REQUEST_FD_VARIABLE = "REMOTE_EVAL_REQUEST_FD"

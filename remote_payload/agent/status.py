@@ -9,7 +9,7 @@ from typing import Optional
 
 from remote_payload.agent import attempts, files, machine, root
 from remote_payload.wire.layout import AttemptLayout
-from remote_payload.wire.messages import AttemptRef, Decided, StatusReply, StatusRequest
+from remote_payload.wire.run_messages import AttemptRef, Decided, StatusReply, StatusRequest
 from remote_payload.wire.states import AttemptStatus, Decision, JobState, ProcessIdentity
 
 MAX_TAIL_BYTES = 8 * 1024 * 1024

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Optional
 
-from remote_payload.agent import attempts, files
+from remote_payload.agent import files
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import try_lock
 from remote_payload.wire.codec import WireError
@@ -124,7 +124,10 @@ def stored_files(layout: NodeLayout) -> list[StoredFile]:
 def pins(layout: NodeLayout, stored: Sequence[StoredFile]) -> dict[str, tuple[str, ...]]:
     """By folder, who needs a file now: ids of runs under way, or `an upload`. What nobody needs is left out. A run that
     was not launched yet needs all it used, as long as it gives signs of life at any file of `stored`."""
-    under_way = _needed_by_runs(layout)
+    # Imported when used: that takes as long as half of an agent's other imports, and most uploads need no room made.
+    from remote_payload.agent import needs
+
+    under_way = needs.by_folder(layout)
     uses = {file.folder: [use for use in _uses(layout, file.digest) if use.run_id != _NO_RUN] for file in stored}
     last_sign: dict[str, float] = {}
     for file in stored:
@@ -138,7 +141,9 @@ def pins(layout: NodeLayout, stored: Sequence[StoredFile]) -> dict[str, tuple[st
         by_runs = uses[file.folder]
         needed_by = set(under_way.get(file.folder, ()))
         needed_by.update(
-            use.run_id for use in by_runs if _is_recent(last_sign[use.run_id]) and not _ended_since(layout, use)
+            use.run_id
+            for use in by_runs
+            if _is_recent(last_sign[use.run_id]) and not needs.ended_since(layout, use.run_id, use.at)
         )
         if file.is_arriving:
             needed_by.add(by_runs[-1].run_id if by_runs else "an upload")
@@ -257,35 +262,3 @@ def _shared_lock(layout: NodeLayout, digest: str) -> Iterator[None]:
 def _uses(layout: NodeLayout, digest: str) -> list[_Use]:
     data = files.read_up_to(layout.checkpoint_uses(digest), 2 * _MAX_USES_BYTES) or b""
     return [_Use(float(match.group(1)), match.group(2).decode("ascii", "replace")) for match in _USE.finditer(data)]
-
-
-def _needed_by_runs(layout: NodeLayout) -> dict[str, list[str]]:
-    """Ids of the runs under way by the folder that their checkpoint lies in."""
-    needed: dict[str, list[str]] = {}
-    with contextlib.suppress(FileNotFoundError):
-        for run_id in sorted(os.listdir(layout.runs)):
-            with contextlib.suppress(WireError):
-                check_run_id(run_id)
-                plan = attempts.read_plan(layout, run_id) if _is_under_way(layout, run_id) else None
-                if plan is not None:
-                    needed.setdefault(os.path.dirname(plan.checkpoint_path), []).append(run_id)
-    return needed
-
-
-def _is_under_way(layout: NodeLayout, run_id: str) -> bool:
-    """Whether an attempt may still start or run; one that cannot be read may."""
-    try:
-        return any(attempts.is_over(attempt) is not True for attempt in attempts.of_run(layout, run_id))
-    except AgentError:
-        return True
-
-
-def _ended_since(layout: NodeLayout, use: _Use) -> bool:
-    """Whether the run's last attempt ended after the use: then it needs the file no more."""
-    try:
-        last_words = [
-            path for a in attempts.of_run(layout, check_run_id(use.run_id)) for path in (a.decision, a.status)
-        ]
-    except WireError:
-        return False
-    return any(os.path.exists(path) and os.stat(path).st_mtime > use.at for path in last_words)

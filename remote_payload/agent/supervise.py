@@ -17,9 +17,9 @@ from remote_payload.agent.manifest import Inventory, take_inventory
 from remote_payload.agent.record import EventLog, OutputLog, TruthFile
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import AttemptLayout, attempt_at
-from remote_payload.wire.messages import Manifest
 from remote_payload.wire.names import printable
 from remote_payload.wire.plan import NodePlan
+from remote_payload.wire.run_messages import Manifest
 from remote_payload.wire.states import AttemptState, AttemptStatus, Decision, JobState, JobStatus
 
 _MANIFEST_TRIES = 5

@@ -1,60 +1,40 @@
-"""The table of verbs: what each takes and which function answers it."""
+"""The table of verbs: which module of the agent answers each."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Callable
+import importlib
+import typing
+from typing import Any
 
-from remote_payload.agent import (
-    assemble,
-    claim,
-    gc,
-    hello,
-    inspect,
-    launch,
-    listing,
-    locate,
-    manifest,
-    preflight,
-    status,
-    unpack,
-)
 from remote_payload.agent.failure import AgentError
-from remote_payload.wire import messages
 from remote_payload.wire.codec import from_json, to_json
 
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """`function` takes a `request_type` and returns a dataclass of `wire.messages`, or JSON."""
-
-    request_type: type
-    function: Callable[[Any], Any]
-
-
 VERBS = {
-    "hello": Verb(messages.HelloRequest, hello.hello),
-    "preflight": Verb(messages.PreflightRequest, preflight.preflight),
-    "locate": Verb(messages.LocateRequest, locate.locate),
-    "list_files": Verb(messages.ListRequest, listing.list_files),
-    "chunk_manifest": Verb(messages.ListRequest, listing.chunk_manifest),
-    "folder_manifest": Verb(messages.ListRequest, listing.folder_manifest),
-    "inspect": Verb(messages.InspectRequest, inspect.inspect),
-    "claim": Verb(messages.ClaimRequest, claim.claim),
-    "launch": Verb(messages.AttemptRef, launch.launch),
-    "void": Verb(messages.AttemptRef, claim.void),
-    "status": Verb(messages.StatusRequest, status.status),
-    "cancel": Verb(messages.AttemptRef, status.cancel),
-    "manifest": Verb(messages.AttemptRef, manifest.manifest),
-    "unpack_code": Verb(messages.UnpackRequest, unpack.unpack_code),
-    "assemble_folder": Verb(messages.AssembleRequest, assemble.assemble_folder),
-    "gc": Verb(messages.GcRequest, gc.gc),
+    "hello": "hello",
+    "preflight": "preflight",
+    "locate": "locate",
+    "list_files": "listing",
+    "chunk_manifest": "listing",
+    "folder_manifest": "listing",
+    "inspect": "inspect",
+    "claim": "claim",
+    "launch": "launch",
+    "void": "claim",
+    "status": "status",
+    "cancel": "status",
+    "manifest": "manifest",
+    "unpack_code": "unpack",
+    "assemble_folder": "assemble",
+    "gc": "gc",
 }
+"""The function there has the verb's name, takes one request of `wire.messages`, and returns a dataclass of it or JSON.
+A module is imported when its verb is asked for: every call is a process of its own, and imports are most of it."""
 
 
 def perform(name: str, params: Any) -> Any:
     """Do verb `name` and return its JSON result. Raises `AgentError`, and `WireError` for params of another shape."""
-    verb = VERBS.get(name)
-    if verb is None:
+    if name not in VERBS:
         raise AgentError("usage", f"this agent has no verb {name[:40]!r}", f"It has {', '.join(VERBS)}.")
-    return to_json(verb.function(from_json(verb.request_type, params)))
+    function = getattr(importlib.import_module(f"remote_payload.agent.{VERBS[name]}"), name)
+    request_type = next(iter(typing.get_type_hints(function).values()))
+    return to_json(function(from_json(request_type, params)))

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 from remote_payload.wire.codec import WireError, from_json
 
-
 _ADDED_LINE = re.compile(rb"(?m)^(\d{1,18}) (\d{1,18})\.$")
 
 

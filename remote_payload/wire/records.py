@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -18,7 +17,6 @@ MAX_HEADER_BYTES = 32 * 1024 * 1024
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _HEADER_LENGTH = struct.Struct("<Q")
-_DAMAGED_ZIP = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, EOFError, OSError, NotImplementedError)
 
 
 def record_cuts(file: BinaryIO, size: int) -> list[int]:
@@ -42,10 +40,13 @@ def record_cuts(file: BinaryIO, size: int) -> list[int]:
 
 def _zip_records(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """(offset, stored length) of every large member's data."""
+    import zipfile  # only here: most of what imports this module cuts nothing
+
+    damaged = (zipfile.BadZipFile, struct.error, ValueError, OverflowError, EOFError, OSError, NotImplementedError)
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except _DAMAGED_ZIP:
+    except damaged:
         return
     if len(members) > MAX_RECORDS:
         return

@@ -13,8 +13,8 @@ from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.upload import upload_file
 from remote_payload.probe import Probe
 from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.messages import PreflightRequest
 from remote_payload.wire.results import Severity
+from remote_payload.wire.run_messages import PreflightRequest
 from tests.support.agent_streams import (
     ChunkLedger,
     WatchedStream,

@@ -24,6 +24,7 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.hello import hello
 from remote_payload.agent.locate import locate
 from remote_payload.agent.unpack import unpack_code
+from remote_payload.agent.verbs import VERBS, perform
 from remote_payload.wire import PROTOCOL_VERSION
 from remote_payload.wire.chunks import digest_file
 from remote_payload.wire.layout import MARKER_NAME, NodeLayout, attempt_at
@@ -469,3 +470,32 @@ def test_a_cut_archive_is_refused_as_damaged(node: NodeLayout, tmp_path: Path) -
     with refused("integrity", "damaged|holds"):
         unpack_code(UnpackRequest(node.root, str(cut), hashlib.sha256(whole[:3000]).hexdigest()))
     assert list(Path(node.code).iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_of_the_table_is_there_and_knows_its_request(verb: str) -> None:
+    with pytest.raises(WireError, match=": missing"):
+        perform(verb, {})
+
+
+@pytest.mark.parametrize(("verb", "params"), [("hello", {}), ("locate", {"digest": f"v1:{'0' * 64}", "size": 1})])
+def test_a_verb_imports_nothing_that_only_others_need(node: NodeLayout, verb: str, params: dict[str, Any]) -> None:
+    """Every call is a process of its own, and its imports are most of what it takes."""
+    program = (
+        "import sys; from remote_payload.agent.verbs import perform\n"
+        f"perform({verb!r}, {params | {'root': node.root}!r})\n"
+        "others = ('tarfile', 'zipfile', 'wire.plan', 'wire.run_messages', 'agent.gc', 'agent.preflight')\n"
+        "print([m for m in sys.modules if m.endswith(others)])"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_an_agent_of_a_stream_imports_nothing_that_only_runs_need() -> None:
+    program = (
+        "import sys, remote_payload.agent.streams\n"
+        "others = ('zipfile', 'platform', 'wire.plan', 'wire.states', 'wire.messages')\n"
+        "print([m for m in sys.modules if m.endswith(others)])"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.pipeline.assess import Standing, assess
 from orchestrator.schedulers.direct import Direct
-from remote_payload.wire.messages import StatusReply
+from remote_payload.wire.run_messages import StatusReply
 from remote_payload.wire.states import AttemptState, AttemptStatus, Decision, ProcessIdentity
 
 NONCE = "a" * 32
