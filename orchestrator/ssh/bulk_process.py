@@ -65,7 +65,7 @@ class BulkProcess:
                 try:
                     view = view[os.write(self._stdin.fileno(), view) :]
                 except BlockingIOError:
-                    self._await(self._stdin.fileno(), select.POLLOUT, idle_timeout_s)
+                    self._await_room(idle_timeout_s)
 
     def send_file(self, fd: int, offset: int, count: int, idle_timeout_s: float) -> int:
         if not _CAN_SENDFILE:
@@ -77,9 +77,7 @@ class BulkProcess:
                 try:
                     return os.sendfile(self._stdin.fileno(), fd, offset, count)
                 except BlockingIOError:
-                    self._await(self._stdin.fileno(), select.POLLOUT, idle_timeout_s)
-                    # The client takes 16 KiB at a time: wait for more room than that, or every read of its wakes us.
-                    time.sleep(_DRAIN_S)
+                    self._await_room(idle_timeout_s)
 
     def close_write(self) -> None:
         with self._users:
@@ -155,6 +153,11 @@ class BulkProcess:
             with self._users:
                 self._busy -= 1
                 self._users.notify_all()
+
+    def _await_room(self, limit_s: float) -> None:
+        self._await(self._stdin.fileno(), select.POLLOUT, limit_s)
+        # The client takes 16 KiB at a time: wait for more room than that, or every read of its wakes us.
+        time.sleep(_DRAIN_S)
 
     def _await(self, fd: int, event: int, limit_s: float) -> None:
         poll = select.poll()

@@ -184,7 +184,7 @@ class Unpacker:
         with self._places:
             begun = time.monotonic()
             try:
-                data = memoryview(unpack(body, length))
+                data = unpack(body, length)
             except WireError as error:
                 raise damaged(error) from error
             self._rates.note_unpacked(length, time.monotonic() - begun)

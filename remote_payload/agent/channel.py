@@ -13,6 +13,8 @@ from remote_payload.wire.stream import Buffer, FrameKind, encode_frame, encode_j
 _READ_EVENTS = select.POLLIN
 _WRITE_EVENTS = select.POLLOUT
 _QUIET_S = 0.25
+_MUCH_BYTES = 64 * 1024
+_GATHER_S = 0.0005
 
 
 class PeerGoneError(EOFError):
@@ -53,6 +55,9 @@ class FdChannel:
             except BlockingIOError:
                 if not self._await_more():
                     raise PeerGoneError(f"nothing arrived for {self.idle_s:g} s") from None
+                if len(view) > _MUCH_BYTES:
+                    # The server hands over 32 KiB at a time: wait for more than that, or every one of them wakes us.
+                    time.sleep(_GATHER_S)
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
                 raise PeerGoneError(str(error)) from None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 from typing import Optional
 
 from remote_payload.agent import locks, partial_file, root, store
+from remote_payload.agent.background import Background
 from remote_payload.agent.channel import FdChannel, PeerGoneError
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import SessionLock
@@ -87,16 +89,24 @@ class _Receiver:
         self._table = table
         self._part = part
         self._buffer = memoryview(bytearray(min(CHUNK_BYTES, request.size)))
+        self._unpacking = Background()
+        self._packed = memoryview(bytearray())
+        self._unpacked = bytearray()
+        self._settling = threading.RLock()
         self._taken_bytes = 0
         self._refusals = 0
         self._spoke_at = time.monotonic()
 
     def run(self) -> None:
-        self._channel.on_quiet = self._part.sync_while_quiet
+        self._channel.on_quiet = self._sync_while_quiet
         self._send_have()
         try:
-            while not self._serve_frame():
-                self._part.sync_if_due()
+            try:
+                while not self._serve_frame():
+                    with self._settling:
+                        self._part.sync_if_due()
+            finally:
+                self._unpacking.wait()
         except (PeerGoneError, DamagedStreamError):
             self._part.sync()
             raise
@@ -114,6 +124,7 @@ class _Receiver:
         if header.kind not in (FrameKind.FINISH, FrameKind.KEEP):
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         body = self._reader.body(header)
+        self._unpacking.wait()
         if self._part.finish():
             store.note_use(self._layout, self._request.digest, self._request.run_id)
             self._channel.send_json(FrameKind.FINISHED, _finished(self._layout, self._request))
@@ -135,23 +146,44 @@ class _Receiver:
         view = self._buffer[: header.length]
         if is_packed:
             self._read(view, None)
-            view, digest = _unpacked(view, length)
+            self._unpacking.start(lambda: self._unpack(index, view, length))
+            self._buffer, self._packed = self._packed or memoryview(bytearray(len(self._buffer))), self._buffer
         else:
             hasher = hashlib.sha256()
             self._read(view, hasher)
-            digest = hasher.digest()
-        if digest == self._table.sha256(index):
-            self._part.write(index, view)
-            self._say(FrameKind.ACK, index)
-            return
-        self._refusals += 1
-        if self._refusals > MAX_REFUSALS:
-            raise AgentError(
-                "integrity",
-                f"{self._refusals} chunks arrived damaged",
-                "Check that the checkpoint is not being written to, then the network.",
-            )
-        self._say(FrameKind.REFUSED, index)
+            self._settle(index, view, hasher.digest())
+
+    def _unpack(self, index: int, body: memoryview, length: int) -> None:
+        """Runs beside the reading of the next chunk: a stream that nobody reads is full in no time."""
+        if not self._unpacked:
+            self._unpacked = bytearray(len(self._buffer))
+        try:
+            data = unpack(body, length, self._unpacked)
+        except WireError:
+            self._settle(index, body, b"")
+        else:
+            self._settle(index, data, hashlib.sha256(data).digest())
+
+    def _settle(self, index: int, data: memoryview, digest: bytes) -> None:
+        """Write the chunk and acknowledge it, or refuse it."""
+        with self._settling:
+            if digest == self._table.sha256(index):
+                self._part.write(index, data)
+                self._say(FrameKind.ACK, index)
+                return
+            self._refusals += 1
+            if self._refusals > MAX_REFUSALS:
+                raise AgentError(
+                    "integrity",
+                    f"{self._refusals} chunks arrived damaged",
+                    "Check that the checkpoint is not being written to, then the network.",
+                )
+            self._say(FrameKind.REFUSED, index)
+
+    def _sync_while_quiet(self) -> None:
+        # What went wrong there would else be told with the next chunk, for which the client may not have room.
+        self._unpacking.wait()
+        self._part.sync_while_quiet()
 
     def _read(self, view: memoryview, hasher: Optional[hashlib._Hash]) -> None:
         """Fill `view`, and give what arrives to the hasher meanwhile."""
@@ -168,17 +200,9 @@ class _Receiver:
         self._say(FrameKind.HAVE, len(self._table), encode_bitmap(self._part.have))
 
     def _say(self, kind: FrameKind, argument: int, body: bytes = b"") -> None:
-        self._channel.send_frame(kind, argument, body)
-        self._spoke_at = time.monotonic()
-
-
-def _unpacked(body: memoryview, length: int) -> tuple[memoryview, bytes]:
-    """(the chunk, its SHA-256); nothing, where it is damaged."""
-    try:
-        data = unpack(body, length)
-    except WireError:
-        return body[:0], b""
-    return memoryview(data), hashlib.sha256(data).digest()
+        with self._settling:
+            self._channel.send_frame(kind, argument, body)
+            self._spoke_at = time.monotonic()
 
 
 def _read_table(reader: FrameReader, request: ReceiveRequest) -> ChunkTable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Optional, Union
 
 from remote_payload.wire.codec import WireError
@@ -22,6 +22,7 @@ _WORTH = 0.95
 _SAMPLE_BYTES = 8 * 1024
 _SAMPLES = 4
 _LOOK_BYTES = 64
+_PIECE_BYTES = 64 * 1024
 
 
 class Planes(NamedTuple):
@@ -68,25 +69,34 @@ def pack(data: Union[bytes, bytearray], width: int, coded: Optional[Collection[i
     return b"".join((bytes((width,)), heads, *(body for _, body in planes), data[whole:]))
 
 
-def unpack(body: Union[bytes, memoryview], length: int) -> bytearray:
-    """The `length` bytes that were packed. Raises `WireError` for anything else."""
+def unpack(body: Union[bytes, memoryview], length: int, into: Optional[bytearray] = None) -> memoryview:
+    """The `length` bytes that were packed, at the start of `into` if it is given, which is no shorter. Raises
+    `WireError` for anything else."""
     width = body[0] if body else 0
     if width not in WIDTHS or len(body) < 1 + width * _PLANE.size:
         raise WireError("a packed chunk has no head")
     count, rest = divmod(length, width)
     view = memoryview(body)
     at = 1 + width * _PLANE.size
-    data = bytearray(length)
+    data = bytearray(length) if into is None else into
     for plane in range(width):
         kind, packed_bytes = _PLANE.unpack_from(body, 1 + plane * _PLANE.size)
         if packed_bytes > len(body) - at:
             raise WireError("a packed chunk is shorter than it says")
-        data[plane : count * width : width] = _unpack_plane(kind, view[at : at + packed_bytes], count)
+        done = 0
+        # In pieces that stay in the processor's cache, and for which no new pages are needed.
+        for piece in _pieces(kind, view[at : at + packed_bytes], count):
+            begin, done = done, done + len(piece)
+            if done > count:
+                raise WireError("a plane is longer than its elements")
+            data[plane + begin * width : plane + done * width : width] = piece
+        if done != count:
+            raise WireError("a plane is shorter than its elements")
         at += packed_bytes
     if len(body) - at != rest:
         raise WireError("a packed chunk has another length than it says")
-    data[count * width :] = view[at:]
-    return data
+    data[count * width : length] = view[at:]
+    return memoryview(data)[:length]
 
 
 def _pack_plane(plane: Union[bytes, bytearray]) -> tuple[int, Union[bytes, bytearray]]:
@@ -99,29 +109,29 @@ def _pack_plane(plane: Union[bytes, bytearray]) -> tuple[int, Union[bytes, bytea
     return (_DEFLATED, coded) if len(coded) < _WORTH * len(plane) else (_RAW, plane)
 
 
-def _unpack_plane(kind: int, packed: memoryview, count: int) -> Union[bytes, bytearray, memoryview]:
+def _pieces(kind: int, packed: memoryview, count: int) -> Iterator[Union[bytes, bytearray, memoryview]]:
+    """A plane, which should be of `count` bytes, in its order."""
     if kind == _RAW:
-        plane: Union[bytes, bytearray, memoryview] = packed
+        for start in range(0, len(packed), _PIECE_BYTES):
+            yield packed[start : start + _PIECE_BYTES]
     elif kind == _REPEATED and len(packed) == 1:
-        plane = bytearray(packed) * count
+        for start in range(0, count, _PIECE_BYTES):
+            yield bytearray(packed) * min(_PIECE_BYTES, count - start)
     elif kind == _DEFLATED and count:
-        plane = _inflate(packed, count)
+        yield from _inflated(packed, count)
     else:
         raise WireError(f"a plane of unknown kind {kind}")
-    if len(plane) != count:
-        raise WireError("a plane has another length than its elements")
-    return plane
 
 
-def _inflate(packed: memoryview, count: int) -> bytes:
+def _inflated(packed: memoryview, count: int) -> Iterator[bytes]:
+    """As long as no more than `count` bytes were taken, no more than one beyond them are inflated."""
     decoder = zlib.decompressobj(-15)
     try:
-        plane = decoder.decompress(packed, count)
-        # What is left may be no more than the end of the stream's last block.
-        if not decoder.eof and decoder.decompress(decoder.unconsumed_tail, 1):
-            raise WireError("a plane is longer than its elements")
+        for start in range(0, len(packed), _PIECE_BYTES):
+            piece = decoder.decompress(packed[start : start + _PIECE_BYTES], count + 1)
+            count -= len(piece)
+            yield piece
     except zlib.error as error:
         raise WireError(f"a plane is damaged: {error}") from None
     if not decoder.eof or decoder.unused_data:
         raise WireError("a plane does not end where it should")
-    return plane

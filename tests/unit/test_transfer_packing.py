@@ -32,7 +32,9 @@ def upcast(count: int) -> bytes:
 def test_any_bytes_at_any_width_are_themselves_again(data: bytes) -> None:
     for width in WIDTHS:
         assert unpack(pack(data, width), len(data)) == data
-        assert unpack(memoryview(pack(data, width, (width - 1,))), len(data)) == data
+        longer = bytearray(b"\xa5" * (len(data) + 9))
+        assert unpack(memoryview(pack(data, width, (width - 1,))), len(data), longer) == data
+        assert longer[len(data) :] == b"\xa5" * 9
 
 
 KINDS = (bytes, random.Random(4).randbytes, lambda count: bfloat16(1000) * (count // 2000 + 1))
