@@ -189,6 +189,14 @@ class Node:
         self._ensure_payload()
         return self._start_stream(verb, request, idle_timeout_s, is_bulk)
 
+    def script_for_another(self, verb: str, request: object) -> tuple[str, str]:
+        """(script, nonce of its ready line) that start a stream verb, for a node that logs in to this one by itself. On
+        any other machine than ours the agent says so instead of its ready line."""
+        nonce = secrets.token_hex(16)
+        text = self._encode(verb, nonce, to_json(request), machine_id=self.hello.machine_id)
+        python, root = self.profile.python, self.profile.node_root
+        return scripts.stream_script(python, root, self.payload.sha256, nonce, text), nonce
+
     def prepare_streams(self, how_many: Callable[[float | None], int]) -> None:
         """Begin to open, in the background, the bulk streams that will be asked for next: as many as `how_many` says of
         the path's round trip, which the connection tells, or else the first of them. Where that fails, whoever asks
@@ -263,8 +271,8 @@ class Node:
         script = scripts.call_script(self.profile.python, self.profile.node_root, self.payload.sha256, nonce, request)
         return self._ensure_transport().run(script, timeout_s=limit_s), nonce
 
-    def _encode(self, verb: str, nonce: str, params: Any) -> str:
-        request = {"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": params}
+    def _encode(self, verb: str, nonce: str, params: Any, **more: Any) -> str:
+        request = {"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": params, **more}
         if self._is_for_unknown_root(verb, params):
             request["hello"] = to_json(self._hello_request)
         return frames.encode_request(request)

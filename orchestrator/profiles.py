@@ -117,6 +117,11 @@ class ClusterProfile(_Strict):
         default=True,
         description="Floats travel in fewer bytes where the link is slower than packing, which costs processor time.",
     )
+    direct_copies: bool = Field(
+        default=True,
+        description="A copy from another cluster goes straight where that one's node can log in by itself; false: no "
+        "node is asked to log in to another.",
+    )
     bandwidth_limit_mbps: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Upper bound for transfers, in megabits per second."
     )

@@ -100,6 +100,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
     from orchestrator.pipeline.room import gc_offered
     from orchestrator.plan import CheckpointReference, new_run_id, node_path
     from orchestrator.project import find_project
+    from orchestrator.transfer.direct import DirectWay
     from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe
     from orchestrator.transfer.stream_count import StreamPolicy
 
@@ -121,6 +122,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
             source,
             described,
             target,
+            way=DirectWay(source, target, (cluster, other), world.reporter.note),
             streams=StreamPolicy(fixed=streams),
             bandwidth_limit_bytes_per_s=limit_mbps * 1e6 / 8 if limit_mbps is not None else None,
             on_progress=functools.partial(world.reporter.transfer, posixpath.basename(described.path)),
@@ -128,7 +130,7 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
         )
     reached = f"{other}:{done.path}"
     if as_json:
-        facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
+        facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds, "direct": done.is_direct}
         print_json({"checkpoint": reached, "digest": done.digest, **facts})
     else:
         print(printable(f"{reached}: {human_bytes(done.size)}, {human_bytes(done.bytes_sent)} sent, verified"))

@@ -13,6 +13,7 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.locate import find_by_content, locate_in_place
 from orchestrator.pipeline.room import gc_offered
 from orchestrator.plan import SyncedCheckpoint
+from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe, is_unchanged
 from orchestrator.transfer.node_files import DescribedFile
 from orchestrator.transfer.sender import LocalFileChangedError
@@ -34,17 +35,21 @@ def copy_from_source(context: RunContext, source: Node) -> SyncedCheckpoint:
     """Put the checkpoint on the run's node, as far as that lacks its content."""
     located = locate_in_place(source, context.plan.checkpoint, context.plan.run_id)
     described = describe(source, located.path)
+    names = (context.plan.checkpoint.cluster or "the other node", context.plan.cluster)
+    way = DirectWay(source, context.node, names, context.reporter.note)
     try:
-        found = _copied(context, source, described)
+        found = _copied(context, source, described, way)
     except LocalFileChangedError:
         if not is_unchanged(source, described):
             raise
         # What the node remembered was of another content with the same facts and sampled bytes: read it anew, once.
-        found = _copied(context, source, describe(source, located.path, anew=True))
+        found = _copied(context, source, describe(source, located.path, anew=True), way)
     return dataclasses.replace(found, source_path=located.path, source_fingerprint=located.fingerprint)
 
 
-def _copied(context: RunContext, source: Node, described: DescribedFile | DescribedFolder) -> SyncedCheckpoint:
+def _copied(
+    context: RunContext, source: Node, described: DescribedFile | DescribedFolder, way: DirectWay
+) -> SyncedCheckpoint:
     found = None if isinstance(described, DescribedFolder) else find_by_content(context, described.manifest)
     if found is not None:
         return found
@@ -53,6 +58,7 @@ def _copied(context: RunContext, source: Node, described: DescribedFile | Descri
             source,
             described,
             context.node,
+            way=way,
             on_progress=functools.partial(context.reporter.transfer, "checkpoint"),
             run_id=context.plan.run_id,
         )

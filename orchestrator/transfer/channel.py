@@ -19,6 +19,7 @@ from orchestrator.errors import (
 )
 from orchestrator.node import remote_error
 from orchestrator.ssh.transport import BulkStream, ByteStream
+from orchestrator.transfer.forwarded import ForwardedStream
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import printable
@@ -106,6 +107,8 @@ class FrameChannel:
         # Asked once: looking for a protocol's methods takes longer than handing over a megabyte.
         self._bulk = stream if isinstance(stream, BulkStream) else None
         self._reader = FrameReader(self._fill)
+        self.is_filled_there = isinstance(stream, ForwardedStream)
+        """Whether the bytes of chunks are not sent by us: the agent is told where on its disk they are."""
 
     def send(self, kind: FrameKind, argument: int = 0, body: bytes = b"") -> None:
         self._stream.write(encode_frame(kind, argument, body))

@@ -1,4 +1,4 @@
-"""From one node's disk into another's store, through this machine's memory and never onto its disk.
+"""From one node's disk into another's store: straight (`direct.py`), or through this machine's memory, never its disk.
 
 The first node says what the chunks are, the second verifies each against that: digests go from end to end. What has
 arrived is in the second node's journal, so a copy that was cut is gone on with.
@@ -13,18 +13,20 @@ import time
 from collections.abc import Sequence
 
 from orchestrator.errors import IntegrityError, UsageError
-from orchestrator.node import Node
+from orchestrator.node import BULK_BYTES, Node
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
+from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_folder
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles, changed_on_node
 from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.progress import ProgressListener
+from orchestrator.transfer.sender import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member, check_members
-from remote_payload.wire.messages import FileList, FolderManifest, ListRequest
+from remote_payload.wire.messages import FileList, FolderManifest, ListRequest, Located, LocateRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.stream import ChunkTable, pack_chunks
 
@@ -51,6 +53,8 @@ class CopiedCheckpoint:
     size: int
     bytes_sent: int
     seconds: float
+    is_direct: bool = False
+    """Whether the bytes went straight, to the end."""
 
 
 def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | DescribedFolder:
@@ -72,17 +76,22 @@ def copy_checkpoint(
     described: DescribedFile | DescribedFolder,
     target: Node,
     *,
+    way: DirectWay | None = None,
     streams: StreamPolicy | None = None,
     bandwidth_limit_bytes_per_s: float | None = None,
     on_progress: ProgressListener | None = None,
     run_id: str = "",
 ) -> CopiedCheckpoint:
-    """Put what was `described` on `source` into `target`'s store, within the limits of both profiles. Raises as
-    `NodeCopy`, and `LocalFileChangedError` for a folder that is another by the end."""
+    """Put what was `described` on `source` into `target`'s store, within the limits of both profiles. `way` is taken
+    where the size is worth a login; None: all goes through this machine. Raises as `NodeCopy`, and
+    `LocalFileChangedError` for what is another by the end."""
+    size = described.manifest.size if isinstance(described, DescribedFile) else described.folder.size
+    if size < BULK_BYTES:
+        way = None
     limits = (bandwidth_limit_bytes_per_s, *(node.profile.bandwidth_limit_bytes_per_s for node in (source, target)))
     copy = NodeCopy(
         source,
-        target,
+        way or target,
         streams=streams,
         bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
         packing=source.profile.pack_floats and target.profile.pack_floats,
@@ -91,12 +100,15 @@ def copy_checkpoint(
     )
     began = time.monotonic()
     if isinstance(described, DescribedFile):
-        done = copy([described], described.manifest, on_progress)
-        path, identity, sent = done.path_on_node, described.manifest, done.bytes_sent
-        return CopiedCheckpoint(path, identity.digest, identity.size, sent, time.monotonic() - began)
-    folder = _copy_folder(copy, source, described, target, on_progress, run_id)
-    size = described.folder.size
-    return CopiedCheckpoint(folder.path, described.folder.digest, size, folder.bytes_sent, time.monotonic() - began)
+        done = _copy_file(copy, source, described, on_progress)
+        if way is not None and way.has_worked:
+            _check_that_it_stands(target, described.manifest, run_id)
+        path, digest, sent = done.path_on_node, described.manifest.digest, done.bytes_sent
+    else:
+        folder = _copy_folder(copy, source, described, target, on_progress, run_id)
+        path, digest, sent = folder.path, described.folder.digest, folder.bytes_sent
+    is_direct = way is not None and way.is_direct
+    return CopiedCheckpoint(path, digest, size, sent, time.monotonic() - began, is_direct)
 
 
 @dataclasses.dataclass
@@ -134,6 +146,29 @@ class NodeCopy:
         )
 
 
+def _copy_file(
+    copy: NodeCopy, source: Node, described: DescribedFile, on_progress: ProgressListener | None
+) -> UploadResult:
+    try:
+        return copy([described], described.manifest, on_progress)
+    except LocalFileChangedError:
+        raise
+    except (UsageError, IntegrityError):
+        # What the first node says of a file that it reads for the other.
+        _check_unchanged(source, described)
+        raise
+
+
+def _check_that_it_stands(target: Node, manifest: ChunkManifest, run_id: str) -> None:
+    """What came straight was said to have arrived by the node that sent it: ask the other one."""
+    request = LocateRequest(target.root, digest=manifest.digest, size=manifest.size, run_id=run_id)
+    if target.call("locate", request, Located, timeout_s=LIST_TIMEOUT_S).how != "store":
+        raise IntegrityError(
+            "the file is not where the node that sent it says that it has arrived",
+            action="Run it again with `direct_copies: false` in a profile, and tell that node's administrator.",
+        )
+
+
 def _copy_folder(
     copy: NodeCopy,
     source: Node,
@@ -163,7 +198,7 @@ def is_unchanged(source: Node, described: DescribedFile | DescribedFolder) -> bo
     return _list(source, described.path).files == tuple(file.listed for file in files)
 
 
-def _check_unchanged(source: Node, described: DescribedFolder) -> None:
+def _check_unchanged(source: Node, described: DescribedFile | DescribedFolder) -> None:
     if not is_unchanged(source, described):
         raise changed_on_node(described.path)
 

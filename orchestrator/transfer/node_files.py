@@ -24,6 +24,7 @@ from orchestrator.transfer.channel import (
 from orchestrator.transfer.packing import MIN_BYTES, PackingRates
 from orchestrator.transfer.sender import LocalFileChangedError
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.forward import Fill
 from remote_payload.wire.members import joined
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
@@ -94,6 +95,12 @@ class NodeFiles:
         self._is_closed = False
 
     def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        if channel.is_filled_there:
+            file, within = self._at(offset)
+            listed = file.listed
+            fill = Fill(file.path, within, count, listed.size, listed.mtime_ns, listed.inode)
+            channel.send_json(FrameKind.FILL, fill)
+            return count
         data = self.read(offset, min(count, MAX_DATA_BYTES))
         channel.send_data(data)
         return len(data)

@@ -234,12 +234,15 @@ class Sender:
 
     def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool, packed: bytes | None = None) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
+        body: tuple[int, bytes] | None = None
         if is_again:
-            body: tuple[int, bytes] | None = (RAW_ENCODING, self._read_unchanged(index))
-        else:
-            body = (PACKED_ENCODING, packed) if packed is not None else self._file.body(offset, left)
+            body = (RAW_ENCODING, self._read_unchanged(index))
+        elif packed is not None:
+            body = (PACKED_ENCODING, packed)
+        elif not channel.is_filled_there:
+            body = self._file.body(offset, left)
         with self._rates.moving():
-            if body is not None:
+            if body is not None and not channel.is_filled_there:
                 self._send_body(channel, index, *body)
             else:
                 self._send_bytes(channel, index)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import select
+import sys
 import time
 from types import TracebackType
 from typing import Any, Callable, Optional
 
 from remote_payload.wire.stream import Buffer, FrameKind, encode_frame, encode_json_frame
 
+PIPE_BYTES = 1024 * 1024
+_F_SETPIPE_SZ = 1031
 _READ_EVENTS = select.POLLIN
 _WRITE_EVENTS = select.POLLOUT
 _QUIET_S = 0.25
@@ -19,6 +24,10 @@ _GATHER_S = 0.0005
 
 class PeerGoneError(EOFError):
     """The client has closed its end, or has been silent for too long."""
+
+
+class FarEndGoneError(PeerGoneError):
+    """The way from here to another node was lost in the middle."""
 
 
 class FdChannel:
@@ -98,6 +107,13 @@ class FdChannel:
 
     def send_json(self, kind: FrameKind, value: Any) -> None:
         self.send(encode_json_frame(kind, value))
+
+
+def widen(fd: int) -> None:
+    """Let a pipe hold more, so that the server goes on while we hash or write; where it may not, it stays as it is."""
+    with contextlib.suppress(OSError):
+        if sys.platform.startswith("linux"):
+            fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _do_nothing() -> None:

@@ -95,7 +95,7 @@ class _Sender:
         for offset in range(facts.offset, end, PIECE_BYTES):
             count = min(PIECE_BYTES, end - offset)
             piece = self._buffer[HEADER_BYTES : HEADER_BYTES + count]
-            _read_exactly(fd, piece, offset, want.path)
+            read_exactly(fd, piece, offset, want.path)
             digest.update(piece)
             if not want.digest_only:
                 self._buffer[:HEADER_BYTES] = encode_data_header(offset, count)
@@ -106,7 +106,7 @@ class _Sender:
     def _send_at_once(self, fd: int, want: Want, facts: SpanFacts) -> None:
         """The whole span as one DATA frame, packed where that makes it smaller."""
         data = bytearray(facts.length)
-        _read_exactly(fd, memoryview(data), facts.offset, want.path)
+        read_exactly(fd, memoryview(data), facts.offset, want.path)
         _refuse_changed(fd, want, facts)
         sha256 = hashlib.sha256(data).hexdigest()
         begun = time.monotonic()
@@ -174,7 +174,7 @@ def _open_beneath(base: str, relative: str) -> int:
         os.close(folder_fd)
 
 
-def _read_exactly(fd: int, view: memoryview, offset: int, path: str) -> None:
+def read_exactly(fd: int, view: memoryview, offset: int, path: str) -> None:
     while view:
         count = _read_at(fd, view, offset)
         if not count:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import signal
 import sys
 from types import FrameType
 from typing import Any, Callable, Optional
 
-from remote_payload.agent.channel import FdChannel, PeerGoneError
+from remote_payload.agent.channel import FarEndGoneError, FdChannel, PeerGoneError, widen
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.receive import serve_receive
 from remote_payload.agent.send import serve_send
 from remote_payload.wire import PROTOCOL_VERSION
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.failures import RemoteFailure
-from remote_payload.wire.names import check_nonce
+from remote_payload.wire.forward import FAR_END_GONE_STATUS, OTHER_MACHINE, ForwardRequest
+from remote_payload.wire.names import check_nonce, printable
 from remote_payload.wire.stream import (
     DamagedStreamError,
     FrameKind,
@@ -31,8 +30,6 @@ from remote_payload.wire.stream import (
     decode_json,
 )
 
-PIPE_BYTES = 1024 * 1024
-_F_SETPIPE_SZ = 1031
 PEER_GONE_STATUS = 75
 """Exit status when the client left in the middle: whatever was done stays done, and another stream goes on."""
 
@@ -47,7 +44,7 @@ def main_stream(request: dict[str, Any], nonce: str) -> int:
     output = os.dup(1)
     os.dup2(2, 1)  # a stray print must not get between frames
     for fd in (0, output):
-        _widen(fd)
+        widen(fd)
     with FdChannel(0, output) as channel:
         return serve_stream(channel, request, nonce)
 
@@ -55,14 +52,34 @@ def main_stream(request: dict[str, Any], nonce: str) -> int:
 def serve_stream(channel: FdChannel, request: dict[str, Any], nonce: str) -> int:
     """As `main_stream`, over any channel."""
     try:
-        ready = f"\n=remote-eval={check_nonce(nonce)}=ready=\n".encode()
+        if _is_for_another(request):
+            channel.send(_said(nonce, OTHER_MACHINE))
+            return 0
+        ready = _said(nonce, "ready")
         channel.send(ready)
         failure = _perform(channel, request, ready)
         if failure is not None:
             channel.send_json(FrameKind.FAILURE, failure)
+    except FarEndGoneError as error:
+        print(printable(str(error)), file=sys.stderr)
+        return FAR_END_GONE_STATUS
     except PeerGoneError:
         return PEER_GONE_STATUS
     return 0
+
+
+def _is_for_another(request: dict[str, Any]) -> bool:
+    """Whether the request names the machine that it is for, and that is not this one: where another node logs in, a
+    name may lead elsewhere than it does from the client."""
+    if request.get("machine_id") is None:
+        return False
+    from remote_payload.agent.machine import machine_id
+
+    return bool(request["machine_id"] != machine_id())
+
+
+def _said(nonce: str, outcome: str) -> bytes:
+    return f"\n=remote-eval={check_nonce(nonce)}={outcome}=\n".encode()
 
 
 def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optional[StreamFailure]:
@@ -108,14 +125,11 @@ def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:
         return lambda channel, params: serve_receive(channel, from_json(ReceiveRequest, params))
     if verb == "send":
         return lambda channel, params: serve_send(channel, from_json(SendRequest, params))
+    if verb == "forward":
+        from remote_payload.agent.forward import serve_forward  # every other stream starts without it
+
+        return lambda channel, params: serve_forward(channel, from_json(ForwardRequest, params))
     raise AgentError("usage", f"there is no stream verb {verb!r}")
-
-
-def _widen(fd: int) -> None:
-    """Let a pipe hold more, so that the server goes on while we hash or write; where it may not, it stays as it is."""
-    with contextlib.suppress(OSError):
-        if sys.platform.startswith("linux"):
-            fcntl.fcntl(fd, _F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _leave(number: int, _frame: Optional[FrameType]) -> None:

@@ -10,6 +10,8 @@ _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}\Z")
 _JOB_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _NONCE = re.compile(r"[0-9a-f]{32}\Z")
+_SSH_HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9._:-]{0,254}\Z")
+_SSH_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}\Z")
 _ARTIFACT_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,126}\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -37,6 +39,16 @@ def check_sha256(digest: str) -> str:
 def check_nonce(nonce: str) -> str:
     """Return `nonce` if it is 32 lower-case hex digits, else raise `WireError`."""
     return _check(_NONCE, nonce, "nonce")
+
+
+def check_ssh_host(host: str) -> str:
+    """Return `host` if it is a name or an address, and neither an option nor a URL, else raise `WireError`."""
+    return _check(_SSH_HOST, host, "host")
+
+
+def check_ssh_user(user: str) -> str:
+    """Return `user` if it is a plain login name, else raise `WireError`."""
+    return _check(_SSH_USER, user, "login name")
 
 
 def check_file_digest(digest: str) -> str:

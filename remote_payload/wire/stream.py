@@ -48,6 +48,8 @@ waiting for earlier answers:
 `standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then
 
     client → agent   PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
+
+`forward` is in `wire/forward.py`.
 """
 
 from __future__ import annotations
@@ -107,6 +109,8 @@ class FrameKind(enum.IntEnum):
     REUSED = 15
     KEEP = 16
     KEPT = 17
+    FORWARDING = 18
+    FILL = 19
 
 
 class DamagedStreamError(WireError):

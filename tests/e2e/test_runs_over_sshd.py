@@ -126,7 +126,7 @@ def test_a_cancelled_run_ends_as_cancelled_and_its_process_is_gone(world: World)
     status = world.json("status", run_id)
     assert status["attempt"]["state"] == "cancelled"
     assert world.json("resume", run_id, expect=6)["error"] == "JobCancelledError"
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
     assert run_id not in listed
 
 

@@ -163,7 +163,7 @@ def until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
 
 def agents_of(world: World) -> list[str]:
     """Command lines of the agents that carry streams, which outlive a killed client for a moment."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
     return [line for line in listed.splitlines() if "agent stream" in line and str(world.node.parent) in line]
 
 
@@ -210,6 +210,8 @@ def make_world(tmp_path: Path, sshd: Sshd, small_checkpoint: Path, python: str) 
                 "python": {"path": python},
                 "checkpoint_roots": [str(node / "data")],
                 "retry": {"patience_s": 10},
+                # A node's account would be the developer's own here, with that one's keys.
+                "direct_copies": False,
             }
         )
     )

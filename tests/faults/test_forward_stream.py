@@ -1,0 +1,265 @@
+"""The stream verb `forward`, spoken frame by frame: what it puts into another node's store, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import IntegrityError, NodeUnfitError, UsageError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.channel import FrameChannel, StreamDamagedError, StreamEndedError
+from remote_payload.agent.machine import machine_id
+from remote_payload.wire import PROTOCOL_VERSION, frames
+from remote_payload.wire.codec import to_json
+from remote_payload.wire.forward import FAR_END_GONE_STATUS, Fill, ForwardRequest, SshLogin
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.stream import FrameKind, ReceiveRequest, SendRequest, pack_chunks
+from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
+
+CONTENT = random.Random(4).randbytes(3_000_000)
+MANIFEST = manifest_of(CONTENT, even_cuts(len(CONTENT), 1_000_000))
+LOGIN = SshLogin("far.example.org", "someone", 22, 5.0)
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> ThreadOpener:
+    (tmp_path / "near").mkdir()
+    (tmp_path / "file").write_bytes(CONTENT)
+    return ThreadOpener(make_node_root(tmp_path / "near"))
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> NodeLayout:
+    (tmp_path / "far").mkdir()
+    return NodeLayout(str(make_node_root(tmp_path / "far")))
+
+
+@pytest.fixture
+def logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where an `ssh` that logs in to this machine, whatever it is told, notes its process and its words."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    noted = tmp_path / "logins"
+    ssh = folder / "ssh"
+    ssh.write_text(
+        f'#!/bin/sh\necho "$$ $*" >> {shlex.quote(str(noted))}\nfor command; do :; done\nexec /bin/sh -c "$command"\n'
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return noted
+
+
+def forward_request(near: ThreadOpener, far: NodeLayout, machine: str | None = None, **changes: Any) -> ForwardRequest:
+    nonce = secrets.token_hex(16)
+    receive = ReceiveRequest(far.root, MANIFEST.digest, len(CONTENT), len(MANIFEST.chunks), secrets.token_hex(16))
+    message = {"verb": "receive", "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": to_json(receive)}
+    text = frames.encode_request({**message, "machine_id": machine or machine_id()})
+    project = Path(__file__).parents[2]
+    words = ["env", f"PYTHONPATH={project}", sys.executable, "-m", "remote_payload", "agent", "stream", text]
+    script = f"{shlex.join(words)}\nexit $?\n"
+    request = ForwardRequest(near.layout.root, LOGIN, "/bin/sh", f"{{ {script} }}\n", nonce, 20.0)
+    return dataclasses.replace(request, **changes)
+
+
+@pytest.fixture
+def forwarded(near: ThreadOpener, far: NodeLayout, logins: Path) -> Iterator[ByteStream]:
+    """A stream on which the other agent has said what it has: nothing."""
+    with near.open_agent_stream("forward", forward_request(near, far), idle_timeout_s=20) as stream:
+        channel = FrameChannel(stream)
+        channel.receive(FrameKind.FORWARDING)
+        channel.send(FrameKind.MANIFEST, 0, pack_chunks(MANIFEST.chunks))
+        channel.receive(FrameKind.HAVE)
+        yield stream
+
+
+def fill_of(path: Path, offset: int, length: int) -> Fill:
+    facts = path.stat()
+    return Fill(str(path), offset, length, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+
+
+def send_chunk(channel: FrameChannel, path: Path, index: int, pieces: int = 1) -> None:
+    chunk = MANIFEST.chunks[index]
+    channel.send_data_header(index, chunk.length)
+    for number in range(pieces):
+        first, end = (chunk.length * n // pieces for n in (number, number + 1))
+        channel.send_json(FrameKind.FILL, fill_of(path, chunk.offset + first, end - first))
+
+
+def journalled(far: NodeLayout) -> set[int]:
+    lines = Path(far.checkpoint_journal(MANIFEST.digest)).read_bytes().splitlines()
+    return {int(line.split()[0]) for line in lines if line[:1].isdigit() and line.endswith(b".")}
+
+
+def until_gone(logins: Path) -> None:
+    pid = int(logins.read_text().split()[0])
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, "the login does not end"
+        time.sleep(0.02)
+
+
+def test_chunks_come_from_the_disk_of_the_node_and_the_other_one_finishes_the_file(
+    tmp_path: Path, forwarded: ByteStream, far: NodeLayout, logins: Path
+) -> None:
+    channel = FrameChannel(forwarded)
+    for index in (2, 0, 1):
+        send_chunk(channel, tmp_path / "file", index, pieces=index + 1)
+        assert channel.receive(FrameKind.ACK)[0].argument == index
+    channel.send(FrameKind.FINISH)
+    channel.receive(FrameKind.FINISHED)
+    forwarded.close_write()
+    assert forwarded.finish(20).exit_status == 0
+    assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+    until_gone(logins)
+
+
+@pytest.mark.parametrize(
+    "login",
+    [
+        SshLogin("-oProxyCommand=touch made", "someone", 22, 5.0),
+        SshLogin("host -oProxyCommand=touch", "someone", 22, 5.0),
+        SshLogin("someone@host", "someone", 22, 5.0),
+        SshLogin("ssh://host", "someone", 22, 5.0),
+        SshLogin("", "someone", 22, 5.0),
+        SshLogin("host\n", "someone", 22, 5.0),
+        SshLogin("host", "-oProxyCommand=touch", 22, 5.0),
+        SshLogin("host", "a;b", 22, 5.0),
+        SshLogin("host", "$(touch made)", 22, 5.0),
+        SshLogin("host", "someone", 0, 5.0),
+        SshLogin("host", "someone", 70000, 5.0),
+        SshLogin("host", "someone", 22, -1.0),
+    ],
+)
+def test_what_could_be_taken_for_an_option_or_another_address_starts_nothing(
+    near: ThreadOpener, far: NodeLayout, logins: Path, login: SshLogin
+) -> None:
+    stream = near.open_agent_stream("forward", forward_request(near, far, login=login), idle_timeout_s=20)
+    with stream, pytest.raises(UsageError):
+        FrameChannel(stream).receive(FrameKind.FORWARDING)
+    assert not logins.exists()
+
+
+def test_the_host_stands_behind_all_options(near: ThreadOpener, far: NodeLayout, logins: Path) -> None:
+    with near.open_agent_stream("forward", forward_request(near, far), idle_timeout_s=20) as stream:
+        FrameChannel(stream).receive(FrameKind.FORWARDING)
+    words = logins.read_text().split()
+    assert words[-7:] == ["-l", "someone", "-p", "22", "--", "far.example.org", "/bin/sh"]
+
+
+def test_an_agent_on_another_machine_takes_nothing(near: ThreadOpener, far: NodeLayout, logins: Path) -> None:
+    request = forward_request(near, far, machine="0" * 32)
+    stream = near.open_agent_stream("forward", request, idle_timeout_s=20)
+    with stream, pytest.raises(NodeUnfitError, match="another machine"):
+        FrameChannel(stream).receive(FrameKind.FORWARDING)
+    assert not Path(far.checkpoints).exists()
+    until_gone(logins)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo a banner\nexit 3\n", "nothing came"),
+        ("printf '\\n=remote-eval=%s=payload-missing=\\n' {nonce}\n", "payload-missing"),
+        ("echo no luck >&2\nexit 255\n", "no luck"),
+    ],
+)
+def test_an_agent_that_does_not_start_is_said_in_a_line(
+    near: ThreadOpener, far: NodeLayout, logins: Path, script: str, said: str
+) -> None:
+    request = forward_request(near, far)
+    request = dataclasses.replace(request, script=script.replace("{nonce}", request.nonce))
+    stream = near.open_agent_stream("forward", request, idle_timeout_s=20)
+    with stream, pytest.raises(NodeUnfitError) as caught:
+        FrameChannel(stream).receive(FrameKind.FORWARDING)
+    assert said in caught.value.cause
+    until_gone(logins)
+
+
+def test_a_file_that_is_another_than_was_described_is_refused_and_what_went_before_is_kept(
+    tmp_path: Path, forwarded: ByteStream, far: NodeLayout
+) -> None:
+    channel = FrameChannel(forwarded)
+    send_chunk(channel, tmp_path / "file", 0)
+    channel.receive(FrameKind.ACK)
+    fill = fill_of(tmp_path / "file", 1_000_000, 1_000_000)
+    (tmp_path / "file").write_bytes(CONTENT + b"more")
+    channel.send_data_header(1, 1_000_000)
+    channel.send_json(FrameKind.FILL, fill)
+    with pytest.raises(IntegrityError, match="changed while it was copied"):
+        channel.receive(FrameKind.ACK)
+    assert journalled(far) == {0}
+
+
+def test_bytes_that_are_not_what_the_table_says_are_refused_by_the_other_node(
+    tmp_path: Path, forwarded: ByteStream
+) -> None:
+    channel = FrameChannel(forwarded)
+    channel.send_data_header(0, 1_000_000)
+    channel.send_json(FrameKind.FILL, fill_of(tmp_path / "file", 1_000_000, 1_000_000))
+    assert channel.receive(FrameKind.REFUSED)[0].argument == 0
+
+
+def test_a_link_below_the_node_root_is_not_followed(tmp_path: Path, near: ThreadOpener, forwarded: ByteStream) -> None:
+    link = Path(near.layout.root) / "link"
+    link.symlink_to(tmp_path / "file")
+    channel = FrameChannel(forwarded)
+    channel.send_data_header(0, 1_000_000)
+    channel.send_json(FrameKind.FILL, fill_of(link, 0, 1_000_000))
+    with pytest.raises(IntegrityError, match="symbolic link"):
+        channel.receive(FrameKind.ACK)
+
+
+@pytest.mark.parametrize("length", [0, 1_000_001])
+def test_a_fill_of_a_wrong_length_ends_the_stream(tmp_path: Path, forwarded: ByteStream, length: int) -> None:
+    channel = FrameChannel(forwarded)
+    channel.send_data_header(0, 1_000_000)
+    channel.send_json(FrameKind.FILL, fill_of(tmp_path / "file", 0, length))
+    with pytest.raises(StreamDamagedError):
+        channel.receive(FrameKind.ACK)
+
+
+def test_another_frame_amid_a_chunk_ends_the_stream(forwarded: ByteStream) -> None:
+    channel = FrameChannel(forwarded)
+    channel.send_data_header(0, 1_000_000)
+    channel.send(FrameKind.FINISH)
+    with pytest.raises(StreamDamagedError):
+        channel.receive(FrameKind.ACK)
+
+
+def test_a_login_that_dies_in_the_middle_ends_the_stream_with_its_own_status(
+    forwarded: ByteStream, logins: Path
+) -> None:
+    os.killpg(int(logins.read_text().split()[0]), signal.SIGKILL)
+    with pytest.raises(StreamEndedError):
+        FrameChannel(forwarded).receive(FrameKind.ACK)
+    assert forwarded.finish(20).exit_status == FAR_END_GONE_STATUS
+
+
+def test_when_the_client_goes_the_other_agent_journals_what_came_and_the_login_ends(
+    tmp_path: Path, forwarded: ByteStream, far: NodeLayout, logins: Path
+) -> None:
+    channel = FrameChannel(forwarded)
+    send_chunk(channel, tmp_path / "file", 1)
+    channel.receive(FrameKind.ACK)
+    forwarded.close()
+    until_gone(logins)
+    assert journalled(far) == {1}
+
+
+def test_the_other_verbs_do_not_take_its_frames(near: ThreadOpener) -> None:
+    with near.open_agent_stream("send", SendRequest(near.layout.root), idle_timeout_s=20) as stream:
+        channel = FrameChannel(stream)
+        channel.send(FrameKind.FILL)
+        with pytest.raises(StreamDamagedError):
+            channel.receive(FrameKind.SPAN)
