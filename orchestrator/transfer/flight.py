@@ -69,12 +69,13 @@ class Flight:
                 raise lane.error
             return None if self._is_done(lane) else self._take(lane)
 
-    def chunk_ahead(self, lane: Lane) -> tuple[int, bool] | None:
-        """As `next_chunk`, for a lane that has not sent all it took: None where it would have to wait for one."""
+    def chunk_ahead(self, lane: Lane, unsent_bytes: int) -> tuple[int, bool] | None:
+        """As `next_chunk`, for a lane that has not sent so much of what it took, which does not count for its window:
+        None where it would have to wait for one."""
         with self.changed:
             if lane.error is not None:
                 raise lane.error
-            return self._take(lane) if self._can_take(lane) else None
+            return self._take(lane) if self._can_take(lane, unsent_bytes) else None
 
     def acknowledge(self, lane: Lane, index: int) -> None:
         with self.changed:
@@ -184,11 +185,12 @@ class Flight:
     def _has_news(self, lane: Lane) -> bool:
         return lane.error is not None or self._is_done(lane) or self._can_take(lane)
 
-    def _can_take(self, lane: Lane) -> bool:
+    def _can_take(self, lane: Lane, unsent_bytes: int = 0) -> bool:
         """A single chunk always fits, whatever its size."""
         if lane.retires or not self._to_send:
             return False
-        return not lane.in_flight or lane.in_flight_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
+        sent_bytes = lane.in_flight_bytes - unsent_bytes
+        return not lane.in_flight or sent_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
 
     def _take(self, lane: Lane) -> tuple[int, bool]:
         index = self._to_send.popleft()

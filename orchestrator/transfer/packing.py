@@ -1,4 +1,5 @@
-"""Whether a chunk goes packed: where the link is slower than all packers. Packing beside the sending, and unpacking."""
+"""Whether a chunk goes packed: where the link is not much faster than all packers. Packing beside the sending, and
+unpacking."""
 
 from __future__ import annotations
 
@@ -18,15 +19,19 @@ MIN_BYTES = 256 * 1024
 """Smaller chunks are not worth a look."""
 MAX_WORKERS = 4
 """zlib lets go of the interpreter; splitting into planes does not, and takes a tenth of the time."""
-SPARE_CHUNKS = 2
-"""Chunks that are packed or wait for a worker, beyond one a worker: what all streams together hold in memory."""
+SPARE_CHUNKS = 4
+"""Chunks that are packed, are being sent or wait for a worker, beyond one a worker: what all streams together hold in
+memory."""
 _FIRST_GUESS_BYTES_PER_S = 80e6
 _NEWEST = 0.3
 """Weight of the newest measurement in a rate."""
 _MEASURE_S = 0.25
 """A link is measured over so much time: what one chunk leaves in buffers would tell a faster one."""
-_LOST_HALF = 0.5
-"""Packers that were too slow are measured anew once the link has so much left of its rate."""
+_PART_PACKED = 0.7
+"""Packing goes on beside the sending, and what the packers do not get to goes as it is: on a link so much faster than
+they are it still pays. On one that is faster yet, the processors are what it waits for."""
+_RETRY_S = 2.0
+"""Packers that were too slow are measured anew, with one chunk, after so long."""
 
 PackedChunk = Future["bytes | None"]
 """A chunk in fewer bytes, or None where it had better go as it is."""
@@ -44,7 +49,7 @@ class PackingRates:
         self._packer_bytes_per_s = _FIRST_GUESS_BYTES_PER_S
         self._unpacker_bytes_per_s = math.inf
         self._link_bytes_per_s: float | None = None
-        self._fastest_bytes_per_s = 0.0
+        self._tried_at = clock()
         self._movers = 0
         self._looked_at = clock()
         self._moving_s = 0.0
@@ -72,9 +77,7 @@ class PackingRates:
             if self._moving_s >= _MEASURE_S:
                 # A piece that a slow link takes long for counts for as long.
                 spans = self._moving_s / _MEASURE_S
-                link = _mean(self._link_bytes_per_s, self._moved_bytes / self._moving_s, spans)
-                self._link_bytes_per_s = link
-                self._fastest_bytes_per_s = max(self._fastest_bytes_per_s, link)
+                self._link_bytes_per_s = _mean(self._link_bytes_per_s, self._moved_bytes / self._moving_s, spans)
                 self._moving_s, self._moved_bytes = 0.0, 0
 
     def note_packed(self, count: int, seconds: float) -> None:
@@ -93,12 +96,12 @@ class PackingRates:
         """Whether the next chunk is to be packed, as far as the rates of the link and of so many packers tell."""
         with self._lock:
             rate = min(self._packer_bytes_per_s, self._unpacker_bytes_per_s) * packers
-            return packing_pays(self._link_bytes_per_s, rate, self._fastest_bytes_per_s)
+            return packing_pays(self._link_bytes_per_s, rate, self._clock() - self._tried_at)
 
     def note_tried(self) -> None:
         """A chunk is given to a packer."""
         with self._lock:
-            self._fastest_bytes_per_s = self._link_bytes_per_s or 0.0
+            self._tried_at = self._clock()
 
     def _change_movers(self, change: int) -> None:
         with self._lock:
@@ -115,8 +118,7 @@ class PackingRates:
 class Packer:
     """Packs the chunks of one transfer in threads of its own; its methods may be called from several threads.
 
-    Packing and sending overlap, so packing pays where the link is slower than all workers together, and a chunk
-    shrinks.
+    Until the link's rate is known it packs a chunk for each worker, so that some are ready by then.
     """
 
     def __init__(
@@ -127,7 +129,8 @@ class Packer:
         self._workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="packer")
         self._lock = threading.Lock()
-        self._free_places = self._workers + SPARE_CHUNKS
+        self._places = self._workers + SPARE_CHUNKS
+        self._taken_places = 0
         self._is_closed = False
 
     @property
@@ -135,15 +138,19 @@ class Packer:
         """Whether the next chunk is to be packed, as far as the rates tell."""
         return self.rates.pays(self._workers)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `begin` would take another chunk."""
+        places = self._places if self.rates.knows_link else self._workers
+        return not self._is_closed and self._taken_places < places and (self.pays or not self.rates.knows_link)
+
     def begin(self, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
         """Begin to pack a chunk; None where that does not pay, or there is no place. `read` is called in a worker,
         and what it raises is the future's. What was begun is to be handed to `end`."""
-        if length < MIN_BYTES or not self.pays:
-            return None
         with self._lock:
-            if self._is_closed or not self._free_places:
+            if length < MIN_BYTES or not self.has_room:
                 return None
-            self._free_places -= 1
+            self._taken_places += 1
             self.rates.note_tried()
             return self._pool.submit(self._pack, read)
 
@@ -168,7 +175,7 @@ class Packer:
 
     def _free_place(self) -> None:
         with self._lock:
-            self._free_places += 1
+            self._taken_places -= 1
 
 
 class Unpacker:
@@ -192,11 +199,10 @@ class Unpacker:
                 yield data
 
 
-def packing_pays(link: float | None, packers: float, fastest: float) -> bool:
-    """Whether to pack a chunk, by rates in bytes/s: the link's now, all packers' as last measured, and the highest that
-    the link had since a chunk was last given to them. One that has lost half since then gives them one, to measure them
-    anew."""
-    return link is not None and (link < packers or link < _LOST_HALF * fastest)
+def packing_pays(link: float | None, packers: float, untried_s: float) -> bool:
+    """Whether to pack a chunk, by rates in bytes/s, the link's now and all packers' as last measured, and by how long
+    ago a chunk was last given to them."""
+    return link is not None and (_PART_PACKED * link < packers or untried_s >= _RETRY_S)
 
 
 def _mean(before: float | None, newest: float, times: float = 1.0) -> float:

@@ -34,7 +34,8 @@ _LAST_WORDS_S = 5.0
 _ANSWERS_END_S = 120.0
 """How long an agent may take to make durable what it acknowledged, before it ends."""
 _NEXT_CHUNK_S = 10 * _ANSWERS_END_S
-_CHUNKS_AHEAD = 2
+_CHUNKS_AHEAD = 3
+"""One that is packed, to be sent next, and two that are being packed meanwhile."""
 
 Outcome = FinishedFacts | KeptFacts
 _OUTCOMES: dict[FrameKind, type[Outcome]] = {FrameKind.FINISHED: FinishedFacts, FrameKind.KEPT: KeptFacts}
@@ -298,7 +299,10 @@ class _Ahead:
         """(chunk, whether it was refused before, its packed bytes) to be sent now; None when the lane has no more to
         do. The one before is taken for sent. Raises what reading a chunk or `Flight.next_chunk` does."""
         self._let_go()
-        while len(self._chunks) < _CHUNKS_AHEAD and (following := self._take()) is not None:
+        while not self._chunks or (len(self._chunks) < _CHUNKS_AHEAD and self._packer.has_room):
+            following = self._take()
+            if following is None:
+                break
             packed = self._begin(following[0])
             if packed is None:
                 return *following, None
@@ -306,7 +310,7 @@ class _Ahead:
         if not self._chunks:
             return None
         ready = next((number for number, (_, _, packed) in enumerate(self._chunks) if packed.done()), None)
-        if ready is None and (another := self._flight.chunk_ahead(self._lane)) is not None:
+        if ready is None and (another := self._take()) is not None:
             return *another, None
         return self._give(ready or 0)
 
@@ -319,7 +323,8 @@ class _Ahead:
 
     def _take(self) -> tuple[int, bool] | None:
         if self._chunks:
-            return self._flight.chunk_ahead(self._lane)
+            unsent = sum(self._table.length(index) for index, _, _ in self._chunks)
+            return self._flight.chunk_ahead(self._lane, unsent)
         return self._flight.next_chunk(self._lane, _NEXT_CHUNK_S)
 
     def _begin(self, index: int) -> PackedChunk | None:

@@ -1,0 +1,40 @@
+"""A lane's window: what it sent and what is not acknowledged, without what it took to pack first."""
+
+from __future__ import annotations
+
+from orchestrator.transfer.flight import WINDOW_BYTES, Flight
+from remote_payload.wire.chunks import CHUNK_BYTES, Chunk
+from remote_payload.wire.stream import ChunkTable, pack_chunks
+
+COUNT = 12
+IN_WINDOW = WINDOW_BYTES // CHUNK_BYTES
+
+
+def new_flight() -> Flight:
+    chunks = tuple(Chunk(number * CHUNK_BYTES, CHUNK_BYTES, f"{number:064x}") for number in range(COUNT))
+    return Flight(ChunkTable(pack_chunks(chunks), COUNT * CHUNK_BYTES))
+
+
+def test_a_lane_takes_no_more_than_its_window_and_goes_on_with_what_is_acknowledged() -> None:
+    flight = new_flight()
+    lane = flight.join(bytearray(COUNT))
+    assert [flight.next_chunk(lane, 0.0) for _ in range(IN_WINDOW)] == [(number, False) for number in range(IN_WINDOW)]
+    assert flight.chunk_ahead(lane, 0) is None
+    flight.acknowledge(lane, 1)
+    assert flight.chunk_ahead(lane, 0) == (IN_WINDOW, False)
+    assert flight.chunk_ahead(lane, 0) is None
+
+
+def test_what_is_not_sent_yet_leaves_the_window_to_others() -> None:
+    flight = new_flight()
+    lane = flight.join(bytearray(COUNT))
+    taken = [flight.next_chunk(lane, 0.0)] + [flight.chunk_ahead(lane, count * CHUNK_BYTES) for count in (1, 2)]
+    assert None not in taken
+    unsent = len(taken) * CHUNK_BYTES
+    sent = 0
+    while flight.chunk_ahead(lane, unsent) is not None:
+        sent += 1
+    assert sent == IN_WINDOW
+    flight.leave(lane)
+    other = flight.join(bytearray(COUNT))
+    assert flight.next_chunk(other, 0.0) == (0, False)
