@@ -11,6 +11,7 @@ from typing import Callable, Optional
 
 from remote_payload.checkpoint.errors import (
     BytesNotSentError,
+    CheckpointError,
     CheckpointIsDirectoryError,
     MissingCheckpointError,
     NotACheckpointError,
@@ -32,7 +33,8 @@ class Source:
     """An open regular file. Context manager; `read` is safe from several threads at once.
 
     A file of a node's store of which only a part is kept is read as if it were whole, and `BytesNotSentError` is raised
-    for every use that touches a byte which has not been sent and verified. `on_read` is told what `read` is asked for.
+    for every use that touches a byte which had not been sent and verified by the last look at it: the first is at the
+    beginning, each `look_again` another. `on_read` is told what `read` is asked for.
     """
 
     def __init__(self, path: str, on_read: Optional[Callable[[int, int], None]] = None) -> None:
@@ -42,9 +44,39 @@ class Source:
         self.size = os.fstat(self._descriptor).st_size
 
     @property
-    def descriptor(self) -> int:
-        """For reading by position, as long as the source is open."""
-        self._check_sent(0, self.size)
+    def is_whole(self) -> bool:
+        """Whether all of the file is there."""
+        return self._readable is None
+
+    def holds(self, offset: int, length: int) -> bool:
+        """Whether these bytes may be read."""
+        readable = self._readable
+        return readable is None or readable.hold(offset, length)
+
+    def look_again(self) -> None:
+        """Take in what has arrived of a part since. What may be read only grows: once the file stands it is all, and
+        another part that was begun instead is not looked at."""
+        if self._readable is None:
+            return
+        try:
+            descriptor, readable = _open_stored(self.path)
+        except CheckpointError:
+            return
+        try:
+            found, ours = os.fstat(descriptor), os.fstat(self._descriptor)
+            if readable is not None:
+                if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+                    self._readable = readable
+            elif found.st_size == self.size:
+                # In one step: other threads go on reading, the same bytes.
+                os.dup2(descriptor, self._descriptor, inheritable=False)
+                self._readable = None
+        finally:
+            os.close(descriptor)
+
+    def descriptor_for(self, offset: int, length: int) -> int:
+        """For reading these bytes by position, as long as the source is open."""
+        self._check_sent(offset, length)
         return self._descriptor
 
     def read(self, offset: int, length: int) -> bytes:
@@ -114,7 +146,7 @@ class Source:
         return _fingerprint(self.path, os.fstat(self._descriptor))
 
     def _check_sent(self, offset: int, length: int) -> None:
-        if self._readable is not None and not self._readable.hold(offset, length):
+        if not self.holds(offset, length):
             raise BytesNotSentError(
                 f"{self.path} has not arrived in full: of the bytes {offset} to {offset + length} not all were sent"
             )

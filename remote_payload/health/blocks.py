@@ -83,6 +83,15 @@ class GroupTrio:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unit:
+    """Records that are read one behind the other, or with `trios` together. What is measured of a single file depends
+    on nothing outside its unit; of a folder a tensor's pieces may lie in several."""
+
+    records: tuple[int, ...]
+    trios: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ScanPlan:
     """What is read: records (by index, in file order), the groups in them, and the tensors that are no dense span."""
 
@@ -133,12 +142,15 @@ def plan_scan(header: CheckpointHeader) -> ScanPlan:
 
 
 def iter_blocks(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> Iterator[Block]:
-    """Every record of the plan in blocks of at most `block_bytes` (a multiple of 16, so that no element is cut).
+    """Every record of the plan in blocks, in the order of its units."""
+    cut = BlockCutter(header, plan, block_bytes)
+    for unit in plan_units(header, plan):
+        yield from cut.blocks_of(unit)
 
-    A parameter's moments come with it and a tensor's other pieces behind the first, wherever they lie; the rest is in
-    file order.
-    """
-    starts = [(g.file, g.offset) for g in plan.groups]
+
+def plan_units(header: CheckpointHeader, plan: ScanPlan) -> Iterator[Unit]:
+    """Every record of the plan once. A parameter's moments come with it and a tensor's other pieces behind the first,
+    wherever they lie; the rest is in file order."""
     trios: dict[str, list[int]] = {}
     for number, place in enumerate(plan.trios):
         trios.setdefault(place.trio.parameter, []).append(number)
@@ -149,13 +161,26 @@ def iter_blocks(header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> I
         if index in done:
             continue
         if index in parameter_of:
-            for number in trios[parameter_of[index]]:
-                done.update(plan.trios[number].records)
-                yield from _trio_blocks(plan, number, block_bytes)
-            continue
-        for record in together.get(index, (index,)):
-            done.add(record)
-            yield from _record_blocks(header, plan, record, starts, block_bytes)
+            numbers = tuple(trios[parameter_of[index]])
+            unit = Unit(tuple(record for number in numbers for record in plan.trios[number].records), numbers)
+        else:
+            unit = Unit(together.get(index, (index,)))
+        done.update(unit.records)
+        yield unit
+
+
+class BlockCutter:
+    """Cuts units into blocks of at most `block_bytes` (a multiple of 16, so that no element is cut)."""
+
+    def __init__(self, header: CheckpointHeader, plan: ScanPlan, block_bytes: int) -> None:
+        self._header, self._plan, self._block_bytes = header, plan, block_bytes
+        self._starts = [(g.file, g.offset) for g in plan.groups]
+
+    def blocks_of(self, unit: Unit) -> Iterator[Block]:
+        for number in unit.trios:
+            yield from _trio_blocks(self._plan, number, self._block_bytes)
+        for record in () if unit.trios else unit.records:
+            yield from _record_blocks(self._header, self._plan, record, self._starts, self._block_bytes)
 
 
 def _records_together(header: CheckpointHeader, plan: ScanPlan) -> dict[int, tuple[int, ...]]:

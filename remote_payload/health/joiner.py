@@ -1,4 +1,4 @@
-"""Adds up blocks in the order in which they were planned: the same numbers whichever thread was faster."""
+"""Adds up blocks, those of a unit in their order: the same numbers whichever thread was faster, or unit came first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from remote_payload.checkpoint.header import CheckpointHeader, Role, TensorEntry
 from remote_payload.checkpoint.tensor_bytes import map_tensor, pieces_are_row_ranges
 from remote_payload.checkpoint.torch_tensors import tensor_from_map
 from remote_payload.health import kernels
-from remote_payload.health.blocks import Block, Group, ScanPlan, Span
+from remote_payload.health.blocks import Block, Group, ScanPlan, Span, plan_units
 from remote_payload.health.crc import crc32_join
 from remote_payload.health.distribution import (
     Array,
@@ -59,7 +59,7 @@ class Joiner:
         self._joint_not_measured = dict(plan.joint_not_measured)
         self._mismatches: list[tuple[int, ChecksumMismatch]] = []
         self._checked = 0
-        self._errors: dict[str, str] = {}
+        self._errors: dict[int, str] = {}
 
     def join(self, block: Block, outcome: BlockOutcome) -> None:
         for number, span in enumerate(block.spans):
@@ -102,6 +102,10 @@ class Joiner:
     def result(self) -> ScanResult:
         records = self._header.records
         kept = set(self._plan.records)
+        # In the plan's order, whatever the order in which units arrived.
+        units = list(plan_units(self._header, self._plan))
+        failed = [i for unit in units for i in unit.records if i in self._errors][:_MAX_READ_ERRORS]
+        parameters = [self._plan.trios[unit.trios[0]].trio.parameter for unit in units if unit.trios]
         return ScanResult(
             stats=self._stats,
             not_measured=self._not_measured,
@@ -111,9 +115,9 @@ class Joiner:
                 without=sum(1 for i, r in enumerate(records) if r.crc32 is None and i in kept),
                 mismatches=tuple(m for _, m in sorted(self._mismatches, key=lambda m: m[0])),
             ),
-            read_errors=self._errors,
+            read_errors={records[i].name: self._errors[i] for i in failed},
             bytes_read=self._plan.total_bytes,
-            joint=self._joint,
+            joint={name: self._joint[name] for name in parameters if name in self._joint},
             joint_not_measured=self._joint_not_measured,
             misaligned=self._plan.misaligned,
         )
@@ -129,8 +133,7 @@ class Joiner:
 
     def _fail(self, span: Span, error: str) -> None:
         self._crcs[span.record] = None
-        if len(self._errors) < _MAX_READ_ERRORS:
-            self._errors.setdefault(self._header.records[span.record].name, error)
+        self._errors.setdefault(span.record, error)
         for piece in span.pieces:
             self._group(piece.group).failed = error
 

@@ -103,7 +103,7 @@ class NativeWorker:
         return SpanArguments(
             offset=span.offset,
             length=span.length,
-            file=self._state.sources[span.file].descriptor,
+            file=self._state.sources[span.file].descriptor_for(span.offset, span.length),
             wants_crc=int(has_checksum),
             pieces=len(pieces),
             piece=ctypes.cast(pieces, ctypes.POINTER(PieceArguments)),

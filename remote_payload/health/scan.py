@@ -1,7 +1,7 @@
 """The one pass: every record read once, its checksum and its tensors' statistics from the same bytes.
 
-Blocks are independent, so any thread may take any block; results are joined in the plan's order, which makes them the
-same from run to run. Memory is bounded by threads times block, whatever the file's size.
+Blocks are independent, so any thread may take any block; those of a unit are joined in their order, which makes results
+the same from run to run. Memory is bounded by threads times block, whatever the file's size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Optional, Protocol
@@ -19,8 +19,9 @@ import torch
 
 from remote_payload.checkpoint.header import CheckpointHeader
 from remote_payload.checkpoint.source import Source
+from remote_payload.health.arrival import as_they_arrive
 from remote_payload.health.ask_ahead import AskAhead
-from remote_payload.health.blocks import Block, iter_blocks, plan_scan
+from remote_payload.health.blocks import Block, BlockCutter, Unit, plan_scan, plan_units
 from remote_payload.health.distribution import Array
 from remote_payload.health.facts import NativeUse, ScanResult
 from remote_payload.health.joiner import Joiner
@@ -57,9 +58,12 @@ def scan(
     progress: Progress,
     block_bytes: Optional[int] = None,
     by_native: Optional[bool] = None,
+    await_more: Optional[Callable[[], bool]] = None,
 ) -> ScanResult:
     """Read every record of a checkpoint once. `progress(bytes_done, bytes_total)` is called as blocks are joined.
 
+    A single file that is still being sent is read as it arrives, with `await_more` for `as_they_arrive`, until it
+    stands in full. Raises `BytesNotSentError`, and whatever `await_more` does.
     Bytes that cannot be read are reported in the result, not raised. `device` is `cpu` or a CUDA device. `by_native`:
     on the CPU, whether compiled kernels are used where they can be made; None leaves it to the checkpoint's size.
     """
@@ -72,14 +76,20 @@ def scan(
         stack.enter_context(_one_thread_per_worker())
         sources = [stack.enter_context(Source(f.path)) for f in header.files]
         state = ScanState(header, plan, sources, joiner.rows, joiner.shapes)
-        ahead = stack.enter_context(AskAhead(header, plan, sources))
+        units: Iterable[Optional[Unit]] = plan_units(header, plan)
+        ahead: Optional[AskAhead] = None
+        if await_more is not None and not all(source.is_whole for source in sources):
+            units = as_they_arrive(header, plan_units(header, plan), sources[0], await_more)
+        else:
+            ahead = stack.enter_context(AskAhead(header, plan, sources))
         worker, size, native = _make_worker(state, device, threads, readers, block_bytes, by_native)
         joiner.take_counts = worker.take_counts
         done = 0
-        for block, outcome in _in_order(worker, iter_blocks(header, plan, size), threads):
+        for block, outcome in _in_order(worker, _blocks_of(units, BlockCutter(header, plan, size)), threads):
             joiner.join(block, outcome)
             done += block.length
-            ahead.joined(done)
+            if ahead is not None:
+                ahead.joined(done)
             progress(done, plan.total_bytes)
         joiner.take_counts = _nothing_kept
         del worker
@@ -89,6 +99,14 @@ def scan(
     for tensor in plan.strided:
         joiner.add_strided(tensor)
     return dataclasses.replace(joiner.result(), native=native)
+
+
+def _blocks_of(units: Iterable[Optional[Unit]], cutter: BlockCutter) -> Iterator[Optional[Block]]:
+    for unit in units:
+        if unit is None:
+            yield None
+        else:
+            yield from cutter.blocks_of(unit)
 
 
 def _nothing_kept(_group: int) -> Optional[Array]:
@@ -116,15 +134,17 @@ def _make_worker(
 
 
 def _in_order(
-    worker: Callable[[Sequence[Block]], list[BlockOutcome]], blocks: Iterator[Block], threads: int
+    worker: Callable[[Sequence[Block]], list[BlockOutcome]], blocks: Iterator[Optional[Block]], threads: int
 ) -> Iterator[tuple[Block, BlockOutcome]]:
-    """Outcomes in the blocks' order, with a bounded number of blocks under way."""
+    """Outcomes in the blocks' order, with a bounded number of blocks under way, and none while there is no block."""
     waiting: deque[tuple[Sequence[Block], Future[list[BlockOutcome]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="health") as pool:
         try:
             for batch in in_batches(blocks):
-                waiting.append((batch, pool.submit(worker, batch)))
-                if len(waiting) >= threads * _BATCHES_IN_FLIGHT_PER_THREAD:
+                if batch:
+                    waiting.append((batch, pool.submit(worker, batch)))
+                most = threads * _BATCHES_IN_FLIGHT_PER_THREAD - 1 if batch else 0
+                while len(waiting) > most:
                     first, outcomes = waiting.popleft()
                     yield from zip(first, outcomes.result())
             while waiting:
@@ -135,11 +155,20 @@ def _in_order(
                 outcomes.cancel()
 
 
-def in_batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
-    """Small neighbours together: whatever its size, a block takes as long to hand over as a megabyte to reduce."""
+def in_batches(blocks: Iterator[Optional[Block]]) -> Iterator[list[Block]]:
+    """Small neighbours together: whatever its size, a block takes as long to hand over as a megabyte to reduce.
+
+    Where there is no block for now, an empty batch says so.
+    """
     batch: list[Block] = []
     size = 0
     for block in blocks:
+        if block is None:
+            if batch:
+                yield batch
+            yield []
+            batch, size = [], 0
+            continue
         if batch and (size + block.length > BATCH_BYTES or len(batch) == BATCH_BLOCKS):
             yield batch
             batch, size = [], 0

@@ -22,6 +22,11 @@ class JobSpec:
         """Whether all that it reads of a checkpoint is the header and the model's weights."""
         return self == JobSpec("reconstruct")
 
+    @property
+    def reads_as_it_arrives(self) -> bool:
+        """Whether it can begin with the header, and reads what comes as it comes."""
+        return self == JobSpec("health")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:

@@ -95,12 +95,55 @@ def check_map(source: Source, start: int, length: int, is_sent: bool) -> None:
         source.map(start, length)
 
 
-def test_the_descriptor_is_given_of_what_is_whole_alone(layout: NodeLayout) -> None:
-    with Source(keep(layout, [(0, SIZE - 1)])) as source, pytest.raises(BytesNotSentError):
-        _ = source.descriptor
+def test_the_descriptor_is_given_for_what_is_there_alone(layout: NodeLayout) -> None:
+    with Source(keep(layout, [(0, SIZE - 1)])) as source:
+        assert os.pread(source.descriptor_for(5, SIZE - 6), 10, 5) == CONTENT[5:15]
+        with pytest.raises(BytesNotSentError):
+            source.descriptor_for(5, SIZE - 5)
     Path(layout.checkpoint_part(DIGEST)).rename(layout.checkpoint(DIGEST))
     with Source(layout.checkpoint(DIGEST)) as source:
-        assert os.fstat(source.descriptor).st_size == SIZE
+        assert os.fstat(source.descriptor_for(0, SIZE)).st_size == SIZE
+
+
+def add(layout: NodeLayout, begin: int, end: int) -> None:
+    with Path(layout.checkpoint_part(DIGEST)).open("r+b") as file:
+        file.seek(begin)
+        file.write(CONTENT[begin:end])
+    with Path(layout.checkpoint_readable(DIGEST)).open("ab") as file:
+        file.write(added_lines([(begin, end)]))
+
+
+def test_what_arrives_is_read_from_the_next_look_on_and_all_once_the_file_stands(layout: NodeLayout) -> None:
+    with Source(keep(layout, [(0, 100)])) as source:
+        add(layout, 100, 300)
+        assert not source.holds(0, 200)
+        source.look_again()
+        assert source.read(0, 300) == CONTENT[:300]
+        assert (source.holds(0, 301), source.is_whole) == (False, False)
+        with Path(layout.checkpoint_part(DIGEST)).open("r+b") as file:
+            file.write(CONTENT[:SIZE])
+        Path(layout.checkpoint_readable(DIGEST)).unlink()
+        source.look_again()
+        assert not source.holds(0, 301)
+        Path(layout.checkpoint_part(DIGEST)).rename(layout.checkpoint(DIGEST))
+        source.look_again()
+        assert source.is_whole
+        assert source.read(0, SIZE) == CONTENT[:SIZE]
+
+
+def test_another_part_is_not_looked_at_and_another_file_is_once_it_stands(layout: NodeLayout) -> None:
+    with Source(keep(layout, [(0, 100)])) as source:
+        Path(layout.checkpoint_part(DIGEST)).unlink()
+        keep(layout, [(200, 300)])
+        source.look_again()
+        assert source.read(0, 100) == CONTENT[:100]
+        assert not source.holds(200, 100)
+        Path(layout.checkpoint(DIGEST)).write_bytes(CONTENT[: SIZE - 1])
+        source.look_again()
+        assert not source.is_whole
+        Path(layout.checkpoint(DIGEST)).write_bytes(CONTENT[:SIZE])
+        source.look_again()
+        assert source.read(0, SIZE) == CONTENT[:SIZE]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from remote_payload.jobs.rest import RestNeverCameError, await_rest
+from remote_payload.jobs.rest import Rest, RestNeverCameError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.plan import JobSpec
 
@@ -28,13 +28,13 @@ def never(_waited_s: int, words: str) -> None:
 
 
 def test_what_is_there_or_cannot_come_is_not_waited_for(layout: NodeLayout, tmp_path: Path) -> None:
-    await_rest("/data/best.pt", never)
-    await_rest(str(tmp_path), never)
+    Rest("/data/best.pt", never).wait()
+    Rest(str(tmp_path), never).wait()
     path, part = Path(layout.checkpoint(DIGEST)), Path(layout.checkpoint_part(DIGEST))
     part.rename(path)
-    await_rest(str(path), never)
+    Rest(str(path), never).wait()
     path.unlink()
-    await_rest(str(path), never)
+    Rest(str(path), never).wait()
 
 
 def test_the_wait_ends_when_the_file_stands_or_its_part_is_gone(layout: NodeLayout) -> None:
@@ -45,10 +45,10 @@ def test_the_wait_ends_when_the_file_stands_or_its_part_is_gone(layout: NodeLayo
         said.append(words)
         part.rename(path)
 
-    await_rest(str(path), finish)
+    Rest(str(path), finish).wait()
     assert said == ["waiting for the rest of the checkpoint: 0 B of 1.0 MB are there"]
     path.rename(part)
-    await_rest(str(path), lambda *_: part.unlink())
+    Rest(str(path), lambda *_: part.unlink()).wait()
     assert not path.exists()
 
 
@@ -65,7 +65,7 @@ def test_what_grows_is_waited_for_and_what_does_not_is_given_up_with_words(layou
                 file.write(b"x" * 50_000)
 
     with pytest.raises(RestNeverCameError, match=r"never came: .* of 1\.0 MB are there, and nothing more for 0 s"):
-        await_rest(str(path), grow, limit_s=0.0)
+        Rest(str(path), grow, limit_s=0.0).wait()
     assert looks == 3
 
 
@@ -73,3 +73,9 @@ def test_reconstruct_of_ours_alone_reads_no_more_than_the_weights() -> None:
     assert JobSpec("reconstruct").reads_weights_only
     assert not JobSpec("reconstruct", "mine:run").reads_weights_only
     assert not JobSpec("health").reads_weights_only
+
+
+def test_health_of_ours_alone_begins_before_the_file_stands() -> None:
+    assert JobSpec("health").reads_as_it_arrives
+    assert not JobSpec("health", "mine:run").reads_as_it_arrives
+    assert not JobSpec("reconstruct").reads_as_it_arrives
