@@ -163,8 +163,8 @@ def node_plan(plan: RunPlan, checkpoint: SyncedCheckpoint) -> NodePlan:
     return NodePlan(
         run_id=plan.run_id,
         payload_sha256=plan.payload_sha256,
-        # Those that read less of the checkpoint can begin while the rest of it is still being sent.
-        jobs=tuple(sorted(plan.jobs, key=lambda job: not job.reads_weights_only)),
+        # Those that can begin while the rest of the checkpoint is still being sent.
+        jobs=tuple(sorted(plan.jobs, key=lambda job: (not job.reads_weights_only, not job.reads_as_it_arrives))),
         checkpoint_path=checkpoint.path,
         settings=plan.settings,
         gpu=profile.gpu_policy(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
@@ -28,7 +29,7 @@ from remote_payload.wire.messages import Unpacked, UnpackRequest
 from remote_payload.wire.units import human_bytes
 
 EARLY_START_BYTES = 64 * 1024 * 1024
-"""So much more than the weights must be to come for an attempt to begin without it."""
+"""So much must be to come for an attempt to begin without it."""
 
 
 def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> SyncedCheckpoint:
@@ -68,13 +69,16 @@ def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> Sy
 def send_rest(context: RunContext, begun: SyncedCheckpoint) -> SyncedCheckpoint:
     """Send what is missing of a checkpoint whose weights are on the node. Raises `IntegrityError` where it changed."""
     path = local_checkpoint(context.plan.checkpoint)
-    manifest = digest_local_file(path, context.services.layout).manifest
+    local = digest_local_file(path, context.services.layout)
+    manifest = local.manifest
     if manifest.digest != begun.digest:
         raise IntegrityError(
             f"{path} changed after its weights were sent",
             action=f"`remote-eval cancel {context.plan.run_id}`, and start a new run for what the file is now.",
         )
-    sent = _upload(context, path, manifest, on_progress=_telling(context))
+    classes = _chunk_classes(path, local)
+    order = None if classes is None else sending_order(classes)
+    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order)
     return dataclasses.replace(begun, bytes_sent=begun.bytes_sent + sent.bytes_sent, is_complete=sent.is_complete)
 
 
@@ -124,33 +128,44 @@ def _prepare_streams(context: RunContext, path: Path) -> None:
 
 
 def _send(context: RunContext, path: Path, local: LocalFile, may_start_early: bool) -> SyncedCheckpoint:
-    """Send the file, what `reconstruct` reads before the rest; no rest where nobody needs it, or not yet."""
+    """Send the file, what jobs read first before the rest; no rest where nobody needs it, or not yet."""
     manifest, order = local.manifest, None
     classes = _chunk_classes(path, local)
     if classes is not None:
         order = sending_order(classes)
-        needed = [index for index in order if classes[index] is not ChunkClass.REST]
-        needed_bytes = sum(manifest.chunks[index].length for index in needed)
-        why = _why_weights_suffice(context.plan, local, manifest.size - needed_bytes, may_start_early)
-        if why is not None:
-            order = needed
-            shares = f"{human_bytes(needed_bytes)} of {human_bytes(manifest.size)}"
-            context.reporter.note(f"only the weights are sent ({shares}): {why}")
+        lengths = [manifest.chunks[index].length for index in order]
+        behind = {last: sum(n for n, i in zip(lengths, order, strict=True) if classes[i] > last) for last in ChunkClass}
+        suffices = _what_suffices(context.plan, behind, may_start_early and not local.was_remembered)
+        if suffices is not None:
+            last, why = suffices
+            order = [index for index in order if classes[index] <= last]
+            shares = f"{human_bytes(manifest.size - behind[last])} of {human_bytes(manifest.size)}"
+            context.reporter.note(
+                f"only the {'header is' if last is ChunkClass.HEADER else 'weights are'} sent ({shares}): {why}"
+            )
     sent = _upload(context, path, manifest, on_progress=_telling(context), order=order)
     return SyncedCheckpoint(
         sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )
 
 
-def _why_weights_suffice(plan: RunPlan, local: LocalFile, rest_bytes: int, may_start_early: bool) -> str | None:
-    """In words; None where everything is to be sent before a job begins."""
+def _what_suffices(
+    plan: RunPlan, behind_bytes: Mapping[ChunkClass, int], may_start_early: bool
+) -> tuple[ChunkClass, str] | None:
+    """The last class of chunks that is sent before a job begins, and why no more, in words; None where all are."""
     are_content = [job.reads_weights_only for job in plan.jobs]
-    if rest_bytes and all(are_content):
-        return "reconstruct needs no more"
+    if behind_bytes[ChunkClass.WEIGHTS] and all(are_content):
+        return ChunkClass.WEIGHTS, "reconstruct needs no more"
     # A digest that is remembered may turn out to be another content's, which must not happen under a running job.
-    if not may_start_early or local.was_remembered or rest_bytes < EARLY_START_BYTES:
+    if not may_start_early:
         return None
-    return "reconstruct begins, and the rest follows" if any(are_content) and plan.settings.adapter else None
+    if any(are_content) and plan.settings.adapter:
+        first = ChunkClass.WEIGHTS, "reconstruct begins, and the rest follows"
+    elif any(job.reads_as_it_arrives for job in plan.jobs):
+        first = ChunkClass.HEADER, "health begins, and reads the rest as it comes"
+    else:
+        return None
+    return first if behind_bytes[first[0]] >= EARLY_START_BYTES else None
 
 
 def _telling(context: RunContext) -> ProgressListener:

@@ -17,6 +17,7 @@ from remote_payload.health.verdict import run_checks
 from remote_payload.jobs.context import JobContext
 from remote_payload.jobs.rest import Rest
 from remote_payload.wire.states import Phase
+from remote_payload.wire.units import human_bytes
 
 
 def run(context: JobContext) -> None:
@@ -63,6 +64,8 @@ def examine(
     chosen = choose_device(device)
 
     def report(done: int, total: int) -> None:
+        if rest is not None:
+            rest.beside = f", {human_bytes(done)} examined"
         context.progress(Phase.RUN, counter=done, total=total, message="bytes examined")
 
     def report_drift(done: int, total: int) -> None:

@@ -21,7 +21,7 @@ class RestNeverCameError(Exception):
 class Rest:
     """What is still to come of the checkpoint at `path`, while it is on its way.
 
-    `tell` hears at each look how many seconds it has been, and what is there, in words.
+    `tell` hears at each look how many seconds it has been, and in words what is there, with what stands in `beside`.
     """
 
     def __init__(self, path: str, tell: Callable[[int, str], None], limit_s: float = REST_LIMIT_S) -> None:
@@ -29,6 +29,7 @@ class Rest:
         self._names = part_of(path)
         self._began = self._grown_at = time.monotonic()
         self._written_at: Optional[int] = None
+        self.beside = ""
 
     def is_awaited(self) -> bool:
         """Whether a part is kept of a file that does not stand. Raises `RestNeverCameError` when nothing has arrived
@@ -48,7 +49,7 @@ class Rest:
             raise RestNeverCameError(
                 f"the rest of the checkpoint never came: {shares} are there, and nothing more for {self._limit_s:.0f} s"
             )
-        self._tell(int(now - self._began), f"waiting for the rest of the checkpoint: {shares} are there")
+        self._tell(int(now - self._began), f"waiting for the rest of the checkpoint: {shares} are there{self.beside}")
         return True
 
     def await_more(self) -> bool:

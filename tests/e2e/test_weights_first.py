@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from orchestrator.transfer.order import ChunkClass, classify, tensor_bytes
 from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.layout import NodeLayout
 from tests.support.image_project import SIDE, autoencoder, ship_image_adapter, write_config
+from tests.support.relay import Relay, relay_to
 from tests.support.world import World, digests, until
 
 RECONSTRUCT = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")
@@ -83,6 +86,16 @@ def large(world: World) -> Trained:
     # Long enough in its place that its digest is remembered, as any checkpoint is that took minutes to write.
     os.utime(trained.local, (1, 1))
     return trained
+
+
+@pytest.fixture
+def relay(world: World) -> Iterator[Relay]:
+    """Between the client and the node, over which 20 MB/s go."""
+    with relay_to(world.sshd.port) as relay:
+        known = world.home / "known_hosts"
+        known.write_text(world.sshd.known_hosts.read_text().replace(str(world.sshd.port), str(relay.port)))
+        world.edit_profile(port=relay.port, known_hosts_file=str(known), bandwidth_limit_mbps=160)
+        yield relay
 
 
 def provenance(world: World, run_id: str) -> Any:
@@ -267,3 +280,37 @@ def test_a_run_that_is_left_alone_begins_with_the_whole_file(world: World, large
     assert "synced_partly" not in kinds_of(world, run_id)
     assert large.stored.exists()
     world.json("cancel", run_id)
+
+
+def node_messages(world: World) -> list[str]:
+    """What the only attempt's jobs have told so far."""
+    lines = [line for path in world.node.rglob("events.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [event["message"] for event in events if event["event"] == "progress"]
+
+
+def is_waiting_and_has_examined_megabytes(world: World) -> bool:
+    return any(re.search(r"waiting for the rest .* \d+(\.\d+)? MB examined", told) for told in node_messages(world))
+
+
+@pytest.mark.parametrize("jobs", ["health", "health,reconstruct"])
+def test_health_examines_what_has_arrived_while_the_rest_travels_and_says_the_same_as_of_the_file(
+    world: World, large: Trained, relay: Relay, jobs: str
+) -> None:
+    client = world.start(*RECONSTRUCT[:4], "--jobs", jobs, "--num-samples", "2")
+    rest = {index for index, kind in enumerate(large.classes) if kind is ChunkClass.REST}
+    until(lambda: sum(large.lengths[index] for index in large.journalled() & rest) > large.rest_bytes / 2)
+    # From here on nothing arrives: what is examined was there before the last byte.
+    relay.hold()
+    until(lambda: is_waiting_and_has_examined_megabytes(world))
+    assert not large.stored.exists()
+    relay.mend()
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode in (0, 1), output
+    (run_id,) = world.run_ids()
+    assert large.stored.read_bytes() == large.local.read_bytes()
+    assert provenance(world, run_id)["bytes_sent"] == large.local.stat().st_size
+    again = evaluate(world, *RECONSTRUCT[:4], "--jobs", "health")
+    first, second = (world.run_folder(r) / "artifacts" / "health" / "health.json" for r in (run_id, again))
+    assert first.read_bytes() == second.read_bytes()
+    assert json.loads(first.read_text())["verdict"]["dimensions"]["integrity"] == "pass"

@@ -17,10 +17,11 @@ from orchestrator.plan import (
     content_key,
     local_checkpoint,
     node_path,
+    node_plan,
     parse_reference,
     plan_key,
 )
-from remote_payload.wire.plan import CodeSource, EvaluationSettings, JobSpec
+from remote_payload.wire.plan import BUILTIN_JOBS, CodeSource, EvaluationSettings, JobSpec
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,14 @@ def make_plan() -> RunPlan:
 
 def test_a_plan_survives_being_written_and_read() -> None:
     assert RunPlan.from_text(make_plan().to_text()) == make_plan()
+
+
+def test_jobs_that_can_begin_before_the_file_stands_come_first() -> None:
+    names = ("mine", "health", "other", "reconstruct")
+    jobs = tuple(JobSpec(name, "builtin" if name in BUILTIN_JOBS else "my:job") for name in names)
+    synced = SyncedCheckpoint("/a.pt", None, 3, (3, 1, 2), "in_place")
+    plan = node_plan(dataclasses.replace(make_plan(), jobs=jobs), synced)
+    assert [job.name for job in plan.jobs] == ["reconstruct", "health", "mine", "other"]
 
 
 def test_a_content_key_from_a_fingerprint_says_that_it_is_not_exact() -> None:
