@@ -1,12 +1,17 @@
 """Floats in fewer bytes: an element's bytes are split into planes, and those that hold exponents are Huffman-coded.
 
 A packed chunk: element width u8; for each plane, the first bytes of all elements first: kind u8, length u32 big-endian;
-then the planes in that order; then the bytes that fill no element. A plane is raw, a raw deflate stream, or one byte
-that is repeated. Only the standard library is needed to unpack it, and nothing larger than the chunk ever arises.
+then the planes in that order; then the bytes that fill no element. A plane is raw, a raw deflate stream, one byte that
+is repeated, or paired: 15 common values, how many others there are (u32), those in their order, and a raw deflate
+stream of a byte for two elements, the upper half for the first: its value's place among the common ones, 15 for others.
+Exponents have few values, and zlib takes its time for each byte. Only the standard library is needed to unpack it, and
+nothing larger than the chunk ever arises.
 """
 
 from __future__ import annotations
 
+import binascii
+import collections
 import struct
 import zlib
 from collections.abc import Collection, Iterator
@@ -15,13 +20,19 @@ from typing import NamedTuple, Optional, Union
 from remote_payload.wire.codec import WireError
 
 WIDTHS = (1, 2, 4, 8)
-_RAW, _DEFLATED, _REPEATED = 0, 1, 2
+_RAW, _DEFLATED, _REPEATED, _PAIRED = 0, 1, 2, 3
 _PLANE = struct.Struct(">BI")
+_COMMON = 15
+_DIGITS, _OTHER = b"0123456789abcde", b"f"
+_PAIRED_HEAD = struct.Struct(f">{_COMMON}sI")
+_FEW = 64
+"""Of so many values of a paired plane no more than one is another than the common ones."""
 _WORTH = 0.95
 """What shrinks to no less than this, a plane or a sample of a chunk, is left as it is."""
 _SAMPLE_BYTES = 8 * 1024
 _SAMPLES = 4
 _LOOK_BYTES = 64
+_LOOKED_AT_VALUES = 4096
 _PIECE_BYTES = 64 * 1024
 
 
@@ -51,7 +62,7 @@ def best_planes(data: Union[bytes, bytearray]) -> Planes:
 
 
 def _planes(sample: bytes, width: int) -> Planes:
-    packed = [_pack_plane(sample[start::width]) for start in range(width)]
+    packed = [_pack_plane(sample[start::width], in_pairs=False) for start in range(width)]
     coded = [number for number, (kind, _) in enumerate(packed) if kind != _RAW]
     return Planes(width, coded, sum(len(body) for _, body in packed) / len(sample) if sample else 1.0)
 
@@ -99,14 +110,42 @@ def unpack(body: Union[bytes, memoryview], length: int, into: Optional[bytearray
     return memoryview(data)[:length]
 
 
-def _pack_plane(plane: Union[bytes, bytearray]) -> tuple[int, Union[bytes, bytearray]]:
+def _pack_plane(plane: Union[bytes, bytearray], *, in_pairs: bool = True) -> tuple[int, Union[bytes, bytearray]]:
     first = plane[:1]
     # Counting would take as long as coding, comparing ends at the first difference.
     if plane and plane[:_LOOK_BYTES] == first * min(_LOOK_BYTES, len(plane)) and plane == first * len(plane):
         return _REPEATED, first
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    coded = coder.compress(plane) + coder.flush()
-    return (_DEFLATED, coded) if len(coded) < _WORTH * len(plane) else (_RAW, plane)
+    coded = _paired(plane) if in_pairs else None
+    kind = _DEFLATED if coded is None else _PAIRED
+    if coded is None:
+        coder = _new_coder()
+        coded = coder.compress(plane) + coder.flush()
+    return (kind, coded) if len(coded) < _WORTH * len(plane) else (_RAW, plane)
+
+
+def _paired(plane: Union[bytes, bytearray]) -> Optional[bytes]:
+    """A paired plane; None for one of too many values."""
+    counts = collections.Counter(plane[:: len(plane) // _LOOKED_AT_VALUES + 1])
+    common = bytes(value for value, _ in counts.most_common(_COMMON))
+    table = bytearray(_OTHER * 256)
+    for digit, value in zip(_DIGITS, common):
+        table[value] = digit
+    coder, others, parts = _new_coder(), bytearray(), []
+    for start in range(0, len(plane), 2 * _PIECE_BYTES):
+        piece = plane[start : start + 2 * _PIECE_BYTES]
+        digits = piece.translate(table)
+        place = digits.find(_OTHER)
+        while place >= 0:
+            others.append(piece[place])
+            place = digits.find(_OTHER, place + 1)
+        if len(others) * _FEW > len(plane):
+            return None
+        parts.append(coder.compress(binascii.unhexlify(digits if len(digits) % 2 == 0 else digits + _DIGITS[:1])))
+    return b"".join((_PAIRED_HEAD.pack(common, len(others)), others, *parts, coder.flush()))
+
+
+def _new_coder() -> zlib._Compress:
+    return zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
 
 
 def _pieces(kind: int, packed: memoryview, count: int) -> Iterator[Union[bytes, bytearray, memoryview]]:
@@ -119,8 +158,36 @@ def _pieces(kind: int, packed: memoryview, count: int) -> Iterator[Union[bytes, 
             yield bytearray(packed) * min(_PIECE_BYTES, count - start)
     elif kind == _DEFLATED and count:
         yield from _inflated(packed, count)
+    elif kind == _PAIRED and count and len(packed) >= _PAIRED_HEAD.size:
+        yield from _unpaired(packed, count)
     else:
         raise WireError(f"a plane of unknown kind {kind}")
+
+
+def _unpaired(packed: memoryview, count: int) -> Iterator[Union[bytes, bytearray]]:
+    common, other_count = _PAIRED_HEAD.unpack_from(packed)
+    begin = _PAIRED_HEAD.size
+    if other_count * _FEW > count or other_count > len(packed) - begin:
+        raise WireError("a paired plane has too many other values")
+    others = iter(packed[begin : begin + other_count])
+    table = bytearray(256)
+    for digit, value in zip(_DIGITS, common):
+        table[digit] = value
+    left = count
+    for pairs in _inflated(packed[begin + other_count :], (count + 1) // 2):
+        digits = binascii.hexlify(pairs)
+        if len(digits) == left + 1:
+            digits = digits[:left]
+        left -= len(digits)
+        values = bytearray(digits.translate(table))
+        place = digits.find(_OTHER)
+        while place >= 0:
+            value = next(others, None)
+            if value is None:
+                raise WireError("a paired plane lacks values")
+            values[place] = value
+            place = digits.find(_OTHER, place + 1)
+        yield values
 
 
 def _inflated(packed: memoryview, count: int) -> Iterator[bytes]:

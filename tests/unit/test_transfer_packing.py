@@ -37,7 +37,14 @@ def test_any_bytes_at_any_width_are_themselves_again(data: bytes) -> None:
         assert longer[len(data) :] == b"\xa5" * 9
 
 
-KINDS = (bytes, random.Random(4).randbytes, lambda count: bfloat16(1000) * (count // 2000 + 1))
+def exponents(count: int) -> bytes:
+    """As those of weights, with some that are rare."""
+    return bytes(
+        random.Random(count).choices(range(90, 120), [2.0 ** -abs(place) for place in range(-15, 15)], k=count)
+    )
+
+
+KINDS = (bytes, random.Random(4).randbytes, exponents, lambda count: bfloat16(1000) * (count // 2000 + 1))
 
 
 @given(pieces=st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 20_000)), min_size=1, max_size=6))
@@ -68,7 +75,7 @@ def test_only_the_plane_of_exponents_is_coded(
     best = best_planes(data)
     monkeypatch.setattr(zlib, "compressobj", Coder)
     pack(data, best.width, best.coded)
-    assert coded == len(data) // width
+    assert coded == len(data) // width // 2  # a byte for two exponents
 
 
 @pytest.mark.parametrize(("make", "width", "at_most"), [(bfloat16, 2, 0.70), (float32, 4, 0.86), (upcast, 4, 0.36)])
@@ -76,6 +83,35 @@ def test_floats_are_recognised_and_shrink(make: Callable[[int], bytes], width: i
     data = make(200_000)
     assert best_planes(data).width == width
     assert len(pack(data, width)) < at_most * len(data)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 63, 64, 65, 4097, 300_001, 300_002])
+@pytest.mark.parametrize("values", [1, 2, 15, 16, 17, 256])
+def test_planes_of_few_and_of_many_values_are_themselves_again(count: int, values: int) -> None:
+    source = random.Random(values)
+    some = bytes(source.sample(range(256), values))
+    # All but the first 15 are rare, and stand at either end too.
+    weights = [1.0 if place < 15 else 0.001 for place in range(values)]
+    plane = some[-1:] + bytes(source.choices(some, weights, k=count)) + some[-1:]
+    packed = pack(plane, 1)
+    assert unpack(packed, len(plane)) == plane
+    with contextlib.suppress(WireError):
+        assert unpack(packed, len(plane) + 1) != plane
+
+
+def test_a_paired_plane_with_too_many_other_values_or_too_few_is_refused() -> None:
+    plane = exponents(100_000)
+    body = pack(plane, 1)
+    width, kind, length, common, count = struct.unpack_from(">BBI15sI", body)
+    begin = struct.calcsize(">BBI15sI")
+    assert (width, kind) == (1, 3)
+    assert 0 < count < len(plane) / 64
+    others, pairs = body[begin : begin + count], body[begin + count :]
+    for wrong, reason in ((bytes(len(plane) // 64 + 1), "too many"), (others[1:], "lacks")):
+        length = 19 + len(wrong) + len(pairs)
+        head = struct.pack(">BBI15sI", width, kind, length, common, len(wrong))
+        with pytest.raises(WireError, match=reason):
+            unpack(head + wrong + pairs, len(plane))
 
 
 def test_noise_is_recognised_as_what_does_not_shrink() -> None:
