@@ -157,6 +157,17 @@ class Node:
         """
         return _decoded(verb, result, self.call_json(verb, to_json(request), timeout_s=timeout_s))
 
+    def call_if_connected(self, verb: str, request: object, result: type[T]) -> T | None:
+        """As `call`, once and over the connection that is there: None where there is none, or it is lost. For threads
+        from which nobody may be asked to log in."""
+        with self._lock:
+            if self._transport is None:
+                return None
+        try:
+            return _decoded(verb, result, self._call_once(verb, to_json(request), self.profile.command_timeout_s))
+        except UnreachableError:
+            return None
+
     def call_json(self, verb: str, params: Any, *, timeout_s: float | None = None) -> Any:
         """As `call`, with the params and the reply as JSON values."""
         limit_s = timeout_s or self.profile.command_timeout_s

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.ssh.settings import RetryNotice
     from orchestrator.transfer.progress import TransferProgress
     from remote_payload.wire.results import Finding
-    from remote_payload.wire.states import AttemptStatus
+    from remote_payload.wire.states import AttemptStatus, JobStatus
 
 _LOG_BYTES = 2 * 1024 * 1024
 _EVENT_INTERVAL_S = 1.0
@@ -116,6 +116,17 @@ def transfer_event(what: str, progress: TransferProgress) -> dict[str, Any]:
     }
 
 
+def job_event(name: str, job: JobStatus) -> dict[str, Any]:
+    """Where a job is, for a program; documented in docs/architecture.md."""
+    return {
+        "event": "job",
+        "job": printable(name),
+        "state": job.state.value,
+        "phase": job.phase.value if job.phase else None,
+        "error": printable(job.error) if job.error else None,
+    }
+
+
 class Pace:
     """Lets through what is told of each thing at most once every `interval_s`, and its end at once and only once."""
 
@@ -201,11 +212,21 @@ class ConsoleReporter:
 
 
 class JsonReporter(ConsoleReporter):
-    """For programs: nothing but a JSON object a line on stderr, at most one a second, while bytes travel."""
+    """For programs: nothing but JSON objects on stderr, one a line: at most one a second while bytes travel, and one
+    for each step of a job."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
         self._pace = Pace(_EVENT_INTERVAL_S)
+        self._told: dict[str, dict[str, Any]] = {}
+
+    def attempt(self, status: AttemptStatus) -> None:
+        super().attempt(status)
+        for name, job in status.jobs.items():
+            event = job_event(name, job)
+            if self._told.get(name) != event:
+                self._told[name] = event
+                print(json.dumps(event, sort_keys=True), file=sys.stderr, flush=True)
 
     def transfer(self, what: str, progress: TransferProgress) -> None:
         if self._pace.allows(what, is_last=progress.bytes_done >= progress.bytes_total):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 import time
 
-from orchestrator.errors import AttemptLostError, UnreachableError
+from orchestrator.errors import AttemptLostError, RemoteEvalError, UnreachableError
 from orchestrator.journal import AttemptRecord
 from orchestrator.pipeline.assess import Standing, assess
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.launch import read_status
+from orchestrator.pipeline.launch import read_status, status_request
 from orchestrator.schedulers.base import scheduler_for
-from remote_payload.wire.states import AttemptStatus
+from remote_payload.wire.run_messages import StatusReply
+from remote_payload.wire.states import AttemptState, AttemptStatus
 
 FIRST_POLL_S = 0.3
 LONGEST_POLL_S = 3.0
@@ -61,6 +64,51 @@ def follow(context: RunContext, attempt: AttemptRecord) -> AttemptStatus:
         _refuse_silence(context, heartbeat, heartbeat.see(reply.status), standing)
         time.sleep(REREAD_S if absences else poll_s)
         poll_s = min(poll_s * 1.4, LONGEST_POLL_S)
+
+
+class AttemptEndedError(Exception):
+    """An attempt failed or was cancelled while its client did something for it."""
+
+
+class Watch:
+    """What an attempt does while its client does something else. A thread of its own reads it, for the time of the
+    context; what cannot be read over the connection that is there is not shown."""
+
+    def __init__(self, context: RunContext, attempt: AttemptRecord) -> None:
+        self._context, self._attempt = context, attempt
+        self._scheduler = scheduler_for(context.profile.scheduler)
+        self._is_over = threading.Event()
+        self._read: tuple[Standing, AttemptStatus] | None = None
+        self._shown: AttemptStatus | None = None
+
+    def show(self) -> None:
+        """Tell the reporter what is new. Raises `AttemptEndedError` once the attempt did not succeed."""
+        read = self._read
+        if read is None or read[1] == self._shown:
+            return
+        standing, self._shown = read
+        self._context.reporter.attempt(self._shown)
+        if standing is Standing.TERMINAL and self._shown.state is not AttemptState.SUCCEEDED:
+            raise AttemptEndedError
+
+    def __enter__(self) -> Watch:
+        threading.Thread(target=self._look_on, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._is_over.set()
+
+    def _look_on(self) -> None:
+        poll_s = FIRST_POLL_S
+        while not self._is_over.wait(poll_s):
+            with contextlib.suppress(RemoteEvalError):
+                request = status_request(self._context, self._attempt)
+                reply = self._context.node.call_if_connected("status", request, StatusReply)
+                if reply is not None and reply.status is not None:
+                    standing = assess(reply, self._attempt.nonce, self._scheduler)
+                    if standing is not Standing.FOREIGN:
+                        self._read = standing, reply.status
+            poll_s = min(poll_s * 1.4, LONGEST_POLL_S)
 
 
 def lost_error(run_id: str, standing: Standing) -> AttemptLostError:

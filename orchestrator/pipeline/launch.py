@@ -60,8 +60,11 @@ def reference(context: RunContext, attempt: AttemptRecord) -> AttemptRef:
 
 
 def read_status(context: RunContext, attempt: AttemptRecord, offsets: dict[str, int] | None = None) -> StatusReply:
-    request = StatusRequest(context.node.root, context.plan.run_id, attempt.number, offsets or {})
-    return context.node.call("status", request, StatusReply)
+    return context.node.call("status", status_request(context, attempt, offsets), StatusReply)
+
+
+def status_request(context: RunContext, attempt: AttemptRecord, offsets: dict[str, int] | None = None) -> StatusRequest:
+    return StatusRequest(context.node.root, context.plan.run_id, attempt.number, offsets or {})
 
 
 def _next_attempt(context: RunContext) -> AttemptRecord:

@@ -178,12 +178,16 @@ def _ensure_synced(context: RunContext, record: RunRecord, retry: bool, *, may_s
 
 
 def _ensure_complete(context: RunContext, checkpoint: SyncedCheckpoint, attempt: AttemptRecord) -> SyncedCheckpoint:
-    """Send what an attempt under way does not have yet of its checkpoint, and needs."""
+    """Send what an attempt under way does not have yet of its checkpoint, and needs; not once it has failed."""
     needs_all = not all(job.reads_weights_only for job in context.plan.jobs)
     if checkpoint.is_complete or not needs_all or attempt.fate != "launched":
         return checkpoint
-    with context.stage("sync"):
-        whole = syncing.send_rest(context, checkpoint)
+    with context.stage("sync"), following.Watch(context, attempt) as watch:
+        try:
+            whole = syncing.send_rest(context, checkpoint, watch.show)
+        except following.AttemptEndedError:
+            context.reporter.note("the attempt has ended: what was not sent of the checkpoint is not needed now")
+            return checkpoint
     context.note_entry("synced", **to_json(whole))
     return whole
 

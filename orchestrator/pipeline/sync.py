@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
@@ -21,7 +21,7 @@ from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
-from orchestrator.transfer.progress import ProgressListener
+from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
@@ -66,8 +66,9 @@ def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> Sy
         return _send(context, path, local, may_start_early)
 
 
-def send_rest(context: RunContext, begun: SyncedCheckpoint) -> SyncedCheckpoint:
-    """Send what is missing of a checkpoint whose weights are on the node. Raises `IntegrityError` where it changed."""
+def send_rest(context: RunContext, begun: SyncedCheckpoint, meanwhile: Callable[[], None]) -> SyncedCheckpoint:
+    """Send what is missing of a checkpoint whose first chunks are on the node. `meanwhile` is called all the time, and
+    what it raises ends the sending. Raises `IntegrityError` where the file changed."""
     path = local_checkpoint(context.plan.checkpoint)
     local = digest_local_file(path, context.services.layout)
     manifest = local.manifest
@@ -78,7 +79,13 @@ def send_rest(context: RunContext, begun: SyncedCheckpoint) -> SyncedCheckpoint:
         )
     classes = _chunk_classes(path, local)
     order = None if classes is None else sending_order(classes)
-    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order)
+    tell = _telling(context)
+
+    def on_progress(progress: TransferProgress) -> None:
+        tell(progress)
+        meanwhile()
+
+    sent = _upload(context, path, manifest, on_progress=on_progress, order=order)
     return dataclasses.replace(begun, bytes_sent=begun.bytes_sent + sent.bytes_sent, is_complete=sent.is_complete)
 
 

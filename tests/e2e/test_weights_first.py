@@ -314,3 +314,28 @@ def test_health_examines_what_has_arrived_while_the_rest_travels_and_says_the_sa
     first, second = (world.run_folder(r) / "artifacts" / "health" / "health.json" for r in (run_id, again))
     assert first.read_bytes() == second.read_bytes()
     assert json.loads(first.read_text())["verdict"]["dimensions"]["integrity"] == "pass"
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_the_attempt_is_seen_while_the_rest_goes_and_one_that_is_cancelled_ends_the_sending(
+    world: World, large: Trained, form: tuple[str, ...]
+) -> None:
+    world.edit_profile(bandwidth_limit_mbps=10)
+    client = world.start(*HEALTH, *form)
+    seen = '"job": "health", "phase": "run", "state": "running"' if form else "health: running, run"
+    assert client.stdout is not None
+    shown = ""
+    while seen not in shown:
+        line = client.stdout.readline()
+        assert line, shown
+        shown += line
+    assert not large.stored.exists()
+    (run_id,) = world.run_ids()
+    assert world.json("cancel", run_id)["state"] == "cancelled"
+    output, _ = client.communicate(timeout=60)
+    assert client.returncode == 6, shown + output
+    assert not large.stored.exists()
+    assert "synced" not in kinds_of(world, run_id)
+    done = world.cli("resume", run_id, "--retry", "--bandwidth-limit", "1000", "--json")
+    assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
+    assert large.stored.read_bytes() == large.local.read_bytes()

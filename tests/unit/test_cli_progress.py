@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.cli.output import ConsoleReporter, JsonReporter, Pace, transfer_line
 from orchestrator.transfer.progress import TransferProgress
+from remote_payload.wire.states import AttemptState, AttemptStatus, JobState, JobStatus, Phase, ProcessIdentity
 
 HALF = TransferProgress(500_000_000, 1_000_000_000, 1e8, 5.0, 300_000_000, 4, 200_000_000, 30_000_000)
 ALL = TransferProgress(1_000_000_000, 1_000_000_000, 1e8, 0.0, 100_000_000, 4)
@@ -40,6 +41,25 @@ def test_a_program_gets_one_json_object_a_line_and_the_end_once(capsys: pytest.C
         "saved": {"already_there": 100_000_000, "reused": 200_000_000, "packed": 30_000_000},
     }
     assert last["bytes_done"] == last["bytes_total"]
+
+
+def test_a_program_hears_of_each_step_of_a_job_once(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = JsonReporter()
+    for job in (
+        JobStatus(JobState.RUNNING, Phase.RUN, counter=1),
+        JobStatus(JobState.RUNNING, Phase.RUN, counter=2),
+        JobStatus(JobState.FAILED, Phase.RUN, error="no\x1b[31m way"),
+    ):
+        process = ProcessIdentity(1, "", "", "")
+        reporter.attempt(AttemptStatus("r1", 1, "n", AttemptState.RUNNING, process, {"health": job}))
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(event["event"], event["job"], event["state"], event["phase"]) for event in told] == [
+        ("job", "health", "running", "run"),
+        ("job", "health", "failed", "run"),
+    ]
+    assert told[0]["error"] is None
+    assert "way" in told[1]["error"]
+    assert "\x1b" not in told[1]["error"]
 
 
 def test_a_name_from_a_node_cannot_break_the_line_or_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
