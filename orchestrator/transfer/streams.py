@@ -35,7 +35,8 @@ class StreamPool:
 
     The owner asks for a number of streams with `open_up_to` as often as it likes, and takes what has ended with
     `ended`; `on_change` is called, from any thread, when there is something to see. Leaving the context ends all
-    streams and waits for their threads.
+    streams and waits until none is served any more. A login under way is left to itself, since on a network that was
+    lost it takes as long as it may: its stream is closed when it comes.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class StreamPool:
         self._expected_bytes = expected_bytes
         self._lock = threading.Lock()
         self._streams: list[ByteStream] = []
-        self._threads: list[threading.Thread] = []
+        self._serving: list[threading.Thread] = []
         self._ends: list[StreamEnd] = []
         self._opening = 0
         self._last_login = float("-inf")
@@ -85,9 +86,7 @@ class StreamPool:
                 return
             self._opening += 1
             self._last_login = now
-            thread = threading.Thread(target=self._run, name=f"{self._verb}-{len(self._threads)}", daemon=True)
-            self._threads = [other for other in self._threads if other.is_alive()] + [thread]
-            thread.start()
+            threading.Thread(target=self._run, name=self._verb, daemon=True).start()
 
     def ended(self) -> list[StreamEnd]:
         """The ends since the last call."""
@@ -101,10 +100,10 @@ class StreamPool:
     def __exit__(self, *exc_info: object) -> None:
         with self._lock:
             self._is_closed = True
-            streams = list(self._streams)
+            streams, serving = list(self._streams), list(self._serving)
         for stream in streams:
             stream.close()
-        for thread in self._threads:
+        for thread in serving:
             thread.join(_JOIN_S + self._idle_timeout_s)
 
     def _run(self) -> None:
@@ -146,6 +145,7 @@ class StreamPool:
         with self._lock:
             if not self._is_closed:
                 self._streams.append(stream)
+                self._serving = [other for other in self._serving if other.is_alive()] + [threading.current_thread()]
                 return stream
         stream.close()
         return None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import random
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import UnreachableError
+from orchestrator.errors import ConnectionLostError, UnreachableError
+from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer import streams as pool
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.stream import SendRequest
 from tests.support.agent_streams import CutStream, ThreadOpener, Wrap, check_stored, make_node_root, manifest_of
 
 STUBBORN = ReconnectPolicy(max_fruitless=1000, first_wait_s=0.0, longest_wait_s=0.0)
@@ -97,3 +101,52 @@ def test_as_many_streams_are_opened_as_were_asked_for(tmp_path: Path, monkeypatc
     assert opener.opened == 4
     assert 4 in seen
     check_stored(root, manifest, content)
+
+
+class LateOpener(ThreadOpener):
+    """All streams but the first are under way until `may_open` is set."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_asked, self.may_open, self.is_there = threading.Event(), threading.Event(), threading.Event()
+        self.was_let: list[bool] = []
+        self.late: list[ByteStream] = []
+
+    def open_agent_stream(self, verb: str, request: object, **options: Any) -> ByteStream:
+        if not self.opened:
+            return super().open_agent_stream(verb, request, **options)
+        self.is_asked.set()
+        self.was_let.append(self.may_open.wait(20))
+        self.late.append(super().open_agent_stream(verb, request, **options))
+        self.is_there.set()
+        return self.late[0]
+
+
+def test_the_end_waits_for_no_login_whose_stream_is_closed_when_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "LOGIN_SPACING_S", 0.0)
+    opener, is_served = LateOpener(make_node_root(tmp_path)), threading.Event()
+    served: list[ByteStream] = []
+
+    def serve(stream: ByteStream) -> None:
+        served.append(stream)
+        is_served.set()
+        with contextlib.suppress(ConnectionLostError):
+            stream.read(1)
+
+    request = SendRequest(opener.layout.root)
+    with pool.StreamPool(
+        opener, "send", request, serve, lambda: None, idle_timeout_s=20.0, expected_bytes=1
+    ) as streams:
+        streams.open_up_to(1)
+        assert is_served.wait(20)
+        streams.open_up_to(2)
+        assert opener.is_asked.wait(20)
+    assert streams.open_count == 0
+    opener.may_open.set()
+    assert opener.is_there.wait(20)
+    assert opener.was_let == [True]
+    with pytest.raises(ConnectionLostError):
+        opener.late[0].read(1)  # as long as it is open there is nothing to read
+    assert len(served) == 1
