@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.transfer_site import Site
+from orchestrator.cli import leave_at_once
 from orchestrator.layout import LocalLayout
 from orchestrator.payload import build_payload
 from orchestrator.pipeline.context import RunContext
@@ -128,6 +129,7 @@ def _own(file: str, name: str) -> int:
 
 
 def main() -> None:
+    leave_at_once()  # as the command does
     parser = argparse.ArgumentParser()
     parser.add_argument("site", type=Path)
     parser.add_argument("file", type=Path)

@@ -26,9 +26,7 @@ from orchestrator.pipeline.context import RunContext, Services
 from orchestrator.pipeline.locate import was_freed
 from orchestrator.pipeline.preflight import preflight
 from orchestrator.pipeline.provenance import write_provenance
-from orchestrator.pipeline.reporting import report
 from orchestrator.plan import RunPlan, SyncedCheckpoint
-from orchestrator.report import AttemptOutcome
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.names import check_run_id, printable
 from remote_payload.wire.run_messages import Decided, StatusReply
@@ -148,12 +146,20 @@ def _advance(context: RunContext, detach: bool, retry: bool) -> RunOutcome | Non
             collecting.collect(context, attempt, is_final=True)
     write_provenance(context, checkpoint)
     with context.stage("report"):
-        results = report(context, AttemptOutcome(attempt.number, "lost", str(lost)) if lost else None)
+        results = _report(context, attempt, lost)
     context.note_entry("reported", verdict=results["verdict"]["overall"])
     if lost is not None:
         raise lost
     _raise_for(context, attempt)
     return RunOutcome(context.plan, results)
+
+
+def _report(context: RunContext, attempt: AttemptRecord, lost: AttemptLostError | None) -> dict[str, Any]:
+    # Imported when used: templates and all take as long as logging in, before which nobody needs them.
+    from orchestrator.pipeline.reporting import report
+    from orchestrator.report import AttemptOutcome
+
+    return report(context, AttemptOutcome(attempt.number, "lost", str(lost)) if lost is not None else None)
 
 
 def _refuse_retry_of_success(record: RunRecord) -> None:

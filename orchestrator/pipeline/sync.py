@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
-from orchestrator.inspection import inspect_local
+from orchestrator.inspection import inspect_ahead, inspect_local
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
@@ -45,6 +45,8 @@ def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> Sy
     if path.is_dir():
         # Used where it is, its files' names and times stand for it: nobody computes a digest.
         return _here(context, path) if context.profile.embedded else send_local_folder(context, path)
+    if not context.profile.embedded:
+        inspect_ahead(path)
     local = _digest_while_connecting(context, path)
     manifest = local.manifest
     if context.profile.embedded:

@@ -26,7 +26,7 @@ from orchestrator.ssh.known_hosts import (
 )
 from orchestrator.ssh.settings import HostKeyPolicy, Prompt
 
-_POLL_S = 0.02
+_POLL_S = 0.002
 _RSA_SIGNATURES = ("rsa-sha2-512", "rsa-sha2-256")
 
 
