@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from typing import Optional
 
 from remote_payload.wire.chunks import Fingerprint
 from remote_payload.wire.codec import WireError
@@ -43,9 +44,11 @@ def sendable_files(folder: str) -> list[tuple[str, os.stat_result]]:
     """What `folder_files` finds, in the order of the names, if all of it may go to another machine.
 
     A link counts as the file that it leads to. Raises `UnsendableError` for a name that could lead elsewhere, a link
-    out of the folder, what is no regular file, and a folder without files or with too many; `OSError`.
+    out of the folder but to a blob of the model hub's cache that the folder is a snapshot in, what is no regular file,
+    and a folder without files or with too many; `OSError`.
     """
     base = os.path.realpath(folder)
+    blobs = _blobs_beside(base)
     found = []
     try:
         for name, facts in folder_files(folder):
@@ -53,7 +56,8 @@ def sendable_files(folder: str) -> list[tuple[str, os.stat_result]]:
             path = os.path.join(folder, name)
             if not stat.S_ISREG(facts.st_mode):
                 raise UnsendableError(f"{path} is no regular file", "Take it out of the folder.")
-            if not os.path.realpath(path).startswith(base + os.sep):
+            target = os.path.realpath(path)
+            if not target.startswith(base + os.sep) and os.path.dirname(target) != blobs:
                 raise UnsendableError(
                     f"{path} is a link that leads out of the folder", "Use a copy without links, made by `cp -rL`."
                 )
@@ -67,6 +71,16 @@ def sendable_files(folder: str) -> list[tuple[str, os.stat_result]]:
     if not found:
         raise UnsendableError(f"{folder} holds no files", "Check the path.")
     return sorted(found, key=lambda pair: pair[0])
+
+
+def _blobs_beside(base: str) -> Optional[str]:
+    """Where a HuggingFace cache keeps the files of the snapshot that `base` is, or lies in: `models--x--y/blobs`; the
+    snapshot holds links to them."""
+    parts = base.split(os.sep)
+    for index in range(len(parts) - 2, 1, -1):
+        if parts[index] == "snapshots" and parts[index - 1].startswith("models--"):
+            return os.sep.join([*parts[:index], "blobs"])
+    return None
 
 
 def folder_files(folder: str) -> Iterator[tuple[str, os.stat_result]]:

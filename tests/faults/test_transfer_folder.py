@@ -175,6 +175,73 @@ def test_a_link_within_the_folder_is_sent_as_the_file_that_it_leads_to(
     assert not (Path(sent.path) / "best").is_symlink()
 
 
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A model in a HuggingFace cache: links to blobs beside it."""
+    cache = tmp_path / "models--lab--autoencoder"
+    folder = cache / "snapshots" / "0123abcd"
+    (folder / "below").mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for blob, link in (("11", "config.json"), ("22", "model.safetensors"), ("33", "below/part")):
+        (cache / "blobs" / blob).write_bytes(blob.encode() * 1000)
+        (folder / link).symlink_to(os.path.relpath(cache / "blobs" / blob, (folder / link).parent))
+    return folder
+
+
+def test_a_snapshot_of_the_model_hub_s_cache_is_sent_with_the_blobs_that_it_names(
+    root: Path, layout: LocalLayout, snapshot: Path
+) -> None:
+    sent = send(AgentHere(root), LocalFolder(snapshot, layout))
+    assert digests(Path(sent.path)) == digests(snapshot)
+    assert not any(path.is_symlink() for path in Path(sent.path).rglob("*"))
+
+
+def test_a_folder_below_a_snapshot_is_sent_as_well(root: Path, layout: LocalLayout, snapshot: Path) -> None:
+    sent = send(AgentHere(root), LocalFolder(snapshot / "below", layout))
+    assert digests(Path(sent.path)) == digests(snapshot / "below")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["../../refs/main", "../../../other/blobs/11", "../../blobs/out", "../../blobs/deep/11", "../../blobs/pipe"],
+)
+def test_a_link_in_a_snapshot_to_anything_but_a_blob_of_its_own_is_refused(
+    layout: LocalLayout, snapshot: Path, tmp_path: Path, target: str
+) -> None:
+    cache = snapshot.parent.parent
+    for path in (cache / "refs" / "main", tmp_path / "other" / "blobs" / "11", cache / "blobs" / "deep" / "11"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no part of the model")
+    (cache / "blobs" / "out").symlink_to(tmp_path / "other" / "blobs" / "11")
+    os.mkfifo(cache / "blobs" / "pipe")
+    (snapshot / "odd").symlink_to(target)
+    with pytest.raises(CheckpointError, match="odd"):
+        LocalFolder(snapshot, layout)
+
+
+@pytest.mark.parametrize("name", ["snapshots/0123abcd", "models--lab--x/0123abcd", "models--lab--x/snapshots"])
+def test_a_folder_that_only_looks_like_a_snapshot_reaches_no_blobs(
+    layout: LocalLayout, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    for blobs in (tmp_path / "blobs", folder.parent / "blobs", folder.parent.parent / "blobs"):
+        blobs.mkdir(exist_ok=True)
+        (blobs / "11").write_bytes(b"11")
+        (folder / "odd").unlink(missing_ok=True)
+        (folder / "odd").symlink_to(blobs / "11")
+        with pytest.raises(CheckpointError, match="odd"):
+            LocalFolder(folder, layout)
+
+
+def test_blobs_that_are_themselves_elsewhere_are_refused(layout: LocalLayout, snapshot: Path, tmp_path: Path) -> None:
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="leads out"):
+        LocalFolder(snapshot, layout)
+
+
 @pytest.mark.parametrize("kind", ["link out", "dangling", "pipe", "socket", "name", "empty"])
 def test_what_must_not_travel_is_refused_with_its_name(
     layout: LocalLayout, folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
