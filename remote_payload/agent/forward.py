@@ -25,6 +25,8 @@ from remote_payload.wire.stream import (
     encode_frame,
 )
 
+_FAR_IDLE_S = 120.0
+"""The other agent says that it is alive far more often, and may take so long to journal what it has at the end."""
 _LAST_WORDS = (FrameKind.FINISHED, FrameKind.KEPT, FrameKind.FAILURE)
 
 
@@ -37,7 +39,7 @@ def serve_forward(channel: FdChannel, request: ForwardRequest) -> None:
     layout = root.open_root(request.root)
     channel.idle_s = request.idle_s
     with FarNode(request) as far:
-        far.start(request.script, request.idle_s)
+        far.start(request.script, _FAR_IDLE_S)
         channel.send_frame(FrameKind.FORWARDING)
         _Forward(channel, far, layout).run()
 
