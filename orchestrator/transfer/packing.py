@@ -28,8 +28,8 @@ _NEWEST = 0.3
 _MEASURE_S = 0.25
 """A link is measured over so much time: what one chunk leaves in buffers would tell a faster one."""
 _PART_PACKED = 0.7
-"""Packing goes on beside the sending, and what the packers do not get to goes as it is: on a link so much faster than
-they are it still pays. On one that is faster yet, the processors are what it waits for."""
+"""Of a link's rate. Where what the packers do not get to goes as it is, it still pays with packers so much slower than
+the link. Where they are slower yet, the processors are what the link waits for."""
 _RETRY_S = 2.0
 """Packers that were too slow are measured anew, with one chunk, after so long."""
 
@@ -136,7 +136,7 @@ class Packer:
     @property
     def pays(self) -> bool:
         """Whether the next chunk is to be packed, as far as the rates tell."""
-        return self.rates.pays(self._workers)
+        return self.rates.pays(self._workers / _PART_PACKED)
 
     @property
     def has_room(self) -> bool:
@@ -202,7 +202,7 @@ class Unpacker:
 def packing_pays(link: float | None, packers: float, untried_s: float) -> bool:
     """Whether to pack a chunk, by rates in bytes/s, the link's now and all packers' as last measured, and by how long
     ago a chunk was last given to them."""
-    return link is not None and (_PART_PACKED * link < packers or untried_s >= _RETRY_S)
+    return link is not None and (link < packers or untried_s >= _RETRY_S)
 
 
 def _mean(before: float | None, newest: float, times: float = 1.0) -> float:
