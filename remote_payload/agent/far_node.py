@@ -14,11 +14,14 @@ from types import TracebackType
 from typing import Optional
 
 from remote_payload.agent.channel import FdChannel, PeerGoneError, widen
+from remote_payload.agent.commands import ask
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.forward import OTHER_MACHINE, ForwardRequest, SshLogin, check_login
 from remote_payload.wire.names import check_nonce, printable
 
 _READY = "ready"
+_FAST_CIPHER = "aes128-gcm@openssh.com"
+_CONFIG_LIMIT_S = 5.0
 _START_LIMIT_S = 45.0
 """Less than the client waits for an answer, so that it hears why there is none."""
 _NOISE_BYTES = 1024 * 1024
@@ -29,10 +32,12 @@ _END_S = 2.0
 
 def login_command(login: SshLogin, command: str) -> list[str]:
     """`ssh` that logs in without a person, with what the account has, once, to a host that it knows; or not at all.
+    The fastest cipher goes first, where the account's configuration has it.
 
     Raises `WireError` for a login that is none.
     """
     check_login(login)
+    to_host = ["-l", login.user, "-p", str(login.port), "--", login.host]
     options = {
         "BatchMode": "yes",
         "StrictHostKeyChecking": "yes",
@@ -54,8 +59,12 @@ def login_command(login: SshLogin, command: str) -> list[str]:
         "ServerAliveCountMax": "3",
         "LogLevel": "ERROR",
     }
+    configured = re.search(r"^ciphers (\S+)$", ask(["ssh", "-G", *to_host], _CONFIG_LIMIT_S) or "", re.MULTILINE)
+    ciphers = configured.group(1).split(",") if configured else []
+    if _FAST_CIPHER in ciphers:
+        options["Ciphers"] = ",".join([_FAST_CIPHER, *(cipher for cipher in ciphers if cipher != _FAST_CIPHER)])
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", "-T", "-a", "-x", *words, "-l", login.user, "-p", str(login.port), "--", login.host, command]
+    return ["ssh", "-T", "-a", "-x", *words, *to_host, command]
 
 
 class FarNode:

@@ -103,6 +103,22 @@ def test_the_login_takes_nothing_of_the_user_s_along_and_asks_nobody(world: Worl
         assert "PreferredAuthentications=gssapi-with-mic,hostbased,publickey" in words
 
 
+@pytest.mark.parametrize(
+    ("configured", "wanted"),
+    [
+        ("aes256-ctr,aes128-gcm@openssh.com", "Ciphers=aes128-gcm@openssh.com,aes256-ctr"),
+        ("aes256-ctr", ""),
+    ],
+)
+def test_the_fastest_cipher_that_the_account_allows_goes_first(
+    world: World, servers: tuple[Sshd, Sshd], own_ssh: OwnSsh, configured: str, wanted: str
+) -> None:
+    own_ssh.may_log_in_to(servers[1], more=[f"  Ciphers {configured}"])
+    assert world.json(*COPY)["direct"]
+    told = {word for call in own_ssh.calls for word in call.split(" ") if word.startswith("Ciphers=")}
+    assert told == ({wanted} if wanted else set())
+
+
 def test_a_folder_goes_straight_with_all_its_files(world: World, near_link: Relay) -> None:
     folder = world.node / "data" / "step 5"
     (folder / "below").mkdir(parents=True)

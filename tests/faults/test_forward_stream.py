@@ -52,9 +52,14 @@ def logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     noted = tmp_path / "logins"
     ssh = folder / "ssh"
-    ssh.write_text(
-        f'#!/bin/sh\necho "$$ $*" >> {shlex.quote(str(noted))}\nfor command; do :; done\nexec /bin/sh -c "$command"\n'
+    lines = (
+        "#!/bin/sh",
+        '[ "$1" != -G ] || exit 1',
+        f'echo "$$ $*" >> {shlex.quote(str(noted))}',
+        "for command; do :; done",
+        'exec /bin/sh -c "$command"',
     )
+    ssh.write_text("\n".join(lines) + "\n")
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return noted

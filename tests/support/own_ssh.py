@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.sshd import Sshd, find_program
@@ -27,11 +28,15 @@ class OwnSsh:
 
     @property
     def calls(self) -> list[str]:
+        """What its logins were told."""
         path = self.folder / "calls"
-        return path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line for line in lines if not line.startswith("-G ")]
 
-    def may_log_in_to(self, server: Sshd, *, knows_host: bool = True, has_key: bool = True) -> None:
-        """Give the account a key for `server`, and the server's host key, or not."""
+    def may_log_in_to(
+        self, server: Sshd, *, knows_host: bool = True, has_key: bool = True, more: Sequence[str] = ()
+    ) -> None:
+        """Give the account a key for `server`, and the server's host key, or not; `more` lines of configuration."""
         known = server.known_hosts.read_text() if knows_host else ""
         (self.folder / "known_hosts").write_text(known)
         key = server.client_key if has_key else server.host_key
@@ -42,6 +47,7 @@ class OwnSsh:
             "  IdentityAgent none",
             f"  UserKnownHostsFile {self.folder / 'known_hosts'}",
             f"  GlobalKnownHostsFile {os.devnull}",
+            *more,
         ]
         (self.folder / "config").write_text("\n".join(lines) + "\n")
 
