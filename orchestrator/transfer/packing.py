@@ -179,24 +179,34 @@ class Packer:
 
 
 class Unpacker:
-    """Unpacks the chunks of one transfer, as many at once as there are processors to pack them: that bounds memory."""
+    """Unpacks the chunks of one transfer, as many at once as there are processors to pack them: that bounds memory. It
+    is used again, since fresh memory costs a quarter of the time."""
 
     def __init__(self, rates: PackingRates) -> None:
         self._rates = rates
         self._places = threading.Semaphore(min(MAX_WORKERS, os.cpu_count() or 1))
+        self._spare: list[bytearray] = []
 
     @contextlib.contextmanager
     def unpacked(self, body: memoryview, length: int) -> Iterator[memoryview]:
         """The `length` bytes that were packed. Raises `StreamDamagedError` for anything else."""
         with self._places:
-            begun = time.monotonic()
+            memory = bytearray()
+            with contextlib.suppress(IndexError):
+                memory = self._spare.pop()
+            if len(memory) < length:
+                memory = bytearray(length)
             try:
-                data = unpack(body, length)
-            except WireError as error:
-                raise damaged(error) from error
-            self._rates.note_unpacked(length, time.monotonic() - begun)
-            with data:
-                yield data
+                begun = time.monotonic()
+                try:
+                    data = unpack(body, length, memory)
+                except WireError as error:
+                    raise damaged(error) from error
+                self._rates.note_unpacked(length, time.monotonic() - begun)
+                with data:
+                    yield data
+            finally:
+                self._spare.append(memory)
 
 
 def packing_pays(link: float | None, packers: float, untried_s: float) -> bool:

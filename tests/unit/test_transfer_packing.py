@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, packing_pays
+from orchestrator.transfer.channel import StreamDamagedError
+from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, Unpacker, packing_pays
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, best_planes, pack, pack_floats, unpack
 from tests.support.floats import bfloat16, float32
@@ -139,6 +140,27 @@ def test_a_bomb_is_refused_without_being_inflated() -> None:
     body = bytes((1,)) + struct.pack(">BI", 1, len(bomb)) + bomb
     with pytest.raises(WireError, match="longer"):
         unpack(body, 1000)
+
+
+def test_chunks_are_unpacked_one_after_the_other_into_the_same_memory() -> None:
+    unpacker, memories = Unpacker(PackingRates()), []
+    for data in (bfloat16(5000), exponents(999), b"", bfloat16(4000)):
+        with unpacker.unpacked(memoryview(pack(data, 2)), len(data)) as unpacked:
+            assert unpacked == data
+            memories.append(unpacked.obj)
+        with pytest.raises(StreamDamagedError), unpacker.unpacked(memoryview(b"\3"), len(data)):
+            pytest.fail("a body that is none was unpacked")
+    assert all(memory is memories[0] for memory in memories)
+
+
+def test_chunks_that_are_unpacked_at_once_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    unpacker, one, other = Unpacker(PackingRates()), bfloat16(500), bfloat16(400)
+    with (
+        unpacker.unpacked(memoryview(pack(one, 2)), len(one)) as first,
+        unpacker.unpacked(memoryview(pack(other, 2)), len(other)) as second,
+    ):
+        assert (first, second) == (one, other)
 
 
 class Clock:
