@@ -118,11 +118,12 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
         described = describe(source, there)
         # Of a folder the files that have arrived are kept, under a name, while the others still come.
         name = new_run_id(datetime.datetime.now(datetime.timezone.utc))
+        way = DirectWay(source, target, (cluster, other), world.reporter.note)
         done = copy_checkpoint(
             source,
             described,
             target,
-            way=DirectWay(source, target, (cluster, other), world.reporter.note),
+            way=way,
             streams=StreamPolicy(fixed=streams),
             bandwidth_limit_bytes_per_s=limit_mbps * 1e6 / 8 if limit_mbps is not None else None,
             on_progress=functools.partial(world.reporter.transfer, posixpath.basename(described.path)),
@@ -130,8 +131,9 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
         )
     reached = f"{other}:{done.path}"
     if as_json:
-        facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds, "direct": done.is_direct}
-        print_json({"checkpoint": reached, "digest": done.digest, **facts})
+        facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}
+        taken = {"direct": done.is_direct, "way": printable(way.said)}
+        print_json({"checkpoint": reached, "digest": done.digest, **facts, **taken})
     else:
         print(printable(f"{reached}: {human_bytes(done.size)}, {human_bytes(done.bytes_sent)} sent, verified"))
     return int(ExitCode.DONE)

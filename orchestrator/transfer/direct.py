@@ -24,7 +24,7 @@ from remote_payload.wire.stream import FrameKind
 
 MAX_STREAMS = 4
 """Logins of one node to the other at a time, each over the one connection that we have to the first."""
-_CONNECT_LIMIT_S = 15.0
+_CONNECT_LIMIT_S = 10.0
 
 
 class DirectWay:
@@ -38,8 +38,10 @@ class DirectWay:
     def __init__(self, source: Node, target: Node, names: tuple[str, str], tell: Callable[[str], None]) -> None:
         self._source = source
         self._target = target
+        self.said = ""
+        """The last that was told."""
         self._names = names
-        self._tell = tell
+        self._tell_user = tell
         self._opening = threading.Lock()
         self._lock = threading.Lock()
         self._open_count = 0
@@ -120,6 +122,10 @@ class DirectWay:
         near, far = self._names
         verb = "can no longer" if self.has_worked else "does not"
         self._tell(f"the bytes go through this machine: {near} {verb} send to {far} itself ({why})")
+
+    def _tell(self, what: str) -> None:
+        self.said = what
+        self._tell_user(what)
 
     def _start(self, request: object, idle_timeout_s: float) -> ByteStream:
         if self._login is None:

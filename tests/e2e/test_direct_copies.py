@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,12 +83,21 @@ def durable(world: World, tmp_path: Path) -> int:
     return durable_bytes(tmp_path / "far" / "root of ours", [world.node / "data" / "best.pt"])
 
 
-def test_no_byte_of_the_file_comes_through_this_machine(world: World, near_link: Relay, own_ssh: OwnSsh) -> None:
-    done = world.json(*COPY)
+@pytest.mark.parametrize("transport", ["fabric", "openssh"])
+def test_no_byte_of_the_file_comes_through_this_machine(
+    world: World, near_link: Relay, own_ssh: OwnSsh, transport: str
+) -> None:
+    edit_profile(world, "lab", transport=transport)
+    ran = world.cli(*COPY, "--json")
+    assert ran.returncode == 0, ran.stderr
+    done = json.loads(ran.stdout)
     assert far_path(done).read_bytes() == CONTENT
     assert (done["direct"], done["bytes_sent"]) == (True, len(CONTENT))
+    assert "lab sends to other itself" in done["way"]
     assert near_link.bytes_carried < len(CONTENT) / 10
     assert own_ssh.calls
+    *_, last = (json.loads(line) for line in ran.stderr.splitlines())
+    assert (last["event"], last["bytes_done"], last["bytes_total"]) == ("transfer", len(CONTENT), len(CONTENT))
 
 
 def test_the_way_that_was_taken_is_said_in_a_line(world: World) -> None:
@@ -152,6 +163,19 @@ def test_where_the_login_is_refused_it_is_tried_once_and_all_goes_through_us(
     assert reason in line
     assert len(own_ssh.calls) == 1
     assert world.json("fetch", "lab:step 5", "other:")["bytes_sent"] == 0
+
+
+def test_a_node_that_does_not_answer_the_other_is_given_up_soon(
+    world: World, servers: tuple[Sshd, Sshd], own_ssh: OwnSsh
+) -> None:
+    own_ssh.may_log_in_to(servers[1], more=["  ProxyCommand sleep 5000"])
+    edit_profile(world, "other", connect_timeout_s=2)
+    done = world.json(*COPY)
+    assert far_path(done).read_bytes() == CONTENT
+    assert done["direct"] is False
+    assert "timed out" in done["way"]
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True, timeout=30).stdout
+    assert "sleep 5000" not in listed
 
 
 def test_a_node_without_ssh_is_no_hindrance(world: World, own_ssh: OwnSsh) -> None:

@@ -22,7 +22,7 @@ def profile(tmp_path: Path, config: str = "", **changes: Any) -> ClusterProfile:
 def test_the_address_is_what_the_alias_means_here(tmp_path: Path) -> None:
     config = "Host lab\n  HostName lab.example.org\n  User me\n  Port 2200\n  IdentityFile ~/.ssh/secret\n"
     login = login_between(profile(tmp_path), profile(tmp_path, config, connect_timeout_s=60))
-    assert (login.host, login.user, login.port, login.connect_timeout_s) == ("lab.example.org", "me", 2200, 15.0)
+    assert (login.host, login.user, login.port, login.connect_timeout_s) == ("lab.example.org", "me", 2200, 10.0)
 
 
 def test_without_a_word_about_it_the_user_is_the_one_that_we_log_in_as(tmp_path: Path) -> None:
