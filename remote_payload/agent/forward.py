@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from typing import Optional, Union
 
 from remote_payload.agent import root
@@ -25,6 +27,7 @@ from remote_payload.wire.stream import (
     encode_frame,
 )
 
+_LOOK_S = 0.25
 _FAR_IDLE_S = 120.0
 """The other agent says that it is alive far more often, and may take so long to journal what it has at the end."""
 _LAST_WORDS = (FrameKind.FINISHED, FrameKind.KEPT, FrameKind.FAILURE)
@@ -38,10 +41,12 @@ def serve_forward(channel: FdChannel, request: ForwardRequest) -> None:
     """
     layout = root.open_root(request.root)
     channel.idle_s = request.idle_s
-    with FarNode(request) as far:
+    with contextlib.ExitStack() as at_end, FarNode(request) as far:
         far.start(request.script, _FAR_IDLE_S)
         channel.send_frame(FrameKind.FORWARDING)
-        _Forward(channel, far, layout).run()
+        forward = _Forward(channel, far, layout)
+        at_end.callback(forward.await_end)  # once ssh has ended, nobody is held up by it
+        forward.run()
 
 
 class _Forward:
@@ -53,9 +58,16 @@ class _Forward:
         self._files = _Files(layout)
         self._failure: Union[AgentError, WireError, OSError, None] = None
         self._client_left = False
+        self._is_over = threading.Event()
+        self._feeder = threading.Thread(target=self._feed, name="forward", daemon=True)
+
+    def await_end(self) -> None:
+        """Nothing is read from the client any more afterwards."""
+        self._is_over.set()
+        self._feeder.join()
 
     def run(self) -> None:
-        threading.Thread(target=self._feed, name="forward", daemon=True).start()
+        self._feeder.start()
         reader = FrameReader(self._far.channel.fill)
         last: Optional[FrameKind] = None
         while (answer := _next_answer(reader)) is not None:
@@ -84,8 +96,14 @@ class _Forward:
             self._far.close_write()
 
     def _fill(self, view: memoryview) -> None:
+        heard_at = time.monotonic()
         try:
-            self._channel.fill(view)
+            while view:
+                if self._channel.wait_readable(_LOOK_S):
+                    view = view[self._channel.read_some(view) :]
+                    heard_at = time.monotonic()
+                elif self._is_over.is_set() or time.monotonic() - heard_at > self._channel.idle_s:
+                    raise PeerGoneError("nothing more is awaited")
         except PeerGoneError:
             self._client_left = True
             raise

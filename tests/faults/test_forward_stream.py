@@ -9,6 +9,7 @@ import secrets
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -249,6 +250,7 @@ def test_a_login_that_dies_in_the_middle_ends_the_stream_with_its_own_status(
     with pytest.raises(StreamEndedError):
         FrameChannel(forwarded).receive(FrameKind.ACK)
     assert forwarded.finish(20).exit_status == FAR_END_GONE_STATUS
+    assert "forward" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_when_the_client_goes_the_other_agent_journals_what_came_and_the_login_ends(
