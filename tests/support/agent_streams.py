@@ -76,12 +76,14 @@ class PipeStream:
     def close(self) -> None:
         """Wakes a reader that is in the middle, as a closed channel would, before the descriptors go."""
         with self._users:
-            if self._is_closed:
-                return
-            self._is_closed = True
-            os.write(self._wake, b".")
-            while self._busy:
-                self._users.wait()
+            is_first, self._is_closed = not self._is_closed, True
+            if is_first:
+                os.write(self._wake, b".")
+                while self._busy:
+                    self._users.wait()
+        if not is_first:
+            self._end(PATIENCE_S)
+            return
         self.close_write()
         for fd in (self._from_agent, self._closing, self._wake):
             os.close(fd)
