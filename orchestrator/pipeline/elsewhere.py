@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from orchestrator.errors import UsageError
+from orchestrator.errors import RemoteEvalError, UsageError
 from orchestrator.inspection import INSPECT_TIMEOUT_S, unreadable
 from orchestrator.node import Node
 from orchestrator.pipeline.context import RunContext
@@ -16,9 +16,11 @@ from orchestrator.plan import SyncedCheckpoint
 from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe, is_unchanged
 from orchestrator.transfer.node_files import DescribedFile
+from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
 from orchestrator.transfer.sender import LocalFileChangedError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.messages import InspectRequest
+from remote_payload.wire.units import human_bytes
 
 
 def inspect_on_source(source: Node, path: str) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def inspect_on_source(source: Node, path: str) -> dict[str, Any]:
         found = source.call_json("inspect", request, timeout_s=INSPECT_TIMEOUT_S)
     except UsageError as error:
         raise unreadable({"kind": error.details, "message": error.cause, "action": error.action}) from error
-    return {"header": found.get("header"), "findings": found.get("findings")}
+    return {key: found.get(key) for key in ("header", "findings", "reads")}
 
 
 def copy_from_source(context: RunContext, source: Node) -> SyncedCheckpoint:
@@ -53,6 +55,7 @@ def _copied(
     found = None if isinstance(described, DescribedFolder) else find_by_content(context, described.manifest)
     if found is not None:
         return found
+    order = _sending_order(context, source, described) if isinstance(described, DescribedFile) else None
     with gc_offered(context.node, context.journal, context.plan.cluster):
         done = copy_checkpoint(
             source,
@@ -61,8 +64,30 @@ def _copied(
             way=way,
             on_progress=functools.partial(context.reporter.transfer, "checkpoint"),
             run_id=context.plan.run_id,
+            order=order,
         )
     how = "copied" if done.bytes_sent else "store"
     if not done.bytes_sent:
         context.reporter.note("the checkpoint is on the node already (store): 0 bytes to send")
-    return SyncedCheckpoint(done.path, done.digest, done.size, (), how, done.bytes_sent)
+    return SyncedCheckpoint(done.path, done.digest, done.size, (), how, done.bytes_sent, is_complete=done.is_complete)
+
+
+def _sending_order(context: RunContext, source: Node, described: DescribedFile) -> list[int] | None:
+    """What `reconstruct` reads before the rest, and no rest where no job reads more; None where no header can be read,
+    or not that of the file that was described."""
+    try:
+        inspected = inspect_on_source(source, described.path)
+    except RemoteEvalError:
+        return None
+    header, listed, manifest = inspected["header"], described.listed, described.manifest
+    is_the_file = [file["path"] for file in header["files"]] == [described.path]
+    if not is_the_file or header["fingerprint"] != [listed.size, listed.mtime_ns, listed.inode]:
+        return None
+    classes = classify(manifest, tensor_bytes(header, inspected["reads"]))
+    order = sending_order(classes)
+    if ChunkClass.REST not in classes or not all(job.reads_weights_only for job in context.plan.jobs):
+        return order
+    needed = [index for index in order if classes[index] is not ChunkClass.REST]
+    shares = f"{human_bytes(sum(manifest.chunks[i].length for i in needed))} of {human_bytes(manifest.size)}"
+    context.reporter.note(f"only the weights are sent ({shares}): reconstruct needs no more")
+    return needed

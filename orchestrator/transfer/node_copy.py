@@ -46,7 +46,8 @@ class DescribedFolder:
 
 @dataclasses.dataclass(frozen=True)
 class CopiedCheckpoint:
-    """Where a copy stands, what it is, and how many bytes were sent for it."""
+    """Where a copy stands, what it is, and how many bytes were sent for it. `is_complete` False: not all chunks were
+    asked for, and jobs may read the others out of the part that is kept."""
 
     path: str
     digest: str
@@ -55,6 +56,7 @@ class CopiedCheckpoint:
     seconds: float
     is_direct: bool = False
     """Whether the bytes went straight, to the end."""
+    is_complete: bool = True
 
 
 def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | DescribedFolder:
@@ -81,10 +83,11 @@ def copy_checkpoint(
     bandwidth_limit_bytes_per_s: float | None = None,
     on_progress: ProgressListener | None = None,
     run_id: str = "",
+    order: Sequence[int] | None = None,
 ) -> CopiedCheckpoint:
     """Put what was `described` on `source` into `target`'s store, within the limits of both profiles. `way` is taken
-    where the size is worth a login; None: all goes through this machine. Raises as `NodeCopy`, and
-    `LocalFileChangedError` for what is another by the end."""
+    where the size is worth a login; None: all goes through this machine. `order`: of a file's chunks, as for
+    `upload_file`. Raises as `NodeCopy`, and `LocalFileChangedError` for what is another by the end."""
     size = described.manifest.size if isinstance(described, DescribedFile) else described.folder.size
     if size < BULK_BYTES:
         way = None
@@ -100,15 +103,21 @@ def copy_checkpoint(
     )
     began = time.monotonic()
     if isinstance(described, DescribedFile):
-        done = _copy_file(copy, source, described, on_progress)
+        done = _copy_file(copy, source, described, on_progress, order)
         if way is not None and way.has_worked:
-            _check_that_it_stands(target, described.manifest, run_id)
+            if done.is_complete:
+                _check_that_it_stands(target, described.manifest, run_id)
+            else:
+                # The other node says itself what it has; nothing is sent where that is what it is said to have.
+                again = _copy_file(dataclasses.replace(copy, target=target), source, described, None, order)
+                done = dataclasses.replace(again, bytes_sent=done.bytes_sent + again.bytes_sent)
         path, digest, sent = done.path_on_node, described.manifest.digest, done.bytes_sent
+        is_complete = done.is_complete
     else:
         folder = _copy_folder(copy, source, described, target, on_progress, run_id)
-        path, digest, sent = folder.path, described.folder.digest, folder.bytes_sent
+        path, digest, sent, is_complete = folder.path, described.folder.digest, folder.bytes_sent, True
     is_direct = way is not None and way.is_direct
-    return CopiedCheckpoint(path, digest, size, sent, time.monotonic() - began, is_direct)
+    return CopiedCheckpoint(path, digest, size, sent, time.monotonic() - began, is_direct, is_complete)
 
 
 @dataclasses.dataclass
@@ -129,7 +138,11 @@ class NodeCopy:
         self._rates = PackingRates()
 
     def __call__(
-        self, files: Sequence[DescribedFile], manifest: ChunkManifest, on_progress: ProgressListener | None = None
+        self,
+        files: Sequence[DescribedFile],
+        manifest: ChunkManifest,
+        on_progress: ProgressListener | None = None,
+        order: Sequence[int] | None = None,
     ) -> UploadResult:
         return upload_file(
             self.target,
@@ -141,16 +154,21 @@ class NodeCopy:
             retry=self.retry,
             packing=False,
             rates=self._rates,
+            order=order,
             run_id=self.run_id,
             store_limit_bytes=self.store_limit_bytes,
         )
 
 
 def _copy_file(
-    copy: NodeCopy, source: Node, described: DescribedFile, on_progress: ProgressListener | None
+    copy: NodeCopy,
+    source: Node,
+    described: DescribedFile,
+    on_progress: ProgressListener | None,
+    order: Sequence[int] | None,
 ) -> UploadResult:
     try:
-        return copy([described], described.manifest, on_progress)
+        return copy([described], described.manifest, on_progress, order)
     except LocalFileChangedError:
         raise
     except (UsageError, IntegrityError):

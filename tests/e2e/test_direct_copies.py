@@ -24,6 +24,7 @@ from orchestrator.ssh.connect import connect
 from orchestrator.ssh.settings import RetryPolicy
 from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.node_copy import copy_checkpoint, describe
+from remote_payload.checkpoint.source import Source
 from tests.support.durable import durable_bytes
 from tests.support.own_ssh import OwnSsh, make_own_ssh
 from tests.support.relay import Relay
@@ -198,10 +199,7 @@ def test_what_is_not_worth_a_login_gets_none(world: World, own_ssh: OwnSsh) -> N
     assert own_ssh.calls == []
 
 
-def test_a_name_that_leads_to_another_machine_there_is_noticed(
-    world: World, tmp_path: Path, servers: tuple[Sshd, Sshd]
-) -> None:
-    """From here the second node is another than the one that its name means to the first."""
+def nodes_of(world: World, tmp_path: Path, servers: tuple[Sshd, Sshd]) -> tuple[Node, Node]:
     layout = LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
     payload = build_payload(layout)
     near, far = (
@@ -212,6 +210,14 @@ def test_a_name_that_leads_to_another_machine_there_is_noticed(
         )
         for name, server in zip(("lab", "other"), servers, strict=True)
     )
+    return near, far
+
+
+def test_a_name_that_leads_to_another_machine_there_is_noticed(
+    world: World, tmp_path: Path, servers: tuple[Sshd, Sshd]
+) -> None:
+    """From here the second node is another than the one that its name means to the first."""
+    near, far = nodes_of(world, tmp_path, servers)
     told: list[str] = []
     with near as source, far as target:
         target._hello = dataclasses.replace(target.hello, machine_id="0" * 32)
@@ -221,6 +227,26 @@ def test_a_name_that_leads_to_another_machine_there_is_noticed(
     assert Path(done.path).read_bytes() == CONTENT
     (line,) = told
     assert "another machine" in line
+
+
+def test_chunks_that_are_asked_for_alone_go_straight_too_and_the_other_node_is_asked_for_them(
+    world: World, tmp_path: Path, servers: tuple[Sshd, Sshd]
+) -> None:
+    near, far = nodes_of(world, tmp_path, servers)
+    with near as source, far as target:
+        way = DirectWay(source, target, ("lab", "other"), lambda _: None)
+        described = describe(source, str(world.node / "data" / "best.pt"))
+        asked = [len(described.manifest.chunks) - 1, 0]
+        done = copy_checkpoint(source, described, target, way=way, order=asked)
+        wanted = [described.manifest.chunks[index] for index in asked]
+        assert (done.is_complete, done.is_direct) == (False, True)
+        assert done.bytes_sent == sum(chunk.length for chunk in wanted)
+        with Source(done.path) as kept:
+            for chunk in wanted:
+                assert kept.read(chunk.offset, chunk.length) == CONTENT[chunk.offset : chunk.offset + chunk.length]
+        whole = copy_checkpoint(source, described, target, way=way)
+    assert (whole.is_complete, whole.bytes_sent) == (True, len(CONTENT) - done.bytes_sent)
+    assert Path(whole.path).read_bytes() == CONTENT
 
 
 def test_a_run_s_checkpoint_comes_straight_and_a_second_node_that_is_lost_is_waited_for(

@@ -14,9 +14,13 @@ import torch
 import yaml
 
 from orchestrator.errors import ExitCode
+from orchestrator.transfer.order import ChunkClass
+from remote_payload.wire.layout import NodeLayout
 from tests.support.durable import durable_bytes
 from tests.support.formats import write_dcp_checkpoint
+from tests.support.image_project import ship_image_adapter, write_config
 from tests.support.sshd import Sshd, start_sshd
+from tests.support.trained import chunks_of, write_trained
 from tests.support.world import World, agents_of, digests, make_world, until
 
 RUN = ("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "count")
@@ -103,6 +107,53 @@ def test_a_folder_is_copied_once_and_judged_there(world: World, far: Path) -> No
     assert (first["how"], first["reference"], first["source_path"]) == ("copied", "lab:step 5", str(folder))
     again = provenance(world, world.json(*run)["run_id"])
     assert (again["how"], again["bytes_sent"], again["digest"]) == ("store", 0, first["digest"])
+
+
+def test_reconstruct_alone_has_the_weights_copied_and_health_later_the_rest_alone(world: World, far: Path) -> None:
+    ship_image_adapter(world)
+    write_config(world, 48)
+    edit_far(world, **{name: world.profile_field(name) for name in ("python", "variables")})
+    local = world.node / "data" / "trained.pt"
+    write_trained(local, 48)
+    manifest, classes = chunks_of(local)
+    rest = sum(c.length for c, kind in zip(manifest.chunks, classes, strict=True) if kind is ChunkClass.REST)
+    run = ("--checkpoint", "lab:trained.pt", "--config", "eval.yaml", "--num-samples", "2", "--jobs")
+    results = {}
+    for cluster in ("lab", "other"):
+        done = world.cli("--cluster", cluster, *run, "reconstruct", "--json")
+        assert done.returncode in (0, 1), done.stderr
+        results[cluster] = json.loads(done.stdout)["run_id"]
+    artifacts = [digests(world.run_folder(run_id) / "artifacts") for run_id in results.values()]
+    assert artifacts[0] == artifacts[1]
+    copied = provenance(world, results["other"])
+    assert (copied["how"], copied["bytes_sent"], copied["is_complete"]) == ("copied", manifest.size - rest, False)
+    assert stored(far) == []
+    done = world.cli("--cluster", "other", *run, "health", "--json")
+    assert done.returncode in (0, 1), done.stderr
+    copied = provenance(world, json.loads(done.stdout)["run_id"])
+    assert (copied["bytes_sent"], copied["is_complete"]) == (rest, True)
+    assert [path.read_bytes() for path in stored(far)] == [local.read_bytes()]
+
+
+def test_a_copy_that_is_cut_has_brought_header_and_weights_before_anything_else(world: World, far: Path) -> None:
+    local = world.node / "data" / "trained.pt"
+    write_trained(local, 224)
+    manifest, classes = chunks_of(local)
+    order = sorted(range(len(classes)), key=lambda index: (classes[index], index))
+    edit_far(world, bandwidth_limit_mbps=40, pack_floats=False)
+    client = world.start("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "count")
+    journal = Path(NodeLayout(str(far / "root of ours")).checkpoint_journal(manifest.digest))
+
+    def here() -> set[int]:
+        lines = journal.read_text().splitlines()[1:] if journal.exists() else []
+        return {int(line.split()[0]) for line in lines if line.endswith(".")}
+
+    until(here)
+    client.kill()
+    client.communicate(timeout=30)
+    until(lambda: not agents_of(world))
+    assert here() == set(order[: len(here())])
+    assert order != sorted(order)
 
 
 def test_what_the_run_s_node_has_elsewhere_by_content_is_used_there(world: World, far: Path) -> None:

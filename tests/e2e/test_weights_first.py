@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -14,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from orchestrator.inspection import inspect_local
 from orchestrator.journal import Journal
 from orchestrator.pipeline.sync import EARLY_START_BYTES
-from orchestrator.transfer.order import ChunkClass, classify, tensor_bytes
-from remote_payload.wire.chunks import ChunkManifest, digest_file
+from orchestrator.transfer.order import ChunkClass
 from remote_payload.wire.layout import NodeLayout
-from tests.support.image_project import SIDE, autoencoder, ship_image_adapter, write_config
+from tests.support.image_project import ship_image_adapter, write_config
 from tests.support.relay import Relay, relay_to
+from tests.support.trained import chunks_of, write_trained
 from tests.support.world import World, digests, until
 
 RECONSTRUCT = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")
@@ -32,22 +29,6 @@ LAUNCHED = 9
 """The number of the journal's entry that says so, in a run that begins with the weights."""
 SLOW_MBPS = 2.4
 """Fast enough to wait for, slow enough to be killed in the middle."""
-
-
-def write_trained(path: Path, width: int) -> None:
-    """The example's model after a step of Adam; in the file the optimizer stands in front of the weights."""
-    torch.manual_seed(2)
-    model = autoencoder(width)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.rand(2, 3, SIDE, SIDE)).pow(2).mean().backward()
-    optimizer.step()
-    torch.save({"optimizer_state_dict": optimizer.state_dict(), "model_state_dict": model.state_dict()}, path)
-
-
-def chunks_of(path: Path) -> tuple[ChunkManifest, list[ChunkClass]]:
-    data = path.read_bytes()
-    manifest, inspected = digest_file(io.BytesIO(data), len(data)), inspect_local(path)
-    return manifest, classify(manifest, tensor_bytes(inspected["header"], inspected["reads"]))
 
 
 class Trained:
