@@ -15,15 +15,12 @@ from orchestrator.errors import (
     CommandTimeoutError,
     ConnectionLostError,
     IntegrityError,
-    InternalError,
-    LockedError,
     NodeUnfitError,
-    NoSpaceError,
     ProtocolMismatchError,
     RemoteEvalError,
     UnreachableError,
-    UsageError,
 )
+from orchestrator.node_errors import environment_error, remote_error
 from orchestrator.payload import Payload
 from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import BulkStream, ByteStream, CommandResult, Transport
@@ -39,50 +36,12 @@ from remote_payload.wire.stream import FrameKind, StandbyRequest, StreamCall, en
 T = TypeVar("T")
 _SHOWN_BYTES = 2000
 CLOCK_OFFSET_WARNING_S = 120.0
+CLOCK_DOUBT_S = 15.0
 BULK_BYTES = 32 * 1024 * 1024
 """What is smaller goes over the connection that is there: another login would take longer than it saves."""
 _READY_LIMIT_BYTES = 1024 * 1024
 _STANDBY_S = 900.0
 _STANDBY_IDLE_S = 60.0
-
-_ENVIRONMENT_PROBLEMS = {
-    scripts.PYTHON_MISSING: (
-        "the node has no {python}",
-        "Set `python: {{path: …}}` in the profile to one that exists.",
-    ),
-    scripts.MODULES_MISSING: ("the node has no `module` command", "Remove `python.modules` from the profile."),
-    scripts.MODULE_FAILED: ("`module load` failed on the node", "Check `python.modules` with `module avail` there."),
-    scripts.CONDA_MISSING: ("conda was not found on the node", "Set `python.path` to the environment's interpreter."),
-    scripts.CONDA_FAILED: (
-        "`conda activate` failed on the node",
-        "Check `python.conda_env` with `conda env list` there.",
-    ),
-    scripts.RUNTIME_MISSING: ("the container runtime was not found on the node", "Check `python.container.runtime`."),
-    scripts.ROOT_FOREIGN: (
-        "the node root {root} holds files and lacks our marker",
-        "Choose an empty or new folder as `node_root` in the profile.",
-    ),
-    scripts.ROOT_UNWRITABLE: (
-        "cannot write in the node root {root}",
-        "Choose another `node_root`, or free space or quota.",
-    ),
-}
-
-_FAILURES: dict[str, type[RemoteEvalError]] = {
-    "usage": UsageError,
-    "unfit": NodeUnfitError,
-    "no_space": NoSpaceError,
-    "integrity": IntegrityError,
-    "conflict": LockedError,
-    "not_found": UsageError,
-    "internal": InternalError,
-}
-
-
-def remote_error(failure: RemoteFailure) -> RemoteEvalError:
-    """The client's exception for what the agent could not do."""
-    kind = _FAILURES.get(failure.kind, InternalError)
-    return kind(printable(failure.message), action=printable(failure.action), details=printable(failure.detail))
 
 
 @dataclasses.dataclass
@@ -108,6 +67,7 @@ class Node:
         self._connect = connect
         self._transport: Transport | None = None
         self._hello: Hello | None = None
+        self._hello_about_s = self._hello_took_s = 0.0  # by our clock
         self._standbys: list[Standby] = []
         self._lock = threading.RLock()
         self._hello_lock = threading.Lock()
@@ -131,10 +91,13 @@ class Node:
         return self.profile.node_root if self._hello is None else self._hello.root
 
     def clock_offset_s(self) -> float:
-        """The node's clock minus ours, in seconds; asked anew."""
-        before = time.time()
-        self._hello = None
-        return self.hello.clock_unix_s - (before + time.time()) / 2
+        """The node's clock minus ours, in seconds, by the call that brought `hello`. Where that took so long that it
+        may be wrong by more than `CLOCK_DOUBT_S`, it is asked anew."""
+        _ = self.hello
+        if self._hello_took_s > 2 * CLOCK_DOUBT_S:
+            self._hello = None
+            _ = self.hello
+        return self.hello.clock_unix_s - self._hello_about_s
 
     def shell_noise(self) -> bytes:
         """What a script that prints nothing prints all the same."""
@@ -268,12 +231,18 @@ class Node:
             return self._transport
 
     def _call_once(self, verb: str, params: Any, limit_s: float) -> Any:
+        known, began = self._hello, time.time()
         result, nonce = self._run_call(verb, params, limit_s)
         if scripts.outcome_said(nonce, result.stdout) == scripts.PAYLOAD_MISSING:
             self._install_payload()
+            began = time.time()
             result, nonce = self._run_call(verb, params, limit_s)
+        ended = time.time()
         self._refuse_environment_problem(result, nonce)
-        return self._decode(verb, nonce, result)
+        reply = self._decode(verb, nonce, result)
+        if verb == "hello" or self._hello is not known:
+            self._hello_about_s, self._hello_took_s = (began + ended) / 2, ended - began
+        return reply
 
     def _run_call(self, verb: str, params: Any, limit_s: float) -> tuple[CommandResult, str]:
         self.counts.calls += 1
@@ -379,11 +348,9 @@ class Node:
             )
 
     def _refuse_environment_problem(self, result: CommandResult, nonce: str) -> None:
-        problem = _ENVIRONMENT_PROBLEMS.get(scripts.outcome_said(nonce, result.stdout) or "")
-        if problem is not None:
-            cause, action = problem
-            names = {"python": self.profile.python.path, "root": self.profile.node_root}
-            raise NodeUnfitError(cause.format(**names), action=action.format(**names), details=_shown(result))
+        error = environment_error(scripts.outcome_said(nonce, result.stdout), self.profile, _shown(result))
+        if error is not None:
+            raise error
 
     def _await_ready(self, stream: ByteStream, nonce: str) -> None:
         wanted = scripts.ready_line(nonce)

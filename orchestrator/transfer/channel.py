@@ -17,7 +17,7 @@ from orchestrator.errors import (
     RemoteEvalError,
     UnreachableError,
 )
-from orchestrator.node import remote_error
+from orchestrator.node_errors import remote_error
 from orchestrator.ssh.transport import BulkStream, ByteStream
 from orchestrator.transfer.forwarded import ForwardedStream
 from remote_payload.wire.codec import WireError

@@ -289,7 +289,19 @@ def test_the_first_call_installs_the_payload_and_learns_the_node(
     assert not node.call("locate", LocateRequest(node.root, path="/no/such/file"), Located).found
     calls = node.counts.calls
     assert node.layout.root == node.root
+    assert abs(node.clock_offset_s()) < 60.0  # both are this machine
     assert node.counts.calls == calls
+
+
+def test_a_clock_that_was_told_by_a_long_call_is_asked_for_anew(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.node.CLOCK_DOUBT_S", 0.0)
+    node = make_node(settings)
+    _ = node.hello
+    calls = node.counts.calls
+    assert abs(node.clock_offset_s()) < 60.0
+    assert node.counts.calls == calls + 1
 
 
 def test_how_far_the_node_is_tells_the_connection_where_it_is_ours(
