@@ -46,6 +46,8 @@ class BulkLogins:
         self._folder: Path | None = None
         self._command: list[str] = []
         self._open_streams = 0
+        self._under_way: set[BulkProcess] = set()
+        self._is_closed = False
         self._needs_person = False
         self._dials = dialling_is_ours(effective)
 
@@ -74,11 +76,17 @@ class BulkLogins:
         except OSError as error:
             raise ConfigurationError(f"ssh cannot be started: {error.strerror}") from error
         try:
+            with self._lock:
+                self._refuse_if_closed()
+                self._under_way.add(process)
             self._await_first_byte(process, nonce, log, script, idle_timeout_s, facts if dials else None)
         except BaseException:
             process.close()
             _remove(log, facts)
             raise
+        finally:
+            with self._lock:
+                self._under_way.discard(process)
         with self._lock:
             self._open_streams += 1
         carried = dial_facts(_text(_read(facts)))
@@ -86,9 +94,13 @@ class BulkLogins:
         return BulkProcessStream(process, nonce, idle_timeout_s, carried, lambda: self._ended(log))
 
     def close(self) -> None:
-        """Remove what was kept for logins. Open streams are their owners' to close."""
+        """End logins that are under way and remove what was kept for them. Open streams are their owners' to close."""
         with self._lock:
+            self._is_closed = True
             folder, self._folder = self._folder, None
+            under_way = list(self._under_way)
+        for process in under_way:
+            process.close()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -124,10 +136,15 @@ class BulkLogins:
 
     def _ensure_folder(self) -> Path:
         with self._lock:
+            self._refuse_if_closed()
             if self._folder is None:
                 self._folder = private_folder(self._sockets_folder)
                 self._command = self._base_command(self._folder)
             return self._folder
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise ConnectionLostError(f"the connection to {self._effective.description} is closed")
 
     def _base_command(self, folder: Path) -> list[str]:
         settings, effective = self._settings, self._effective

@@ -15,11 +15,14 @@ import pytest
 from orchestrator.errors import (
     AuthenticationError,
     ConfigurationError,
+    ConnectionLostError,
     ExitCode,
     HostKeyError,
     LoginRefusedError,
     UnreachableError,
 )
+from orchestrator.ssh.bulk import BulkLogins
+from orchestrator.ssh.config import read_effective_config
 from orchestrator.ssh.settings import ConnectionSettings, RetryNotice, RetryPolicy
 from orchestrator.ssh.transport import Transport
 from tests.support.sshd import HOST, Sshd, find_program, fingerprint, free_port, make_key, public_half, running_sshd
@@ -425,3 +428,36 @@ def test_a_server_that_refuses_another_session_is_told_as_trouble_and_recovers(
             one.finish(LIMIT_S)
             two.finish(LIMIT_S)
         assert works(transport)
+
+
+def test_a_streams_login_under_way_ends_with_the_connection(tmp_path: Path) -> None:
+    with socket.create_server((HOST, 0)) as listener:
+        settings = ConnectionSettings(
+            host=HOST,
+            port=listener.getsockname()[1],
+            user="x",
+            ssh_config_file=Path(os.devnull),
+            connect_timeout_s=200.0,
+        )
+        logins = BulkLogins(settings, read_effective_config(settings), tmp_path)
+        ends: list[BaseException | None] = []
+
+        def log_in() -> None:
+            try:
+                logins.open("exit 0\n", 200.0).read(1)
+                ends.append(None)
+            except ConnectionLostError as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=log_in, daemon=True)
+        thread.start()
+        listener.settimeout(60.0)
+        server, _ = listener.accept()  # which never says a word
+        logins.close()
+        thread.join(60.0)
+        server.close()
+        assert len(ends) == 1
+        assert isinstance(ends[0], ConnectionLostError)
+        with pytest.raises(ConnectionLostError):
+            logins.open("exit 0\n", 200.0)
+        assert list(tmp_path.iterdir()) == []
