@@ -9,6 +9,7 @@ from pathlib import Path
 from orchestrator.config import load_config
 from orchestrator.errors import ConfigurationError, UsageError
 from orchestrator.fsutil import write_atomically
+from orchestrator.inspection import inspect_ahead
 from orchestrator.layout import LocalLayout
 from orchestrator.payload import build_payload
 from orchestrator.pipeline.context import Services
@@ -61,6 +62,8 @@ def draft(request: Request, services: Services) -> RunPlan:
     project = find_project(request.start_folder)
     named = resolve_profile(request.cluster, project, services.layout)
     reference = resolve_reference(request.checkpoint)
+    if reference.cluster is None:
+        inspect_ahead(Path(reference.path))
     is_elsewhere = reference.cluster not in (None, named.name)
     source = resolve_profile(reference.cluster, project, services.layout) if is_elsewhere else None
     jobs = choose_jobs(request.jobs, project.file.jobs)

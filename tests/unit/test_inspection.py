@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
+from orchestrator import inspection
+from orchestrator.cli.output import ConsoleReporter
 from orchestrator.errors import CheckpointError
 from orchestrator.inspection import inspect_ahead, inspect_local
+from orchestrator.layout import LocalLayout
+from orchestrator.pipeline.resolve import Request, draft
+from orchestrator.pipeline.world import make_services
 
 
 def write(path: Path, name: str) -> None:
@@ -47,3 +53,16 @@ def test_who_asked_ahead_hears_what_is_wrong_when_it_asks_again(tmp_path: Path) 
         inspect_ahead(path)
         with pytest.raises(CheckpointError):
             inspect_local(path)
+
+
+def test_while_a_run_is_planned_the_header_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    write(path, "first")
+    layout = LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
+    services = make_services(layout, ConsoleReporter(quiet=True), lambda *_: None)
+    before = inspection._remembered.cache_info().misses
+    draft(Request("local", str(path), start_folder=tmp_path), services)
+    for thread in threading.enumerate():
+        if thread.name == "inspect":
+            thread.join(60)
+    assert inspection._remembered.cache_info().misses == before + 1
