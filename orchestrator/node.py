@@ -40,7 +40,6 @@ CLOCK_DOUBT_S = 15.0
 BULK_BYTES = 32 * 1024 * 1024
 """What is smaller goes over the connection that is there: another login would take longer than it saves."""
 _READY_LIMIT_BYTES = 1024 * 1024
-_STANDBY_S = 900.0
 _STANDBY_IDLE_S = 60.0
 
 
@@ -194,8 +193,13 @@ class Node:
             standbys.extend(Standby(self._open_standby) for _ in range(begun - 1))
         threading.Thread(target=self._learn, name="hello", daemon=True).start()
 
+    def keep_stream(self, stream: ByteStream) -> None:
+        """Take a stream whose agent is on stand-by, for whoever opens one next."""
+        with self._lock:
+            self._standbys.insert(0, Standby(lambda: stream))
+
     def drop_prepared_streams(self) -> None:
-        """Close the streams of `prepare_streams` that nobody asked for."""
+        """Close the streams of `prepare_streams` and `keep_stream` that nobody asked for."""
         with self._lock:
             standbys, self._standbys = self._standbys, []
         for standby in standbys:
@@ -306,7 +310,7 @@ class Node:
         return stream
 
     def _open_standby(self) -> ByteStream:
-        return self._start_stream("standby", StandbyRequest(_STANDBY_S), _STANDBY_IDLE_S, is_bulk=True)
+        return self._start_stream("standby", StandbyRequest(), _STANDBY_IDLE_S, is_bulk=True)
 
     def _from_standby(self, call: StreamCall) -> ByteStream | None:
         with self._lock:

@@ -83,7 +83,7 @@ def _sending_order(context: RunContext, source: Node, described: DescribedFile) 
     is_the_file = [file["path"] for file in header["files"]] == [described.path]
     if not is_the_file or header["fingerprint"] != [listed.size, listed.mtime_ns, listed.inode]:
         return None
-    classes = classify(manifest, tensor_bytes(header, inspected["reads"]))
+    classes = classify(manifest.spans, tensor_bytes(header, inspected["reads"]))
     order = sending_order(classes)
     if ChunkClass.REST not in classes or not all(job.reads_weights_only for job in context.plan.jobs):
         return order

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
+from orchestrator.transfer.carrier import Pace
+from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.sender import Source
+from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.messages import KnownChunks, KnownRequest
 
 
 def send_to_node(
@@ -18,6 +23,7 @@ def send_to_node(
     manifest: ChunkManifest,
     on_progress: ProgressListener,
     order: Sequence[int] | None = None,
+    draft: Draft | None = None,
 ) -> UploadResult:
     """`upload_file` for this run."""
     return upload_file(
@@ -28,6 +34,43 @@ def send_to_node(
         bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         packing=context.profile.pack_floats,
         order=order,
+        draft=draft,
         run_id=context.plan.run_id,
         store_limit_bytes=context.profile.store_limit_bytes,
     )
+
+
+def draft_to_node(
+    context: RunContext,
+    path: Path,
+    order: Callable[[Sequence[tuple[int, int]]], Sequence[int]],
+    on_progress: ProgressListener,
+) -> Draft:
+    """A draft of a local file for this run. Streams come up as soon as the file is read: it is likely to be sent."""
+    profile, node = context.profile, context.node
+
+    def begin(spans: Sequence[tuple[int, int]]) -> Sequence[int]:
+        prepare_streams(context, sum(length for _, length in spans))
+        return order(spans)
+
+    def ask_known(size: int) -> KnownChunks:
+        request = KnownRequest(node.root, size, tuple(profile.checkpoint_roots))
+        return node.call("known_chunks", request, KnownChunks)
+
+    return Draft(
+        node,
+        path,
+        Pace(bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s, packing=profile.pack_floats),
+        order=begin,
+        ask_known=ask_known,
+        on_progress=on_progress,
+        run_id=context.plan.run_id,
+        store_limit_bytes=profile.store_limit_bytes,
+    )
+
+
+def prepare_streams(context: RunContext, size: int) -> None:
+    """Have streams come up for a file of so many bytes, where those of a connection of their own are for it."""
+    if size >= BULK_BYTES:
+        limit = context.profile.bandwidth_limit_bytes_per_s
+        context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s))

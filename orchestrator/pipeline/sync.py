@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
 from orchestrator.inspection import inspect_ahead, inspect_local
-from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
-from orchestrator.pipeline.send import send_to_node
+from orchestrator.pipeline.send import draft_to_node, prepare_streams, send_to_node
 from orchestrator.plan import RunPlan, SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
+from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
-from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Unpacked, UnpackRequest
@@ -45,27 +45,30 @@ def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> Sy
     if path.is_dir():
         # Used where it is, its files' names and times stand for it: nobody computes a digest.
         return _here(context, path) if context.profile.embedded else send_local_folder(context, path)
-    if not context.profile.embedded:
-        inspect_ahead(path)
-    local = _digest_while_connecting(context, path)
-    manifest = local.manifest
     if context.profile.embedded:
         # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
-        return dataclasses.replace(_here(context, path), digest=manifest.digest)
-    found = find_by_content(context, manifest)
-    if found is not None:
-        context.node.drop_prepared_streams()
-        return found
-    if local.was_remembered:
-        _prepare_streams(context, path)
-    try:
-        return _send(context, path, local, may_start_early)
-    except LocalFileChangedError:
-        if not local.was_remembered:
-            raise
-        # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
-        local = digest_local_file(path, context.services.layout, use_remembered=False)
-        return _send(context, path, local, may_start_early)
+        local = digest_local_file(path, context.services.layout)
+        return dataclasses.replace(_here(context, path), digest=local.manifest.digest)
+    inspect_ahead(path)
+    context.node.connect()  # before any thread: a login may ask a person
+    order = functools.partial(_order_of_draft, context.plan, path)
+    with draft_to_node(context, path, order, _telling(context)) as draft:
+        local = digest_local_file(path, context.services.layout, draft)
+        found = find_by_content(context, local.manifest)
+        if found is not None:
+            draft.end(is_given_up=True)
+            context.node.drop_prepared_streams()
+            return found
+        if local.was_remembered:
+            prepare_streams(context, path.stat().st_size)
+        try:
+            return _send(context, path, local, draft, may_start_early)
+        except LocalFileChangedError:
+            if not local.was_remembered:
+                raise
+    # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
+    local = digest_local_file(path, context.services.layout, use_remembered=False)
+    return _send(context, path, local, None, may_start_early)
 
 
 def send_rest(context: RunContext, begun: SyncedCheckpoint, meanwhile: Callable[[], None]) -> SyncedCheckpoint:
@@ -116,27 +119,9 @@ def _here(context: RunContext, path: Path) -> SyncedCheckpoint:
     return found
 
 
-def _digest_while_connecting(context: RunContext, path: Path) -> LocalFile:
-    """A large file that is not remembered is likely to be sent: streams for it come up while it is read."""
-    context.node.connect()  # before any thread: a login may ask a person
-    is_prepared = False
-
-    def prepare(_count: int) -> None:
-        nonlocal is_prepared
-        if not is_prepared:
-            _prepare_streams(context, path)
-        is_prepared = True
-
-    return digest_local_file(path, context.services.layout, prepare)
-
-
-def _prepare_streams(context: RunContext, path: Path) -> None:
-    if not context.profile.embedded and path.stat().st_size >= BULK_BYTES:
-        limit = context.profile.bandwidth_limit_bytes_per_s
-        context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s))
-
-
-def _send(context: RunContext, path: Path, local: LocalFile, may_start_early: bool) -> SyncedCheckpoint:
+def _send(
+    context: RunContext, path: Path, local: LocalFile, draft: Draft | None, may_start_early: bool
+) -> SyncedCheckpoint:
     """Send the file, what jobs read first before the rest; no rest where nobody needs it, or not yet."""
     manifest, order = local.manifest, None
     classes = _chunk_classes(path, local)
@@ -152,7 +137,7 @@ def _send(context: RunContext, path: Path, local: LocalFile, may_start_early: bo
             context.reporter.note(
                 f"only the {'header is' if last is ChunkClass.HEADER else 'weights are'} sent ({shares}): {why}"
             )
-    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order)
+    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order, draft=draft)
     return SyncedCheckpoint(
         sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )
@@ -188,19 +173,34 @@ def _upload(
     *,
     on_progress: ProgressListener,
     order: list[int] | None = None,
+    draft: Draft | None = None,
 ) -> UploadResult:
     with gc_offered(context.node, context.journal, context.plan.cluster):
-        return send_to_node(context, path, manifest, on_progress, order)
+        return send_to_node(context, path, manifest, on_progress, order, draft)
 
 
 def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
     """What each chunk holds; None where no header can be read, or not that of the file that was hashed."""
+    inspected, hashed = _inspected(path), local.fingerprint
+    if inspected is None or inspected["header"]["fingerprint"] != [hashed.size, hashed.mtime_ns, hashed.inode]:
+        return None
+    return classify(local.manifest.spans, tensor_bytes(inspected["header"], inspected["reads"]))
+
+
+def _order_of_draft(plan: RunPlan, path: Path, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Which chunks go while the file is still being hashed: no rest that no job of the run reads."""
+    inspected = _inspected(path)
+    if inspected is None:
+        return list(range(len(spans)))
+    classes = classify(spans, tensor_bytes(inspected["header"], inspected["reads"]))
+    needs_rest = not all(job.reads_weights_only for job in plan.jobs)
+    return [index for index in sending_order(classes) if needs_rest or classes[index] is not ChunkClass.REST]
+
+
+def _inspected(path: Path) -> dict[str, Any] | None:
+    """What the header of a file tells; None where it tells nothing of this one file."""
     try:
         inspected = inspect_local(path)
     except RemoteEvalError:
         return None
-    header, hashed = inspected["header"], local.fingerprint
-    is_the_file = [file["path"] for file in header["files"]] == [str(path)]
-    if not is_the_file or header["fingerprint"] != [hashed.size, hashed.mtime_ns, hashed.inode]:
-        return None
-    return classify(local.manifest, tensor_bytes(header, inspected["reads"]))
+    return inspected if [file["path"] for file in inspected["header"]["files"]] == [str(path)] else None

@@ -56,6 +56,9 @@ class StreamOpener(Protocol):
     ) -> ByteStream:
         """Start a stream verb; its own bytes begin with the first one read. `expected_bytes`: None if unknown."""
 
+    def keep_stream(self, stream: ByteStream) -> None:
+        """Take a stream whose agent is on stand-by, for whoever opens one next."""
+
     def reconnect(self) -> None:
         """Drop the connection and make a new one, within the profile's patience."""
 

@@ -71,6 +71,9 @@ class DirectWay:
             verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes
         )
 
+    def keep_stream(self, stream: ByteStream) -> None:
+        stream.close()
+
     def reconnect(self) -> None:
         with self._lock:
             was_source, self._source_lost = self._source_lost, False

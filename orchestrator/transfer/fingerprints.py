@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
 
 from orchestrator.errors import CheckpointError, IntegrityError
 from orchestrator.layout import LocalLayout
@@ -47,16 +48,25 @@ class LocalFile:
     was_remembered: bool = False
 
 
+class HashListener(Protocol):
+    """Hears of a file's chunks while it is read."""
+
+    def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
+        """The (offset, length) of all chunks; answers with their indices in the order in which they are to be read."""
+
+    def hashed(self, index: int, sha256: bytes, /) -> None:
+        """Called from several threads."""
+
+
 def digest_local_file(
     path: Path,
     layout: LocalLayout,
-    on_bytes: Callable[[int], None] | None = None,
+    listener: HashListener | None = None,
     *,
     use_remembered: bool = True,
     now_ns: Callable[[], int] = time.time_ns,
 ) -> LocalFile:
-    """The chunk manifest of a local file, from memory or by reading it once. `on_bytes` is told of bytes as they are
-    hashed, one call at a time.
+    """The chunk manifest of a local file, from memory or by reading it once, of which `listener` hears.
 
     Raises `CheckpointError` (missing, no regular file, unreadable) and `IntegrityError` (changed while it was read).
     """
@@ -68,7 +78,7 @@ def digest_local_file(
         if known is not None and _matches(fd, sample_spans(known)):
             return LocalFile(known, before.fingerprint, was_remembered=True)
         begun_ns = now_ns()
-        manifest = _digest(fd, path, before.size, on_bytes)
+        manifest = _digest(fd, path, before.size, listener)
         if _Facts.of(fd, path) != before or not _stands_at(path, before):
             raise _changed(path)
     finally:
@@ -170,11 +180,11 @@ def _open(path: Path) -> int:
     return fd
 
 
-def _digest(fd: int, path: Path, size: int, on_bytes: Callable[[int], None] | None) -> ChunkManifest:
+def _digest(fd: int, path: Path, size: int, listener: HashListener | None) -> ChunkManifest:
     with os.fdopen(os.dup(fd), "rb") as file:
         spans = list(chunk_spans(file, size))
     try:
-        digests = _hash_spans(fd, spans, on_bytes)
+        digests = _hash_spans(fd, spans, listener)
     except EOFError:
         raise _changed(path) from None
     except OSError as error:
@@ -183,23 +193,16 @@ def _digest(fd: int, path: Path, size: int, on_bytes: Callable[[int], None] | No
     return ChunkManifest(file_digest(chunks), size, chunks)
 
 
-def _hash_spans(
-    fd: int, spans: Sequence[tuple[int, int]], on_bytes: Callable[[int], None] | None = None
-) -> Sequence[str]:
+def _hash_spans(fd: int, spans: Sequence[tuple[int, int]], listener: HashListener | None = None) -> Sequence[str]:
     """SHA-256 of every span. Threads help, since hashing and reading let go of the interpreter's lock."""
     threads = max(1, min(_MAX_THREADS, os.cpu_count() or 1, len(spans)))
     digests = [""] * len(spans)
+    order = range(len(spans)) if listener is None else listener.begun(spans)
     is_over = threading.Event()
-    told = threading.Lock()
-
-    def tell(count: int) -> None:
-        if on_bytes is not None:
-            with told:
-                on_bytes(count)
 
     def work(first: int) -> None:
         buffer = memoryview(bytearray(_READ_BYTES))
-        for index in range(first, len(spans), threads):
+        for index in order[first::threads]:
             offset, left = spans[index]
             digest = hashlib.sha256()
             while left and not is_over.is_set():
@@ -208,8 +211,9 @@ def _hash_spans(
                     raise EOFError
                 digest.update(buffer[:count])
                 offset, left = offset + count, left - count
-                tell(count)
             digests[index] = digest.hexdigest()
+            if listener is not None and not is_over.is_set():
+                listener.hashed(index, digest.digest())
 
     with concurrent.futures.ThreadPoolExecutor(threads, "hash") as pool:
         try:

@@ -31,14 +31,17 @@ class Lane:
 class Flight:
     """Chunks to lanes and back. All methods may be called from several threads; `changed` tells of every change."""
 
-    def __init__(self, table: ChunkTable, order: Sequence[int] | None = None) -> None:
-        """`order`: the indices of all chunks in the order in which they shall go; None: as they stand in the file."""
+    def __init__(self, table: ChunkTable, order: Sequence[int] | None = None, *, is_growing: bool = False) -> None:
+        """`order`: the indices of all chunks in the order in which they shall go; None: as they stand in the file.
+        `is_growing`: more may be added until `stop`."""
         self.changed = threading.Condition()
         self._table = table
         self._order = order if order is not None else range(len(table))
         self._to_send: collections.deque[int] = collections.deque()
         self._here = bytearray(len(table))
         self._is_begun = False
+        self._is_growing = is_growing
+        self._is_stopped = False
         self._lanes: list[Lane] = []
         self._ending = 0
         self._settled_bytes = 0
@@ -50,6 +53,7 @@ class Flight:
         may not know yet what went over the others."""
         lane = Lane()
         with self.changed:
+            lane.retires = self._is_stopped
             if not self._is_begun:
                 self._is_begun = True
                 self._here[:] = have
@@ -57,6 +61,20 @@ class Flight:
             self._lanes.append(lane)
             self._tell()
         return lane
+
+    def add(self, index: int) -> None:
+        """A chunk more is to be sent, behind all others."""
+        with self.changed:
+            self._to_send.append(index)
+            self._tell()
+
+    def stop(self) -> None:
+        """Every lane ends what it has under way, and takes nothing more."""
+        with self.changed:
+            self._is_growing, self._is_stopped = False, True
+            for lane in self._lanes:
+                lane.retires = True
+            self._tell()
 
     def next_chunk(self, lane: Lane, timeout_s: float) -> tuple[int, bool] | None:
         """(chunk, whether it was refused before) once the lane's window has room; None when the lane has no more to do:
@@ -173,10 +191,15 @@ class Flight:
             return self._settled_bytes + sum(max(lane.acknowledged_bytes, lane.taken_bytes) for lane in self._lanes)
 
     @property
+    def is_stopped(self) -> bool:
+        with self.changed:
+            return self._is_stopped
+
+    @property
     def has_work(self) -> bool:
         """Whether chunks wait for a stream."""
         with self.changed:
-            return bool(self._to_send)
+            return bool(self._to_send) and not self._is_stopped
 
     def _tell(self) -> None:
         self._version += 1
@@ -201,7 +224,7 @@ class Flight:
     def _is_done(self, lane: Lane) -> bool:
         if lane.retires:
             return not lane.in_flight
-        return not self._to_send and not any(other.in_flight for other in self._lanes)
+        return not self._is_growing and not self._to_send and not any(other.in_flight for other in self._lanes)
 
     def _settle(self, lane: Lane, index: int) -> int:
         if index not in lane.in_flight:

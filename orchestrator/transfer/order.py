@@ -12,8 +12,6 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from remote_payload.wire.chunks import ChunkManifest
-
 Span = tuple[int, int]
 """From its first byte to behind its last."""
 
@@ -43,12 +41,13 @@ def tensor_bytes(header: Mapping[str, Any], reads: Iterable[Sequence[int]]) -> T
     return TensorBytes(tuple(_without(weights, taken)), tuple(_without(others, _merged([*weights, *taken]))))
 
 
-def classify(manifest: ChunkManifest, tensors: TensorBytes) -> list[ChunkClass]:
-    """The class of each chunk: header where any of its bytes is, else weights where any of its bytes is one's."""
+def classify(chunks: Iterable[tuple[int, int]], tensors: TensorBytes) -> list[ChunkClass]:
+    """The class of each chunk, given as (offset, length): header where any of its bytes is, else weights where any of
+    its bytes is one's."""
     known = _merged([*tensors.weights, *tensors.rest])
     classes = []
-    for chunk in manifest.chunks:
-        span = (chunk.offset, chunk.offset + chunk.length)
+    for offset, length in chunks:
+        span = (offset, offset + length)
         if not _covers(known, span):
             classes.append(ChunkClass.HEADER)
         else:

@@ -23,6 +23,7 @@ from remote_payload.wire.stream import (
     FinishedFacts,
     FrameKind,
     KeptFacts,
+    LeftFacts,
     ReusedFacts,
     encode_bitmap,
     manifest_pages,
@@ -38,7 +39,11 @@ _CHUNKS_AHEAD = 3
 """One that is packed, to be sent next, and two that are being packed meanwhile."""
 
 Outcome = FinishedFacts | KeptFacts
-_OUTCOMES: dict[FrameKind, type[Outcome]] = {FrameKind.FINISHED: FinishedFacts, FrameKind.KEPT: KeptFacts}
+_LAST_ANSWERS: dict[FrameKind, type[Outcome | LeftFacts]] = {
+    FrameKind.FINISHED: FinishedFacts,
+    FrameKind.KEPT: KeptFacts,
+    FrameKind.LEFT: LeftFacts,
+}
 
 
 class LocalFileChangedError(IntegrityError):
@@ -119,7 +124,7 @@ class Sender:
 
     `kept` None: the whole file is to be finished; else the chunks that are to be kept for now are flagged in it.
     `packer` None: nothing is packed here. `on_sent` is told of bytes that were sent, and how many more of the file they
-    stand for.
+    stand for. `is_given_up` None: no draft; else it tells, once nothing more of it goes, whether nobody needs it.
     """
 
     def __init__(
@@ -135,6 +140,7 @@ class Sender:
         on_sent: Callable[[int, int], None],
         on_reused: Callable[[int], None],
         kept: bytearray | None = None,
+        is_given_up: Callable[[], bool] | None = None,
     ) -> None:
         self.finished: Outcome | None = None
         self._file = file
@@ -148,9 +154,11 @@ class Sender:
         self._on_sent = on_sent
         self._on_reused = on_reused
         self._kept = kept
+        self._is_given_up = is_given_up
 
-    def serve(self, stream: ByteStream) -> None:
-        """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended.
+    def serve(self, stream: ByteStream) -> bool:
+        """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended,
+        or answers True where its agent is on stand-by.
 
         Raises `LocalFileChangedError`, what the agent's FAILURE says, and what the stream raises.
         """
@@ -158,12 +166,13 @@ class Sender:
         have = self._begin(channel)
         if isinstance(have, FinishedFacts):
             self.finished = have
-            return
+            return False
         self._on_have(have)
         lane = self._flight.join(have)
         answers = _Answers(channel, self._flight, lane, self._table)
+        is_kept = False
         try:
-            self._fly(channel, stream, lane, answers)
+            is_kept = self._fly(channel, stream, lane, answers)
         except UnreachableError as error:
             # Why the agent left may be among its last words, which came before the end that we ran into.
             answers.join(_LAST_WORDS_S)
@@ -172,24 +181,33 @@ class Sender:
             raise
         finally:
             self._flight.leave(lane)
-            stream.close()
+            if not is_kept:
+                stream.close()
             answers.join(_ANSWERS_END_S)
+        return is_kept
 
-    def _fly(self, channel: FrameChannel, stream: ByteStream, lane: Lane, answers: _Answers) -> None:
+    def _fly(self, channel: FrameChannel, stream: ByteStream, lane: Lane, answers: _Answers) -> bool:
+        """Whether the stream's agent is on stand-by at the end."""
+        if self._is_given_up is not None:
+            self._send_chunks(channel, lane)
+            channel.send(FrameKind.LEAVE, int(self._is_given_up()))
+            return isinstance(answers.await_answer(), LeftFacts)
         for _ in range(_MAX_FINISH_ROUNDS):
             self._send_chunks(channel, lane)
             if not self._flight.is_last(lane):
                 # The agent makes durable and journals what it acknowledged when its input ends.
                 stream.close_write()
                 answers.join(_ANSWERS_END_S)
-                return
+                return False
             self._flight.await_alone(lane, _ANSWERS_END_S)
             wanted = encode_bitmap(self._kept) if self._kept is not None else b""
             channel.send(FrameKind.FINISH if self._kept is None else FrameKind.KEEP, len(self._kept or ()), wanted)
             answer = answers.await_answer()
-            if not isinstance(answer, bytearray):
+            if isinstance(answer, (FinishedFacts, KeptFacts)):
                 self.finished = answer
-                return
+                return False
+            if isinstance(answer, LeftFacts):
+                break
             self._flight.send_missing(answer)
         raise StreamDamagedError("the node acknowledged chunks and then did not have them")
 
@@ -242,6 +260,8 @@ class Sender:
             body = (PACKED_ENCODING, packed)
         elif not channel.is_filled_there:
             body = self._file.body(offset, left)
+        if self._is_given_up is not None:
+            channel.send(FrameKind.DIGEST, index, self._table.sha256(index))
         with self._rates.moving():
             if body is not None and not channel.is_filled_there:
                 self._send_body(channel, index, *body)
@@ -351,7 +371,7 @@ class _Answers:
         self._flight = flight
         self._lane = lane
         self._table = table
-        self._answer: Outcome | bytearray | None = None
+        self._answer: Outcome | LeftFacts | bytearray | None = None
         self._said = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="upload-answers", daemon=True)
         self._thread.start()
@@ -359,8 +379,8 @@ class _Answers:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
-    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> Outcome | bytearray:
-        """What the agent says to FINISH or KEEP: what became of the file, or a bitmap of what it has.
+    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> Outcome | LeftFacts | bytearray:
+        """What the agent says to FINISH, KEEP or LEAVE: what became of the file, or a bitmap of what it has.
 
         The stream's idle timeout comes first where the agent is silent; `timeout_s` bounds even one that chatters.
         """
@@ -388,9 +408,8 @@ class _Answers:
 
     def _take(self) -> bool:
         """Take in one frame; True for the last one."""
-        header, body = self._channel.receive(
-            FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, FrameKind.FINISHED, FrameKind.KEPT
-        )
+        expected = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, *_LAST_ANSWERS)
+        header, body = self._channel.receive(*expected)
         if header.kind is FrameKind.ACK:
             self._flight.acknowledge(self._lane, header.argument)
         elif header.kind is FrameKind.REFUSED:
@@ -398,8 +417,8 @@ class _Answers:
         elif header.kind is FrameKind.ALIVE:
             self._flight.take_note(self._lane, header.argument)
         else:
-            outcome = _OUTCOMES.get(header.kind)
-            answer = self._channel.decode(outcome, body) if outcome else bitmap(body, len(self._table))
+            last = _LAST_ANSWERS.get(header.kind)
+            answer = self._channel.decode(last, body) if last else bitmap(body, len(self._table))
             with self._said:
                 self._answer = answer
                 self._said.notify_all()

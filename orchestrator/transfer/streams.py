@@ -31,7 +31,8 @@ class StreamEnd:
 
 
 class StreamPool:
-    """Bulk streams of one verb. `serve(stream)` is called in a thread for each, and the stream is closed behind it.
+    """Bulk streams of one verb. `serve(stream)` is called in a thread for each. Behind it the stream is closed, or
+    handed to the opener where the answer is True: its agent is on stand-by.
 
     The owner asks for a number of streams with `open_up_to` as often as it likes, and takes what has ended with
     `ended`; `on_change` is called, from any thread, when there is something to see. Leaving the context ends all
@@ -44,7 +45,7 @@ class StreamPool:
         opener: StreamOpener,
         verb: str,
         request: object,
-        serve: Callable[[ByteStream], None],
+        serve: Callable[[ByteStream], bool | None],
         on_change: Callable[[], None],
         *,
         idle_timeout_s: float,
@@ -115,12 +116,16 @@ class StreamPool:
                 return
             was_open = True
             self._on_change()
+            is_kept: bool | None = False
             try:
-                self._serve(stream)
+                is_kept = self._serve(stream)
             finally:
                 with self._lock:
                     self._streams.remove(stream)
-                stream.close()
+                if is_kept:
+                    self._opener.keep_stream(stream)
+                else:
+                    stream.close()
         except (RemoteEvalError, OSError, ValueError, EOFError) as caught:
             error = caught
         except BaseException as caught:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.errors import IntegrityError, UnreachableError, UsageError
-from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
+from orchestrator.errors import IntegrityError, InternalError, UsageError
+from orchestrator.ssh.transport import StreamFacts
+from orchestrator.transfer.carrier import Pace, Sent, carry
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
     ReconnectListener,
@@ -22,25 +23,23 @@ from orchestrator.transfer.channel import (
     StreamOpener,
     with_reconnects,
 )
+from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.flight import Flight
-from orchestrator.transfer.packing import Packer, PackingRates
-from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
+from orchestrator.transfer.packing import PackingRates
+from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Outcome, Sender, Source
-from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
-from orchestrator.transfer.streams import StreamEnd, StreamPool
+from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.stream import MAX_CHUNKS, ChunkTable, FinishedFacts, ReceiveRequest, pack_chunks
 
 __all__ = ["LocalFileChangedError", "UploadResult", "upload_file"]
 
-_TICK_S = 0.2
-
 
 @dataclasses.dataclass(frozen=True)
 class UploadResult:
-    """`bytes_sent` counts file data including what was sent twice; `bytes_saved` is what needed no sending: the node
-    had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node copied from other files
-    of its store. `bytes_packed` is what packing took off what was sent.
+    """`bytes_sent` counts file data including what was sent twice, and what a draft sent; `bytes_saved` is what needed
+    no sending: the node had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node
+    copied from other files of its store. `bytes_packed` is what packing took off what was sent.
     `streams`: of each stream that was ever open, how it travelled, as far as that is known. `is_complete` False: not
     every chunk was asked for, and the file will stand at `path_on_node` once the others have been sent too."""
 
@@ -65,6 +64,7 @@ def upload_file(
     packing: bool = True,
     rates: PackingRates | None = None,
     order: Sequence[int] | None = None,
+    draft: Draft | None = None,
     retry: ReconnectPolicy | None = None,
     on_reconnect: ReconnectListener | None = None,
     wait_s: float = 90.0,
@@ -76,7 +76,8 @@ def upload_file(
 
     `packing`: floats go in fewer bytes where the link is slower than that takes, which `rates`, if given, comes to
     tell. `order` holds the chunks' indices in the order in which they go; where it lacks some, these are not sent, and
-    jobs may read the others out of the part that is kept of the file. `run_id`: the run that needs the file, if one
+    jobs may read the others out of the part that is kept of the file. `draft`: what went of the file before its digest
+    was known, which ends here; its limits hold on. `run_id`: the run that needs the file, if one
     does; the store is kept under `store_limit_bytes`. Raises
     `LocalFileChangedError`, `IntegrityError` (chunks arrive damaged again and again), `NoSpaceError`, `NodeUnfitError`
     (permission), `LockedError` (another upload of the same file holds it and has not got on for `wait_s`), and the
@@ -89,6 +90,8 @@ def upload_file(
     begun = time.monotonic()
     file = LocalFile(local) if isinstance(local, Path) else local
     try:
+        if draft is not None:
+            draft.end()
         request = ReceiveRequest(
             opener.layout.root,
             manifest.digest,
@@ -99,17 +102,27 @@ def upload_file(
             idle_timeout_s,
             run_id,
             store_limit_bytes,
+            adopts=draft.digest if draft is not None else "",
         )
-        policy = retry or ReconnectPolicy()
-        count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
-        bucket = TokenBucket(bandwidth_limit_bytes_per_s)
-        rates = rates or PackingRates()
-        upload = _Upload(opener, file, manifest, request, bucket, count, policy, rates, packing, order, on_progress)
+        pace = (
+            draft.pace
+            if draft is not None
+            else Pace(
+                bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
+                streams=streams,
+                packing=packing,
+                rates=rates,
+                retry=retry,
+            )
+        )
+        upload = _Upload(opener, file, manifest, request, pace, order, draft, on_progress)
         try:
-            finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, policy, on_reconnect)
+            finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, pace.retry, on_reconnect)
         finally:
-            upload.close()
+            pace.close()
     finally:
+        if draft is not None:
+            draft.close()
         file.close()
     path = opener.layout.checkpoint(manifest.digest)
     if (finished.path, finished.digest, finished.size) != (path, manifest.digest, manifest.size):
@@ -118,12 +131,12 @@ def upload_file(
     seconds = time.monotonic() - begun
     return UploadResult(
         finished.path,
-        upload.bytes_sent,
+        upload.sent.bytes_sent,
         upload.bytes_saved or 0,
         seconds,
-        tuple(upload.facts),
+        tuple(upload.sent.facts),
         upload.bytes_reused,
-        upload.bytes_packed,
+        upload.sent.bytes_packed,
         isinstance(finished, FinishedFacts),
     )
 
@@ -137,37 +150,29 @@ class _Upload:
         file: Source,
         manifest: ChunkManifest,
         request: ReceiveRequest,
-        bucket: TokenBucket,
-        count: StreamCount,
-        retry: ReconnectPolicy,
-        rates: PackingRates,
-        packing: bool,
+        pace: Pace,
         order: Sequence[int] | None,
+        draft: Draft | None,
         on_progress: ProgressListener | None,
     ) -> None:
-        self.bytes_sent = 0
         self.bytes_reused = 0
-        self.bytes_packed = 0
         self.bytes_saved: int | None = None
         self.durable_bytes = 0
-        self.facts: list[StreamFacts] = []
+        self.sent = draft.sent if draft is not None else Sent()
+        self._bytes_of_draft = draft.bytes_arrived if draft is not None else 0
         self._opener = opener
         self._file = file
         self._packed = pack_chunks(manifest.chunks)
         self._table = ChunkTable(self._packed, manifest.size)
         self._request = request
-        self._bucket = bucket
-        self._count = count
-        self._retry = retry
-        self._rates = rates
-        self._packer = Packer(rates) if packing else None
+        self._pace = pace
         named = range(len(self._table)) if order is None else order
         self._order = _first_of_each(named, self._table)
         self._kept = _flagged(named, len(self._table)) if len(named) < len(self._table) else None
         self._total_bytes = sum(map(self._table.length, named))
         self._meter = ProgressMeter(self._total_bytes)
         self._on_progress = on_progress
-        self._most_moved = 0
+        self._most_moved = self._bytes_of_draft
         self._lock = threading.Lock()
         self._has_begun = False
 
@@ -180,70 +185,35 @@ class _Upload:
             self._packed,
             self._table,
             flight,
-            self._bucket,
-            self._rates,
-            self._packer,
+            self._pace.bucket,
+            self._pace.rates,
+            self._pace.packer,
             self._see_have,
-            self._add_sent,
+            self.sent.add,
             self._add_reused,
             self._kept,
         )
         self._has_begun = False
-
-        def serve(stream: ByteStream) -> None:
-            if isinstance(stream, BulkStream):
-                with self._lock:
-                    self.facts.append(stream.facts)
-                    if len(self.facts) == 1:
-                        self._count.path_is(stream.facts.round_trip_s)
-            sender.serve(stream)
-
-        pool = StreamPool(
+        carry(
             self._opener,
-            "receive",
             self._request,
-            serve,
-            flight.wake,
-            idle_timeout_s=self._request.idle_s,
+            flight,
+            sender.serve,
+            self._pace,
+            self.sent,
             expected_bytes=self._total_bytes,
+            has_begun=lambda: self._has_begun,
+            is_over=lambda: sender.finished is not None,
+            on_tick=lambda streams: self._report_flight(flight, streams),
         )
-        with pool:
-            seen, losses, open_again_at = 0, 0, float("-inf")
-            while True:
-                now = time.monotonic()
-                wanted = self._count.observe(now, flight.arrived_bytes, pool.open_count)
-                flight.keep(wanted)
-                if now >= open_again_at and (pool.count == 0 or (self._has_begun and flight.has_work)):
-                    pool.open_up_to(wanted)
-                seen = flight.await_change(seen, _TICK_S)
-                self._report_flight(flight, pool.open_count)
-                for end in pool.ended():
-                    if sender.finished is None and self._judge(end, pool):
-                        losses += 1
-                        open_again_at = time.monotonic() + self._retry.wait_s(losses)
-                if sender.finished is not None:
-                    break
         if self.bytes_saved is None:
             self.bytes_saved = self._total_bytes
+        if sender.finished is None:
+            raise InternalError("an upload was over before its file was finished")
         return sender.finished
-
-    def close(self) -> None:
-        """Nothing is read from the file any more afterwards."""
-        if self._packer is not None:
-            self._packer.close()
 
     def report_done(self) -> None:
         self._report(self._total_bytes - (self.bytes_saved or 0), 0)
-
-    def _judge(self, end: StreamEnd, pool: StreamPool) -> bool:
-        """Whether a stream was lost that others make up for. Raises its error where none does."""
-        if end.error is None:
-            return False
-        if not end.is_local or pool.count == 0:
-            raise end.error
-        if not end.was_open and isinstance(end.error, UnreachableError):
-            self._count.refused(time.monotonic(), pool.open_count)
-        return True
 
     def _see_have(self, have: bytearray) -> None:
         """Take in what the node has, as its first stream of this attempt tells."""
@@ -255,12 +225,7 @@ class _Upload:
             # What the file repeats comes with the one of its kind that is sent.
             self.durable_bytes = self._total_bytes - sum(self._table.length(index) for index in sent)
             if self.bytes_saved is None:
-                self.bytes_saved = self.durable_bytes
-
-    def _add_sent(self, count: int, spared: int) -> None:
-        with self._lock:
-            self.bytes_sent += count
-            self.bytes_packed += spared
+                self.bytes_saved = max(0, self.durable_bytes - self._bytes_of_draft)
 
     def _add_reused(self, count: int) -> None:
         with self._lock:
@@ -276,7 +241,7 @@ class _Upload:
             saved = self.bytes_saved or 0
             reused = min(self.bytes_reused, saved)
             progress = self._meter.measure(
-                self._most_moved, saved, streams, bytes_reused=reused, bytes_packed=self.bytes_packed
+                self._most_moved, saved, streams, bytes_reused=reused, bytes_packed=self.sent.bytes_packed
             )
             self._on_progress(progress)
 

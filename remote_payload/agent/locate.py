@@ -110,7 +110,7 @@ def _by_content(request: LocateRequest, cache: DigestCache) -> Located:
     def go_on() -> bool:
         return time.monotonic() < deadline
 
-    for path in _same_size_files(request, go_on):
+    for path in same_size_files(request, go_on):
         try:
             if not _matches_sample(path, request.sample):
                 continue
@@ -124,7 +124,7 @@ def _by_content(request: LocateRequest, cache: DigestCache) -> Located:
     return _NOWHERE
 
 
-def _same_size_files(request: LocateRequest, go_on: Callable[[], bool]) -> Iterator[str]:
+def same_size_files(request: LocateRequest, go_on: Callable[[], bool]) -> Iterator[str]:
     """Regular files of the wanted size, the shallowest first. Links to folders are not followed."""
     queue = [(root.expand(folder, "checkpoint root"), 0) for folder in request.search_roots]
     seen = 0

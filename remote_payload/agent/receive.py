@@ -9,7 +9,7 @@ import threading
 import time
 from typing import Optional
 
-from remote_payload.agent import locks, partial_file, root, store
+from remote_payload.agent import drafts, locks, partial_file, root, store
 from remote_payload.agent.background import Background
 from remote_payload.agent.channel import FdChannel, PeerGoneError
 from remote_payload.agent.failure import AgentError
@@ -27,11 +27,13 @@ from remote_payload.wire.stream import (
     PACKED_ENCODING,
     ChunkTable,
     DamagedStreamError,
+    DraftTable,
     FinishedFacts,
     FrameHeader,
     FrameKind,
     FrameReader,
     KeptFacts,
+    LeftFacts,
     ReceiveRequest,
     ReusedFacts,
     WaitingFacts,
@@ -46,8 +48,8 @@ _LOCK_POLL_S = 0.25
 _WAITING_INTERVAL_S = 2.0
 
 
-def serve_receive(channel: FdChannel, request: ReceiveRequest) -> None:
-    """Receive the file of `request` until the client is done or gone.
+def serve_receive(channel: FdChannel, request: ReceiveRequest) -> bool:
+    """Receive the file of `request` until the client is done or gone. True where it left the stream for another verb.
 
     However it ends, what was acknowledged is durable and journalled first, unless the disk refuses. Raises
     `AgentError`, `WireError`, `PeerGoneError`, `OSError`.
@@ -61,13 +63,21 @@ def serve_receive(channel: FdChannel, request: ReceiveRequest) -> None:
         part = _take_hold(channel, layout, request, table, lock)
         if part is None:
             channel.send_json(FrameKind.FINISHED, _finished(layout, request))
-            return
+            return False
         try:
-            _Receiver(channel, reader, layout, request, table, part).run()
+            receiver = _Receiver(channel, reader, layout, request, table, part)
+            receiver.run()
+            bytes_here = part.bytes_here
         finally:
+            channel.on_quiet = lambda: None
             part.close()
     finally:
         lock.close()
+    if receiver.is_given_up:
+        drafts.discard(layout, request.digest, request.session)
+    if receiver.was_left:
+        channel.send_json(FrameKind.LEFT, LeftFacts(bytes_here))
+    return receiver.was_left
 
 
 class _Receiver:
@@ -96,6 +106,8 @@ class _Receiver:
         self._taken_bytes = 0
         self._refusals = 0
         self._spoke_at = time.monotonic()
+        self.was_left = False
+        self.is_given_up = False
 
     def run(self) -> None:
         self._channel.on_quiet = self._sync_while_quiet
@@ -116,14 +128,18 @@ class _Receiver:
             raise
 
     def _serve_frame(self) -> bool:
-        """Serve one frame; True once the file is finished."""
+        """Serve one frame; True once the file is finished, or the client has left."""
         header = self._reader.header()
         if header.kind is FrameKind.DATA:
             self._take_chunk(header)
             return False
-        if header.kind not in (FrameKind.FINISH, FrameKind.KEEP):
+        is_draft = isinstance(self._table, DraftTable)
+        last_words = (FrameKind.DIGEST, FrameKind.LEAVE) if is_draft else (FrameKind.FINISH, FrameKind.KEEP)
+        if header.kind not in last_words:
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         body = self._reader.body(header)
+        if isinstance(self._table, DraftTable):
+            return self._serve_draft(self._table, header, body)
         self._unpacking.wait()
         if self._part.finish():
             store.note_use(self._layout, self._request.digest, self._request.run_id)
@@ -135,6 +151,17 @@ class _Receiver:
             self._channel.send_json(FrameKind.KEPT, kept)
             return True
         self._send_have()
+        return False
+
+    def _serve_draft(self, table: DraftTable, header: FrameHeader, body: bytes) -> bool:
+        if header.kind is FrameKind.LEAVE:
+            self._unpacking.wait()
+            self._part.sync()
+            self.was_left, self.is_given_up = True, header.argument == 1
+            return True
+        if header.argument >= len(table) or len(body) != hashlib.sha256().digest_size:
+            raise DamagedStreamError(f"a digest of {len(body)} bytes of chunk {header.argument} is not for the table")
+        table.set_sha256(header.argument, body)
         return False
 
     def _take_chunk(self, header: FrameHeader) -> None:
@@ -219,6 +246,8 @@ def _read_table(reader: FrameReader, request: ReceiveRequest) -> ChunkTable:
         packed += page
     if count != request.chunk_count:
         raise DamagedStreamError("the chunk table is longer than was said")
+    if request.is_draft:
+        return DraftTable(bytes(packed), request.size)
     table = ChunkTable(bytes(packed), request.size)
     if table.file_digest() != request.digest:
         raise AgentError("integrity", "the chunk table does not have the digest that was said")
@@ -262,7 +291,10 @@ def _try_hold(
     digest = request.digest
     if not lock.try_exclusive():
         return PartialFile.joined(layout, digest, table) if lock.try_shared() else None
-    if partial_file.is_stored(layout, digest, request.size):
+    is_stored = partial_file.is_stored(layout, digest, request.size)
+    if request.adopts:
+        drafts.adopt(layout, request.adopts, None if is_stored else digest, request.session)
+    if is_stored:
         _clean_up(layout, digest, table)
         store.note_use(layout, digest, request.run_id)
         return None
@@ -290,10 +322,13 @@ def _prepare(channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, ta
         part = PartialFile.prepare(layout, digest, table)
         try:
             store.note_use(layout, digest, request.run_id)
-            make_room(layout, digest, table.size, part.to_come_bytes, limit, tell)
+            may_free = not request.is_draft
+            make_room(layout, digest, table.size, part.to_come_bytes, limit, tell, may_free=may_free)
         except BaseException:
             part.close()
             raise
+    if request.is_draft:
+        return part
     try:
         bytes_reused = reuse_chunks(layout, digest, table, part, tell)
         if bytes_reused:

@@ -18,10 +18,18 @@ _SHOWN_PINS = 5
 
 
 def make_room(
-    layout: NodeLayout, digest: str, size: int, to_come: int, limit: Optional[int], tell: Callable[[], None]
+    layout: NodeLayout,
+    digest: str,
+    size: int,
+    to_come: int,
+    limit: Optional[int],
+    tell: Callable[[], None],
+    *,
+    may_free: bool = True,
 ) -> None:
     """Free the least recently used files that nobody needs, as many as the file of `size` bytes, of which `to_come`
-    will still take space, wants. For a holder of `store_lock`; `tell` is called between deletions.
+    will still take space, wants; not `may_free`: see that there is room as it is. For a holder of `store_lock`; `tell`
+    is called between deletions.
 
     Raises `AgentError` no_space, with nothing freed, where all of them would not suffice.
     """
@@ -37,7 +45,7 @@ def make_room(
             return
         pinned = store.pins(layout, stored)
         chosen = store.least_recently_used(others, pinned, excess)
-        if sum(file.size for file in chosen) < excess:
+        if not may_free or sum(file.size for file in chosen) < excess:
             break
         for file in chosen:
             store.free(layout, file)

@@ -84,12 +84,17 @@ def _said(nonce: str, outcome: str) -> bytes:
 
 def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optional[StreamFailure]:
     try:
-        if request.get("verb") == "standby":
-            request = {
-                **request,
-                **to_json(_stand_by(channel, from_json(StandbyRequest, request.get("params")), ready)),
-            }
-        _verb(request)(channel, request.get("params"))
+        wait_s = StandbyRequest().wait_s
+        is_on_standby = request.get("verb") == "standby"
+        if is_on_standby:
+            wait_s = from_json(StandbyRequest, request.get("params")).wait_s
+            channel.send(ready)
+        while True:
+            if is_on_standby:
+                request = {**request, **to_json(_stand_by(channel, wait_s))}
+            is_on_standby = bool(_verb(request)(channel, request.get("params")))
+            if not is_on_standby:
+                break
     except AgentError as error:
         return StreamFailure(error.failure)
     except DamagedStreamError as error:
@@ -103,9 +108,8 @@ def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optio
     return None
 
 
-def _stand_by(channel: FdChannel, request: StandbyRequest, ready: bytes) -> StreamCall:
-    channel.idle_s = request.wait_s
-    channel.send(ready)
+def _stand_by(channel: FdChannel, wait_s: float) -> StreamCall:
+    channel.idle_s = wait_s
     reader = FrameReader(channel.fill)
     header = reader.header()
     if header.kind is not FrameKind.PERFORM:
@@ -113,7 +117,8 @@ def _stand_by(channel: FdChannel, request: StandbyRequest, ready: bytes) -> Stre
     return decode_json(StreamCall, reader.body(header))
 
 
-def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:
+def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], Optional[bool]]:
+    """What serves the verb; True: the client wants the stream for another one."""
     if request.get("protocol") != PROTOCOL_VERSION:
         raise AgentError(
             "usage",

@@ -13,6 +13,7 @@ VERBS = {
     "hello": "hello",
     "preflight": "preflight",
     "locate": "locate",
+    "known_chunks": "known",
     "list_files": "listing",
     "chunk_manifest": "listing",
     "folder_manifest": "listing",

@@ -36,6 +36,11 @@ class ChunkManifest:
     size: int
     chunks: tuple[Chunk, ...]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(offset, length) of each chunk."""
+        return [(chunk.offset, chunk.length) for chunk in self.chunks]
+
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:

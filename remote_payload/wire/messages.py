@@ -9,6 +9,7 @@ on the node.
 | hello | HelloRequest | Hello | yes |
 | preflight | PreflightRequest | Preflight | yes |
 | locate | LocateRequest | Located | yes |
+| known_chunks | KnownRequest | KnownChunks | yes |
 | list_files | ListRequest | FileList | yes |
 | chunk_manifest | ListRequest | `chunks.ChunkManifest` of a file | yes |
 | folder_manifest | ListRequest | FolderManifest | yes |
@@ -90,6 +91,28 @@ class Located:
     size: Optional[int] = None
     mtime_ns: Optional[int] = None
     inode: Optional[int] = None
+
+
+PREFIX_BYTES = 8
+"""So much of a chunk's SHA-256 says well enough which chunk is meant, where nothing depends on it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownRequest:
+    """What the node may have of a file of `size` bytes, whose content is not known yet."""
+
+    root: str
+    size: int
+    search_roots: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownChunks:
+    """`prefixes`: in base64 one after the other the first `PREFIX_BYTES` of the SHA-256 of chunks in the store.
+    `is_size_there`: a file of that size lies under the search roots."""
+
+    prefixes: str
+    is_size_there: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,18 +18,25 @@ rules ends the stream; nothing it held was used.
                      REUSED    JSON `ReusedFacts`, before HAVE: chunks that were copied from what is here
                      HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
-    client → agent   DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
+    client → agent   DIGEST    of a draft only: the SHA-256 of the chunk whose DATA comes next; argument: its index
+                     DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
                                of the table that has its digest
                      FINISH    every chunk was sent and acknowledged, on whatever stream
                      KEEP      instead of FINISH: every chunk that is wanted for now was; the rest may follow some day.
                                Bitmap of the wanted chunks; argument: chunk count
+                     LEAVE     no more chunks come over this stream; argument 1: nobody needs the draft any more
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
                      ALIVE     argument: bytes of DATA taken so far, so that a slow chunk does not look like silence
                      HAVE      answers FINISH and KEEP while chunks are missing; FINISHED answers either when the file
                                is in place
                      KEPT      JSON `KeptFacts`, answers KEEP: the file stays a part, and jobs may read what is here
+                     LEFT      JSON `LeftFacts`, answers LEAVE once what was acknowledged is durable: the stream is on
+                               stand-by now
                      FAILURE   JSON `StreamFailure`; the stream ends
+
+A draft is a file whose digest is not known yet: its request names another one that stands for it, the table's digests
+are zeros, and it is never finished. The file's own request says later which draft it `adopts`.
 
 Several streams may carry one file at once: those with the same `session` share the folder, those of other sessions
 wait. A stream that ends, for whatever reason, first makes durable and journals what it acknowledged; so one stream
@@ -45,7 +52,8 @@ waiting for earlier answers:
                      END       JSON `SpanEnd`, with the SHA-256 of the span, unpacked
                      FAILURE   instead of any of them, or amid DATA; the next want is served all the same
 
-`standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then
+`standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then,
+as after LEFT,
 
     client → agent   PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
 
@@ -61,7 +69,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
@@ -111,6 +119,9 @@ class FrameKind(enum.IntEnum):
     KEPT = 17
     FORWARDING = 18
     FILL = 19
+    DIGEST = 20
+    LEAVE = 21
+    LEFT = 22
 
 
 class DamagedStreamError(WireError):
@@ -121,7 +132,7 @@ class DamagedStreamError(WireError):
 class StandbyRequest:
     """`wait_s`: the agent gives up after so long without being told what for."""
 
-    wait_s: float
+    wait_s: float = 900.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +149,8 @@ class ReceiveRequest:
 
     `session`: 32 hex digits, the same on all streams of one upload. `wait_s`: how long to stand by while another
     session holds the file and does not get on. `idle_s`: the agent gives up after so long without a byte. `run_id`: for
-    whom, if for a run. `store_limit_bytes`: the store is kept below that by freeing what nobody needs.
+    whom, if for a run. `store_limit_bytes`: the store is kept below that by freeing what nobody needs. `is_draft`:
+    `digest` only stands for the file's own. `adopts`: the digest that stood for this file, if one did.
     """
 
     root: str
@@ -150,6 +162,8 @@ class ReceiveRequest:
     idle_s: float = 60.0
     run_id: str = ""
     store_limit_bytes: Optional[int] = None
+    is_draft: bool = False
+    adopts: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +197,13 @@ class KeptFacts:
     path: str
     digest: str
     size: int
+    bytes_here: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftFacts:
+    """So many bytes of the file are verified and durable."""
+
     bytes_here: int
 
 
@@ -320,7 +341,7 @@ class ChunkTable:
         if len(packed) % _ENTRY.size or len(packed) // _ENTRY.size > MAX_CHUNKS:
             raise WireError("the chunk table has a wrong length")
         self.size = size
-        self._packed = packed
+        self._packed: Buffer = packed
         self._offsets = array.array("Q")
         self._same: Optional[dict[bytes, list[int]]] = None
         offset = 0
@@ -368,6 +389,26 @@ class ChunkTable:
 
     def manifest(self) -> ChunkManifest:
         return ChunkManifest(self.file_digest(), self.size, tuple(self.chunks()))
+
+
+class DraftTable(ChunkTable):
+    """The table of a file whose chunks' digests become known one after the other; until then they are zeros."""
+
+    def __init__(self, packed: bytes, size: int) -> None:
+        super().__init__(packed, size)
+        self._growing = bytearray(packed)
+        self._packed = memoryview(self._growing).toreadonly()
+
+    def set_sha256(self, index: int, sha256: bytes) -> None:
+        _ENTRY.pack_into(self._growing, index * _ENTRY.size, self.length(index), sha256)
+
+    def same_chunks(self, index: int) -> Sequence[int]:
+        return (index,)
+
+
+def pack_unknown(lengths: Iterable[int]) -> bytes:
+    """The chunks of a `DraftTable` by their lengths."""
+    return b"".join(_ENTRY.pack(length, b"") for length in lengths)
 
 
 def pack_chunks(chunks: tuple[Chunk, ...]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.settings import ConnectionSettings
 from orchestrator.ssh.transport import ByteStream, Transport
 from orchestrator.standby import Standby
+from orchestrator.transfer import draft as drafts
+from orchestrator.transfer.carrier import Pace
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.download import Download, download_files
 from orchestrator.transfer.fetch import fetch_file
@@ -28,7 +31,8 @@ from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
-from remote_payload.wire.messages import FileList, ListRequest, Located, LocateRequest
+from remote_payload.wire.chunks import CHUNK_BYTES
+from remote_payload.wire.messages import FileList, KnownChunks, KnownRequest, ListRequest, Located, LocateRequest
 from tests.support.agent_streams import ChunkLedger, WatchedStream, Wrap, even_cuts, journalled, manifest_of
 from tests.support.floats import bfloat16
 from tests.support.relay import relay_to
@@ -151,6 +155,47 @@ def test_a_file_goes_up_and_comes_back(
     fetch(node, sent.path_on_node, tmp_path / "back")
     assert upload_file(node, local, manifest).bytes_sent == 0
     assert node.counts.logins == 1
+
+
+def test_a_file_goes_while_it_is_hashed_and_the_rest_of_it_over_the_same_logins(
+    make_node: Callable[..., WatchedNode],
+    settings: ConnectionSettings,
+    layout: LocalLayout,
+    local: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drafts, "WORTH_S", -1.0)
+    node, ledger = make_node(settings), ChunkLedger()
+    node.wraps = (ledger.around, ledger.around)
+    sent_by_draft: list[int] = []
+
+    class SlowlyHashed(drafts.Draft):
+        """Waits, behind the third chunk, until the draft has arrived so far."""
+
+        def hashed(self, index: int, sha256: bytes, /) -> None:
+            super().hashed(index, sha256)
+            if index == 2:
+                until(lambda: self.bytes_arrived >= 3 * CHUNK_BYTES)
+                sent_by_draft.append(self.bytes_arrived)
+
+    _ = node.hello  # installs the payload, which a stream cannot
+    node.prepare_streams(lambda _: 1)
+    draft = SlowlyHashed(
+        node,
+        local,
+        Pace(streams=StreamPolicy(fixed=1)),
+        order=lambda spans: range(len(spans)),
+        ask_known=lambda size: node.call("known_chunks", KnownRequest(node.root, size), KnownChunks),
+        on_progress=lambda _: None,
+    )
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with draft:
+        manifest = digest_local_file(local, layout, draft).manifest
+        sent = upload_file(node, local, manifest, draft=draft)
+    assert Path(sent.path_on_node).read_bytes() == CONTENT
+    assert (sent.bytes_sent, sent.bytes_saved) == (len(CONTENT), 0)
+    assert sent_by_draft[0] >= 3 * CHUNK_BYTES
+    assert node.started == ["standby"]
 
 
 def test_what_packing_took_off_weights_is_told_as_they_go(

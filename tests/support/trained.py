@@ -26,4 +26,4 @@ def write_trained(path: Path, width: int) -> None:
 def chunks_of(path: Path) -> tuple[ChunkManifest, list[ChunkClass]]:
     data = path.read_bytes()
     manifest, inspected = digest_file(io.BytesIO(data), len(data)), inspect_local(path)
-    return manifest, classify(manifest, tensor_bytes(inspected["header"], inspected["reads"]))
+    return manifest, classify(manifest.spans, tensor_bytes(inspected["header"], inspected["reads"]))

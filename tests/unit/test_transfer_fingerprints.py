@@ -7,7 +7,7 @@ import random
 import sqlite3
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +47,26 @@ def rewrite_keeping_stamps(path: Path, content: bytes) -> None:
     assert (after.st_size, after.st_mtime_ns, after.st_ino) == (facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
+class Listener:
+    """A `HashListener` that calls `hear` for each chunk."""
+
+    def __init__(
+        self,
+        hear: Callable[[int], object],
+        order: Callable[[Sequence[tuple[int, int]]], Iterable[int]] = lambda spans: range(len(spans)),
+    ) -> None:
+        self.digests: dict[int, str] = {}
+        self._hear = hear
+        self._order = order
+
+    def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
+        return list(self._order(spans))
+
+    def hashed(self, index: int, sha256: bytes, /) -> None:
+        self.digests[index] = sha256.hex()
+        self._hear(index)
+
+
 @pytest.mark.parametrize("size", [0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5])
 def test_the_manifest_is_the_one_of_a_single_plain_reading(
     tmp_path: Path, digest: Callable[[Path], LocalFile], size: int
@@ -68,14 +88,27 @@ def test_chunks_of_a_zip_begin_at_its_records(tmp_path: Path, digest: Callable[[
     assert len(expected.chunks) > 2
 
 
+def test_chunks_are_read_in_the_order_that_is_asked_for_and_told_with_their_digests(
+    tmp_path: Path, layout: LocalLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(4 * CHUNK_BYTES))
+    told: list[int] = []
+    listener = Listener(told.append, lambda spans: reversed(range(len(spans))))
+    manifest = digest_local_file(path, layout, listener).manifest
+    assert told == [3, 2, 1, 0]
+    assert [listener.digests[index] for index in range(4)] == [chunk.sha256 for chunk in manifest.chunks]
+
+
 def test_an_unchanged_file_is_not_hashed_again(tmp_path: Path, layout: LocalLayout) -> None:
     path = tmp_path / "file"
     path.write_bytes(random.Random(1).randbytes(CHUNK_BYTES + 5))
     hashed: list[int] = []
-    first = digest_local_file(path, layout, hashed.append, now_ns=later)
-    assert sum(hashed) == CHUNK_BYTES + 5
-    second = digest_local_file(path, layout, hashed.append, now_ns=later)
-    assert sum(hashed) == CHUNK_BYTES + 5
+    first = digest_local_file(path, layout, Listener(hashed.append), now_ns=later)
+    assert sorted(hashed) == [0, 1]
+    second = digest_local_file(path, layout, Listener(hashed.append), now_ns=later)
+    assert sorted(hashed) == [0, 1]
     assert second.was_remembered
     assert not first.was_remembered
     assert (second.manifest, second.fingerprint) == (first.manifest, first.fingerprint)
@@ -131,14 +164,14 @@ def test_a_file_that_is_written_while_it_is_read_is_refused(tmp_path: Path, layo
             file.write(b"more")
 
     with pytest.raises(IntegrityError, match="changed while it was read"):
-        digest_local_file(path, layout, write_more, now_ns=later)
+        digest_local_file(path, layout, Listener(write_more), now_ns=later)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path, layout: LocalLayout) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(5 * MIB))
     with pytest.raises(IntegrityError, match="changed while it was read"):
-        digest_local_file(path, layout, lambda _: os.truncate(path, 10), now_ns=later)
+        digest_local_file(path, layout, Listener(lambda _: os.truncate(path, 10)), now_ns=later)
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, layout: LocalLayout) -> None:
@@ -150,7 +183,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, lay
         (tmp_path / "new").replace(path)
 
     with pytest.raises(IntegrityError, match="changed while it was read"):
-        digest_local_file(path, layout, replace, now_ns=later)
+        digest_local_file(path, layout, Listener(replace), now_ns=later)
 
 
 @pytest.mark.parametrize("junk", [b"this is no database at all" * 1000, b"", b"SQLite format 3\0" + bytes(100)])

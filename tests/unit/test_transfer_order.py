@@ -59,7 +59,7 @@ def test_every_chunk_goes_once_and_none_waits_that_holds_more_than_other_tensors
 ) -> None:
     manifest = cut(borders)
     tensors = [*facts("model", weights), *facts("optimizer", others)]
-    classes = classify(manifest, tensor_bytes({"tensors": tensors}, reads))
+    classes = classify(manifest.spans, tensor_bytes({"tensors": tensors}, reads))
     in_weights = covered(weights) - covered(reads)
     in_rest = covered(others) - covered(weights) - covered(reads)
     for chunk, found in zip(manifest.chunks, classes, strict=True):
@@ -142,7 +142,7 @@ def classified(path: Path) -> Classified:
     data = path.read_bytes()
     manifest = digest_file(io.BytesIO(data), len(data))
     inspected = inspect_local(path)
-    return manifest, classify(manifest, tensor_bytes(inspected["header"], inspected["reads"]))
+    return manifest, classify(manifest.spans, tensor_bytes(inspected["header"], inspected["reads"]))
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -222,8 +222,8 @@ def test_of_a_file_with_moments_and_an_average_two_thirds_and_more_are_the_rest(
 
 
 def test_of_a_file_without_tensors_all_is_header() -> None:
-    assert classify(cut([10, 20]), tensor_bytes({"tensors": []}, [])) == [ChunkClass.HEADER] * 3
-    assert classify(cut([10, 20]), TensorBytes((), ())) == [ChunkClass.HEADER] * 3
+    assert classify(cut([10, 20]).spans, tensor_bytes({"tensors": []}, [])) == [ChunkClass.HEADER] * 3
+    assert classify(cut([10, 20]).spans, TensorBytes((), ())) == [ChunkClass.HEADER] * 3
 
 
 def test_the_order_is_told_without_torch(tmp_path: Path) -> None:

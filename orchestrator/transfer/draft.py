@@ -1,0 +1,226 @@
+"""Sending a file while it is still being hashed: what the node lacks goes before the file's digest is known.
+
+The node keeps it as a part under a digest that stands for the file, and the upload proper adopts that part. Nothing
+depends on a draft: whatever goes wrong with one is left to the upload to meet.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from orchestrator.errors import RemoteEvalError
+from orchestrator.transfer.carrier import Pace, Sent, carry
+from orchestrator.transfer.channel import StreamOpener
+from orchestrator.transfer.flight import Flight
+from orchestrator.transfer.progress import ProgressListener, ProgressMeter
+from orchestrator.transfer.sender import LocalFile, Sender
+from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
+from remote_payload.wire.names import FILE_DIGEST_PREFIX
+from remote_payload.wire.stream import MAX_CHUNKS, DraftTable, ReceiveRequest, pack_unknown
+
+WORTH_S = 0.5
+"""A draft is begun where reading the rest of the file takes so much longer."""
+_WAIT_S = 5.0
+
+
+class Draft:
+    """Hears of chunks as they are hashed (a `HashListener`) and sends those that the node lacks.
+
+    `order` says which chunks are to go, and in which order. `ask_known` asks the node what it has.
+    """
+
+    def __init__(
+        self,
+        opener: StreamOpener,
+        path: Path,
+        pace: Pace,
+        *,
+        order: Callable[[Sequence[tuple[int, int]]], Sequence[int]],
+        ask_known: Callable[[int], KnownChunks],
+        on_progress: ProgressListener,
+        run_id: str = "",
+        store_limit_bytes: int | None = None,
+    ) -> None:
+        self.pace = pace
+        self.sent = Sent()
+        self.error: RemoteEvalError | OSError | None = None
+        self._opener = opener
+        self._path = path
+        self._digest = ""
+        self._order_of = order
+        self._ask_known = ask_known
+        self._on_progress = on_progress
+        self._run_id = run_id
+        self._store_limit_bytes = store_limit_bytes
+        self._state = threading.Condition()
+        self._table: DraftTable | None = None
+        self._flight: Flight | None = None
+        self._thread: threading.Thread | None = None
+        self._wanted = frozenset[int]()
+        self._waiting: list[int] = []
+        self._known: set[bytes] | None = None
+        self._is_worth_it = False
+        self._is_over = False
+        self._is_given_up = False
+        self._is_broken_off = False
+        self._was_begun = False
+        self._file: LocalFile | None = None
+        self._began_at = 0.0
+        self._hashed_bytes = 0
+
+    @property
+    def digest(self) -> str:
+        """What stands for the file's digest on the node; empty where nothing is there."""
+        return self._digest if self._was_begun else ""
+
+    @property
+    def bytes_arrived(self) -> int:
+        return self._flight.arrived_bytes if self._flight is not None else 0
+
+    def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
+        order = self._order_of(spans)
+        self._wanted = frozenset(order)
+        self._began_at = time.monotonic()
+        if len(spans) <= MAX_CHUNKS:
+            lengths = [length for _, length in spans]
+            self._table = DraftTable(pack_unknown(lengths), sum(lengths))
+            self._flight = Flight(self._table, (), is_growing=True)
+            self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
+            self._thread.start()
+        return [*order, *(index for index in range(len(spans)) if index not in self._wanted)]
+
+    def hashed(self, index: int, sha256: bytes, /) -> None:
+        if self._table is None:
+            return
+        self._table.set_sha256(index, sha256)
+        with self._state:
+            self._hashed_bytes += self._table.length(index)
+            if index in self._wanted:
+                self._waiting.append(index)
+            self._offer()
+
+    def end(self, *, is_given_up: bool = False) -> None:
+        """Send nothing more, and wait for what is under way; the streams are the opener's then. `is_given_up`: nobody
+        will ever adopt it, and the node deletes it."""
+        with self._state:
+            self._is_over, self._is_given_up = True, is_given_up
+            self._state.notify_all()
+        if self._flight is not None:
+            self._flight.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Give back what it holds here; one that has not ended is broken off."""
+        with self._state:
+            self._is_broken_off = not self._is_over
+        self.end()
+        self.pace.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _offer(self) -> None:
+        """Hand over what the node lacks, each content once. For a holder of `_state`."""
+        if self._known is None or self._table is None or self._flight is None or self._is_over:
+            return
+        waiting, self._waiting = self._waiting, []
+        for index in waiting:
+            prefix = self._table.sha256(index)[:PREFIX_BYTES]
+            if prefix not in self._known:
+                self._known.add(prefix)
+                self._flight.add(index)
+        if not self._is_worth_it and self._flight.has_work:
+            seconds = time.monotonic() - self._began_at
+            left_s = seconds * (self._table.size - self._hashed_bytes) / max(1, self._hashed_bytes)
+            if left_s >= WORTH_S:
+                self._is_worth_it = True
+                self._state.notify_all()
+
+    def _run(self) -> None:
+        if self._flight is None:
+            return
+        try:
+            self._digest = _digest_that_stands_for(self._path)
+            known = self._ask_known(0 if self._table is None else self._table.size)
+            if not known.is_size_there:
+                self._learn(base64.b64decode(known.prefixes))
+                if self._is_worth_it and self._table is not None:
+                    self._carry(self._table, self._flight)
+        except (RemoteEvalError, OSError, ValueError) as error:
+            self.error = error if isinstance(error, (RemoteEvalError, OSError)) else None
+        finally:
+            self._flight.stop()
+
+    def _learn(self, prefixes: bytes) -> None:
+        with self._state:
+            self._known = {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
+            self._offer()
+            self._state.wait_for(lambda: self._is_worth_it or self._is_over)
+
+    def _carry(self, table: DraftTable, flight: Flight) -> None:
+        self._file = LocalFile(self._path)
+        self._was_begun = True
+        total_bytes = sum(map(table.length, self._wanted))
+        meter = ProgressMeter(total_bytes)
+        is_here = threading.Event()
+        request = ReceiveRequest(
+            self._opener.layout.root,
+            self._digest,
+            table.size,
+            len(table),
+            secrets.token_hex(16),
+            _WAIT_S,
+            run_id=self._run_id,
+            store_limit_bytes=self._store_limit_bytes,
+            is_draft=True,
+        )
+        sender = Sender(
+            self._file,
+            pack_unknown(map(table.length, range(len(table)))),
+            table,
+            flight,
+            self.pace.bucket,
+            self.pace.rates,
+            self.pace.packer,
+            lambda _have: is_here.set(),
+            self.sent.add,
+            lambda _bytes_reused: None,
+            is_given_up=lambda: self._is_given_up,
+        )
+
+        def tell(streams: int) -> None:
+            moved = flight.arrived_bytes
+            self._on_progress(meter.measure(moved, 0, streams, bytes_packed=self.sent.bytes_packed))
+
+        carry(
+            self._opener,
+            request,
+            flight,
+            sender.serve,
+            self.pace,
+            self.sent,
+            expected_bytes=total_bytes,
+            has_begun=is_here.is_set,
+            is_over=lambda: self._is_broken_off,
+            on_tick=tell,
+        )
+
+
+def _digest_that_stands_for(path: Path) -> str:
+    """A digest that no file has, the same for a file in the same state: a client that was killed comes back to it."""
+    facts = path.stat()
+    words = f"draft {str(path.resolve())!r} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+    return FILE_DIGEST_PREFIX + hashlib.sha256(words.encode(errors="surrogateescape")).hexdigest()

@@ -1,0 +1,41 @@
+"""Parts of files whose digest was not known yet when they began to arrive, under another one that stands for it.
+
+In the store a draft is a part like any other that broke off, so nothing but room for it needs to know of drafts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from typing import Optional
+
+from remote_payload.agent import files, store
+from remote_payload.agent.locks import SessionLock
+from remote_payload.wire.layout import NodeLayout
+
+
+def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -> None:
+    """Make what arrived as `draft` the part of `digest`, whose folder the caller holds, unless that has one; None: it
+    is of no use. The draft is gone afterwards, but for one that somebody still sends."""
+    if draft == digest or not os.path.isdir(layout.checkpoint_folder(draft)):
+        return
+    lock = SessionLock(layout.checkpoint_lock(draft), session)
+    try:
+        if not lock.try_exclusive():
+            return
+        if digest is not None and not os.path.lexists(layout.checkpoint_part(digest)):
+            # The journal first: one without its part is begun anew, and so is a part without its journal.
+            for path_of in (layout.checkpoint_journal, layout.checkpoint_part):
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path_of(draft), path_of(digest))
+            files.fsync_folder(layout.checkpoint_folder(digest))
+        doomed = store.move_away(layout, layout.checkpoint_folder(draft))
+    finally:
+        lock.close()
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def discard(layout: NodeLayout, draft: str, session: str) -> None:
+    """Delete the draft, unless other streams still hold it: the last one to leave does."""
+    adopt(layout, draft, None, session)

@@ -1,0 +1,316 @@
+"""What goes of a file before its digest is known is adopted, or goes; and the file is the same either way."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.errors import IntegrityError, NoSpaceError, RemoteEvalError
+from orchestrator.transfer import draft as drafts
+from orchestrator.transfer.carrier import Pace
+from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
+from orchestrator.transfer.draft import Draft
+from orchestrator.transfer.progress import TransferProgress
+from orchestrator.transfer.stream_count import StreamPolicy
+from orchestrator.transfer.upload import upload_file
+from remote_payload.agent.known import known_chunks
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.messages import KnownChunks, KnownRequest
+from remote_payload.wire.stream import FrameKind, ReceiveRequest, manifest_pages, pack_unknown
+from tests.support.agent_streams import (
+    ChunkLedger,
+    CutStream,
+    LocalOpener,
+    ThreadOpener,
+    check_stored,
+    even_cuts,
+    journalled,
+    make_node_root,
+    manifest_of,
+)
+
+AT_ONCE = ReconnectPolicy(max_fruitless=3, first_wait_s=0.0, longest_wait_s=0.0)
+CHUNK = 1000
+PATIENCE_S = 30.0
+
+
+@pytest.fixture(autouse=True)
+def _always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "WORTH_S", -1.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_node_root(tmp_path)
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def local_file(root: Path, content: bytes, name: str = "local") -> tuple[Path, ChunkManifest]:
+    path = root.parent / name
+    path.write_bytes(content)
+    return path, manifest_of(content, even_cuts(len(content), CHUNK))
+
+
+def make_draft(
+    opener: LocalOpener,
+    path: Path,
+    order: Callable[[Sequence[tuple[int, int]]], Sequence[int]] = lambda spans: range(len(spans)),
+    on_progress: Callable[[TransferProgress], None] = lambda _: None,
+    streams: int = 1,
+    search_roots: tuple[str, ...] = (),
+    limit: int | None = None,
+) -> Draft:
+    def ask(size: int) -> KnownChunks:
+        return known_chunks(KnownRequest(opener.layout.root, size, search_roots))
+
+    pace = Pace(streams=StreamPolicy(fixed=streams), packing=False, retry=AT_ONCE)
+    return Draft(opener, path, pace, order=order, ask_known=ask, on_progress=on_progress, store_limit_bytes=limit)
+
+
+def hash_first(draft: Draft, manifest: ChunkManifest, count: int) -> None:
+    """As `digest_local_file` does with the first `count` chunks in the draft's order."""
+    for index in list(draft.begun(manifest.spans))[:count]:
+        draft.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
+
+
+def await_arrival(draft: Draft, bytes_arrived: int) -> None:
+    await_that(lambda: draft.bytes_arrived >= bytes_arrived or draft.error is not None)
+    assert draft.error is None
+
+
+def await_that(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def folders(root: Path) -> list[str]:
+    """The store's folders, by the digests that their names hold."""
+    store = Path(NodeLayout(str(root)).checkpoints)
+    return sorted(folder.name.replace("-", ":", 1) for folder in store.iterdir()) if store.is_dir() else []
+
+
+def test_what_went_before_the_digest_was_known_is_not_sent_again(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 5)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, 12 * CHUNK)
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert sorted(ledger.sent) == list(range(20))
+    assert ledger.sent[:12] == list(range(12))
+    assert (result.bytes_sent, result.bytes_saved) == (20 * CHUNK, 0)
+    assert folders(root) == [manifest.digest]
+
+
+def test_the_streams_of_a_draft_carry_the_rest_of_the_file(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, streams=2) as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, 12 * CHUNK)
+        draft.end()
+        opened, standing_by = opener.opened, len(opener.kept)
+        assert standing_by == opened > 0
+        upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert opener.opened == opened
+
+
+def test_a_draft_sends_in_its_own_order_and_only_what_is_wanted(root: Path) -> None:
+    path, manifest = local_file(root, noise(9 * CHUNK))
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around])
+    wanted = [7, 1, 4]
+    with make_draft(opener, path, order=lambda _: wanted) as draft:
+        order = list(draft.begun(manifest.spans))
+        assert (order[:3], sorted(order)) == (wanted, list(range(9)))
+        for index in order:
+            draft.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
+        await_arrival(draft, 3 * CHUNK)
+    assert ledger.sent == wanted
+
+
+@given(
+    chunks=st.integers(2, 12),
+    known=st.integers(0, 12),
+    hashed=st.integers(0, 12),
+    streams=st.integers(1, 3),
+    cut_at=st.none() | st.integers(200, 12_000),
+    is_waited_for=st.booleans(),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
+    chunks: int, known: int, hashed: int, streams: int, cut_at: int | None, is_waited_for: bool, seed: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_node_root(Path(folder))
+        content = noise(chunks * CHUNK - 7, seed) + noise(CHUNK, seed) * 2
+        earlier, manifest_before = local_file(root, content[: known * CHUNK] + noise(CHUNK, 99), "earlier")
+        upload_file(ThreadOpener(root), earlier, manifest_before)
+        path, manifest = local_file(root, content)
+        wraps = [] if cut_at is None else [lambda inner: CutStream(inner, cut_at, None)]
+        opener = ThreadOpener(root, wraps)
+        with make_draft(opener, path, streams=streams) as draft:
+            hash_first(draft, manifest, hashed)
+            if is_waited_for:
+                time.sleep(0.05)
+            upload_file(opener, path, manifest, draft=draft)
+        check_stored(root, manifest, content)
+        assert folders(root) == sorted([manifest.digest, manifest_before.digest])
+
+
+def test_of_what_the_node_has_elsewhere_nothing_is_sent(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    earlier, manifest_before = local_file(root, content[: 10 * CHUNK], "earlier")
+    upload_file(ThreadOpener(root), earlier, manifest_before)
+    path, manifest = local_file(root, content)
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 4)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 15)
+        await_arrival(draft, 5 * CHUNK)
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert sorted(ledger.sent) == list(range(10, 20))
+    assert (result.bytes_saved, result.bytes_reused) == (10 * CHUNK, 10 * CHUNK)
+
+
+def test_where_the_node_may_have_the_whole_file_nothing_is_sent_before_that_is_known(
+    root: Path, tmp_path: Path
+) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    shelf = tmp_path / "shelf" / "below"
+    shelf.mkdir(parents=True)
+    (shelf / "same.pt").write_bytes(noise(20 * CHUNK, 5))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, search_roots=(str(tmp_path / "shelf"),)) as draft:
+        hash_first(draft, manifest, 20)
+        draft.end()
+        assert (opener.opened, draft.digest) == (0, "")
+
+
+def test_a_draft_that_nobody_needs_leaves_nothing_on_the_node(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, streams=3) as draft:
+        hash_first(draft, manifest, 20)
+        await_arrival(draft, 20 * CHUNK)
+        assert folders(root) == [draft.digest]
+        draft.end(is_given_up=True)
+    assert folders(root) == []
+
+
+def test_where_the_file_has_a_part_already_that_is_gone_on_with_and_the_draft_goes(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    with pytest.raises(RemoteEvalError):
+        upload_file(
+            ThreadOpener(root, [lambda inner: CutStream(inner, 8 * CHUNK, None)]),
+            path,
+            manifest,
+            retry=ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0),
+        )
+    await_that(lambda: journalled(root, manifest) != set())
+    there = journalled(root, manifest)
+    (root.parent / "copy").write_bytes(path.read_bytes())
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 4)
+    with make_draft(opener, root.parent / "copy") as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, 1)
+        upload_file(opener, root.parent / "copy", manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert not there & set(ledger.sent)
+    assert folders(root) == [manifest.digest]
+
+
+def test_a_client_that_was_killed_comes_back_to_its_draft(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    first, second = ChunkLedger(), ChunkLedger()
+    opener = ThreadOpener(root, [first.around])
+    abandoned = make_draft(opener, path)
+    hash_first(abandoned, manifest, 9)
+    await_arrival(abandoned, 9 * CHUNK)
+    abandoned.close()  # breaks off: no LEAVE goes
+    opener = ThreadOpener(root, [second.around] * 4)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 15)
+        await_arrival(draft, 6 * CHUNK)
+        assert draft.digest == abandoned.digest
+        upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert sorted(first.sent + second.sent) == list(range(20))
+
+
+def test_a_draft_frees_nothing_in_the_store(root: Path) -> None:
+    earlier, manifest_before = local_file(root, noise(30 * CHUNK, 9), "earlier")
+    upload_file(ThreadOpener(root), earlier, manifest_before)
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, limit=40 * CHUNK) as draft:
+        hash_first(draft, manifest, 20)
+        await_that(lambda: isinstance(draft.error, NoSpaceError))
+        check_stored(root, manifest_before, earlier.read_bytes())
+
+
+def test_a_chunk_that_changed_after_it_was_hashed_ends_the_draft_and_no_file_stands(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    path.write_bytes(noise(20 * CHUNK, 8))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 20)
+        await_that(lambda: isinstance(draft.error, IntegrityError))
+    assert not Path(NodeLayout(str(root)).checkpoint(manifest.digest)).exists()
+
+
+def test_progress_goes_on_from_the_draft_to_the_file(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    seen: list[int] = []
+    opener = ThreadOpener(root)
+    note = lambda progress: seen.append(progress.bytes_done)  # noqa: E731
+    with make_draft(opener, path, on_progress=note) as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, 12 * CHUNK)
+        upload_file(opener, path, manifest, draft=draft, on_progress=note)
+    assert seen == sorted(seen)
+    assert seen[-1] == 20 * CHUNK
+    assert 12 * CHUNK in seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "body"),
+    [
+        (FrameKind.FINISH, 0, b""),
+        (FrameKind.KEEP, 1, b"\1"),
+        (FrameKind.DIGEST, 5, bytes(32)),
+        (FrameKind.DIGEST, 0, bytes(31)),
+    ],
+)
+def test_a_draft_is_never_finished_and_takes_digests_for_its_own_chunks_only(
+    root: Path, kind: FrameKind, argument: int, body: bytes
+) -> None:
+    opener = ThreadOpener(root)
+    request = ReceiveRequest(str(root), "v1:" + "ab" * 32, CHUNK, 1, "0" * 32, is_draft=True)
+    channel = FrameChannel(stream := opener.open_agent_stream("receive", request))
+    for first, page in manifest_pages(pack_unknown([CHUNK])):
+        channel.send(FrameKind.MANIFEST, first, page)
+    channel.receive(FrameKind.HAVE)
+    channel.send(kind, argument, body)
+    with pytest.raises(IntegrityError):
+        channel.receive(FrameKind.FINISHED, FrameKind.KEPT)
+    stream.close()
