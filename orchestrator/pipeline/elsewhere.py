@@ -17,7 +17,7 @@ from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.node_copy import DescribedFolder, copy_checkpoint, describe, is_unchanged
 from orchestrator.transfer.node_files import DescribedFile
 from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
-from orchestrator.transfer.sender import LocalFileChangedError
+from orchestrator.transfer.source import LocalFileChangedError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.messages import InspectRequest
 from remote_payload.wire.units import human_bytes

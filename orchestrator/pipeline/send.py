@@ -10,7 +10,7 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.transfer.carrier import Pace
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import ProgressListener
-from orchestrator.transfer.sender import Source
+from orchestrator.transfer.source import Source
 from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest

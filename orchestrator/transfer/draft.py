@@ -19,7 +19,8 @@ from orchestrator.transfer.carrier import Pace, Sent, carry
 from orchestrator.transfer.channel import StreamOpener
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
-from orchestrator.transfer.sender import LocalFile, Sender
+from orchestrator.transfer.sender import Sender
+from orchestrator.transfer.source import LocalFile
 from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
 from remote_payload.wire.names import FILE_DIGEST_PREFIX
 from remote_payload.wire.stream import MAX_CHUNKS, DraftTable, ReceiveRequest, pack_unknown

@@ -20,7 +20,7 @@ from orchestrator.node import Node
 from orchestrator.transfer.channel import FrameChannel
 from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
-from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Source
+from orchestrator.transfer.source import LocalFile, LocalFileChangedError, Source
 from orchestrator.transfer.upload import UploadResult
 from remote_payload.wire.chunks import ChunkManifest, Fingerprint, digest_file
 from remote_payload.wire.folders import UnsendableError, folder_fingerprint, sendable_files

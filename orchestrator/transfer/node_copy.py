@@ -20,7 +20,7 @@ from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_fo
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles, changed_on_node
 from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.progress import ProgressListener
-from orchestrator.transfer.sender import LocalFileChangedError
+from orchestrator.transfer.source import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest

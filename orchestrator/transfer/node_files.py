@@ -22,7 +22,7 @@ from orchestrator.transfer.channel import (
     StreamOpener,
 )
 from orchestrator.transfer.packing import MIN_BYTES, PackingRates
-from orchestrator.transfer.sender import LocalFileChangedError
+from orchestrator.transfer.source import LocalFileChangedError
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.forward import Fill
 from remote_payload.wire.members import joined

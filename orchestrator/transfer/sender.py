@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
 
-from orchestrator.errors import CommandTimeoutError, IntegrityError, RemoteEvalError, UnreachableError, UsageError
+from orchestrator.errors import CommandTimeoutError, RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
 from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
 from orchestrator.transfer.progress import TokenBucket
+from orchestrator.transfer.source import Source
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
     RAW_ENCODING,
@@ -44,79 +42,6 @@ _LAST_ANSWERS: dict[FrameKind, type[Outcome | LeftFacts]] = {
     FrameKind.KEPT: KeptFacts,
     FrameKind.LEFT: LeftFacts,
 }
-
-
-class LocalFileChangedError(IntegrityError):
-    """The local file is no longer what its manifest says."""
-
-
-class Source(Protocol):
-    """What is sent, read by position from several threads."""
-
-    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
-        """Send some of `count` bytes from `offset`; how many."""
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Exactly `count` bytes. Raises `LocalFileChangedError` where they are not there."""
-
-    def body(self, offset: int, count: int, /) -> tuple[int, bytes] | None:
-        """(encoding, body) of the DATA frame of a whole chunk; None where its bytes go by `send`."""
-
-    def changed(self) -> LocalFileChangedError:
-        """What to raise where a chunk is no longer what the manifest says."""
-
-    def close(self) -> None: ...
-
-
-class LocalFile:
-    """A file of this machine as a `Source`."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises `UsageError`."""
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise UsageError(f"cannot open {path}: {error.strerror}") from error
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
-        """Send some of `count` bytes from `offset`, without a copy where the stream can; how many."""
-        try:
-            sent = channel.send_file(self._fd, offset, count)
-        except OSError as error:
-            raise self._unreadable(error) from error
-        if not sent:
-            raise self.changed()
-        return sent
-
-    def read(self, offset: int, count: int) -> bytes:
-        """Exactly `count` bytes. Raises `LocalFileChangedError` where they are not there, `UsageError`."""
-        parts = []
-        while count:
-            try:
-                part = os.pread(self._fd, count, offset)
-            except OSError as error:
-                raise self._unreadable(error) from error
-            if not part:
-                raise self.changed()
-            parts.append(part)
-            offset, count = offset + len(part), count - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def body(self, _offset: int, _count: int, /) -> tuple[int, bytes] | None:
-        return None
-
-    def changed(self) -> LocalFileChangedError:
-        return LocalFileChangedError(
-            f"{self.path} changed while it was being sent",
-            action="Wait until it is written completely, or evaluate a copy of it; then run this again.",
-        )
-
-    def _unreadable(self, error: OSError) -> UsageError:
-        return UsageError(f"cannot read {self.path}: {error.strerror}")
 
 
 class Sender:

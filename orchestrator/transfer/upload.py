@@ -27,7 +27,8 @@ from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
-from orchestrator.transfer.sender import LocalFile, LocalFileChangedError, Outcome, Sender, Source
+from orchestrator.transfer.sender import Outcome, Sender
+from orchestrator.transfer.source import LocalFile, LocalFileChangedError, Source
 from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.stream import MAX_CHUNKS, ChunkTable, FinishedFacts, ReceiveRequest, pack_chunks

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.transfer.channel import FrameChannel
 from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
-from orchestrator.transfer.sender import LocalFile
+from orchestrator.transfer.source import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
 from remote_payload.wire.stream import HEADER_BYTES, PACKED_ENCODING, FrameKind, decode_header

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import UnreachableError
 from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
-from orchestrator.transfer.sender import LocalFile
+from orchestrator.transfer.source import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.agent import reuse
