@@ -153,7 +153,10 @@ def _write_archive(root: Path, names: Sequence[str], layout: LocalLayout) -> tup
             os.fsync(file.fileno())
             sha256 = _sha256(file)
         final = folder / f"{sha256}.tar"
-        temporary.replace(final)
+        if _is_packed_already(final, sha256):  # and may be being read by another run: it stays the same file
+            temporary.unlink()
+        else:
+            temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -196,7 +199,15 @@ def _member(name: str, data: bytes, is_executable: bool) -> tarfile.TarInfo:
     return member
 
 
-def _sha256(file: io.BufferedRandom) -> str:
+def _is_packed_already(path: Path, sha256: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _sha256(file) == sha256
+    except OSError:
+        return False
+
+
+def _sha256(file: io.BufferedIOBase) -> str:
     file.seek(0)
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):

@@ -135,7 +135,13 @@ class Draft:
 
     def _offer(self) -> None:
         """Hand over what the node lacks, each content once. For a holder of `_state`."""
-        if self._known is None or self._table is None or self._flight is None or self._is_over:
+        if self._table is None or self._flight is None or self._is_over:
+            return
+        if self._known is None:
+            seconds = time.monotonic() - self._began_at
+            left_s = seconds * (self._table.size - self._hashed_bytes) / max(1, self._hashed_bytes)
+            self._is_worth_it = left_s >= WORTH_S
+            self._state.notify_all()
             return
         waiting, self._waiting = self._waiting, []
         for index in waiting:
@@ -143,33 +149,35 @@ class Draft:
             if prefix not in self._known:
                 self._known.add(prefix)
                 self._flight.add(index)
-        if not self._is_worth_it and self._flight.has_work:
-            seconds = time.monotonic() - self._began_at
-            left_s = seconds * (self._table.size - self._hashed_bytes) / max(1, self._hashed_bytes)
-            if left_s >= WORTH_S:
-                self._is_worth_it = True
                 self._state.notify_all()
 
     def _run(self) -> None:
-        if self._flight is None:
+        table, flight = self._table, self._flight
+        if table is None or flight is None:
             return
         try:
+            if not self._await_that(lambda: self._is_worth_it):
+                return
             self._digest = _digest_that_stands_for(self._path)
-            known = self._ask_known(0 if self._table is None else self._table.size)
-            if not known.is_size_there:
-                self._learn(base64.b64decode(known.prefixes))
-                if self._is_worth_it and self._table is not None:
-                    self._carry(self._table, self._flight)
-        except (RemoteEvalError, OSError, ValueError) as error:
-            self.error = error if isinstance(error, (RemoteEvalError, OSError)) else None
+            known = self._ask_known(table.size)
+            if known.is_size_there:
+                return
+            prefixes = base64.b64decode(known.prefixes)
+            with self._state:
+                self._known = {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
+                self._offer()
+            if self._await_that(lambda: flight.has_work):
+                self._carry(table, flight)
+        except (RemoteEvalError, OSError) as error:
+            self.error = error
         finally:
-            self._flight.stop()
+            flight.stop()
 
-    def _learn(self, prefixes: bytes) -> None:
+    def _await_that(self, holds: Callable[[], bool]) -> bool:
+        """Whether it came to hold before the draft was over."""
         with self._state:
-            self._known = {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
-            self._offer()
-            self._state.wait_for(lambda: self._is_worth_it or self._is_over)
+            self._state.wait_for(lambda: holds() or self._is_over)
+            return not self._is_over
 
     def _carry(self, table: DraftTable, flight: Flight) -> None:
         self._file = LocalFile(self._path)

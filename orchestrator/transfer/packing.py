@@ -131,6 +131,7 @@ class Packer:
         self._lock = threading.Lock()
         self._places = self._workers + SPARE_CHUNKS
         self._taken_places = 0
+        self._begun = 0
         self._is_closed = False
 
     @property
@@ -141,8 +142,8 @@ class Packer:
     @property
     def has_room(self) -> bool:
         """Whether `begin` would take another chunk."""
-        places = self._places if self.rates.knows_link else self._workers
-        return not self._is_closed and self._taken_places < places and (self.pays or not self.rates.knows_link)
+        may_begin = self.pays if self.rates.knows_link else self._begun < self._workers
+        return not self._is_closed and self._taken_places < self._places and may_begin
 
     def begin(self, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
         """Begin to pack a chunk; None where that does not pay, or there is no place. `read` is called in a worker,
@@ -151,6 +152,7 @@ class Packer:
             if length < MIN_BYTES or not self.has_room:
                 return None
             self._taken_places += 1
+            self._begun += 1
             self.rates.note_tried()
             return self._pool.submit(self._pack, read)
 

@@ -117,7 +117,7 @@ def test_a_cut_folder_is_gone_on_with_where_it_was(root: Path, layout: LocalLayo
         send(node, local, streams=StreamPolicy(fixed=1))
     assert not list(root.rglob("tree"))
     before = durable_bytes(root, [folder / "a", folder / "below" / "b"])
-    assert before >= 16 * MIB
+    assert before >= 10 * MIB  # all but the chunk of 8 MiB that was cut
     sent = send(AgentHere(root), LocalFolder(folder, layout))
     assert sent.bytes_sent == local.folder.size - before
     assert digests(Path(sent.path)) == digests(folder)

@@ -230,6 +230,19 @@ def test_code_beyond_the_limit_is_refused(
     assert list(layout.code_archives.iterdir()) == []
 
 
+def test_an_archive_that_is_there_stays_the_same_file_and_a_damaged_one_is_made_anew(
+    repository: Repository, layout: LocalLayout
+) -> None:
+    repository.write("a.py", b"one")
+    repository.commit()
+    first = pack_code(repository.root, ["a.py"], layout).path
+    inode, data = first.stat().st_ino, first.read_bytes()
+    assert pack_code(repository.root, ["a.py"], layout).path.stat().st_ino == inode
+    first.write_bytes(data[:-1])
+    assert pack_code(repository.root, ["a.py"], layout).path.read_bytes() == data
+    assert [path.name for path in layout.code_archives.iterdir()] == [first.name]
+
+
 def test_old_archives_are_forgotten(repository: Repository, layout: LocalLayout) -> None:
     for number in range(archive._KEPT_ARCHIVES + 3):
         repository.write("a.py", str(number).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -24,8 +25,10 @@ from orchestrator.transfer.upload import upload_file
 from remote_payload.checkpoint import Section, read_header
 from remote_payload.checkpoint.errors import BytesNotSentError
 from remote_payload.checkpoint.torch_tensors import load_tensor
+from remote_payload.health import job as health_job
 from remote_payload.health.job import run as run_health
 from remote_payload.jobs.context import JobContext
+from remote_payload.jobs.rest import Rest, RestNeverCameError
 from remote_payload.wire.chunks import Chunk, ChunkManifest, digest_file
 from remote_payload.wire.plan import EvaluationSettings, GpuPolicy, JobSpec, NodePlan, OverrunPolicy
 from tests.support.agent_streams import ThreadOpener, make_node_root
@@ -170,7 +173,7 @@ def test_without_the_rest_the_header_and_every_weight_are_what_they_are_with_it(
 
 @pytest.mark.parametrize("write", [as_zip, with_views, as_safetensors])
 def test_with_the_rest_away_weights_are_read_and_health_says_nothing(
-    tmp_path: Path, write: Callable[[Path], None]
+    tmp_path: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "whole"
     write(path)
@@ -191,7 +194,8 @@ def test_with_the_rest_away_weights_are_read_and_health_says_nothing(
         with pytest.raises(BytesNotSentError):
             load_tensor(part, tensor.name)
     context = JobContext(a_plan(kept.path_on_node), "health", tmp_path / "artifacts")
-    with pytest.raises(BytesNotSentError):
+    monkeypatch.setattr(health_job, "Rest", functools.partial(Rest, limit_s=0.2))
+    with pytest.raises(RestNeverCameError):
         run_health(context)
     assert not (tmp_path / "artifacts").exists()
 
