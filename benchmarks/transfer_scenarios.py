@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import filecmp
+import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks import transfer_files as files
@@ -148,30 +149,29 @@ def lan(bench: Bench) -> None:
     bench.ratio_goal("LAN, fp32 weights, against scp", packed32, scp, 1.15)
 
 
-def far(bench: Bench) -> None:
-    """60 ms away, without loss and with some; rivals that would take for ever are stopped, and their rate is taken."""
-    shape = LinkShape("1 Gbit/s, 60 ms (emulated)", 1000, 60.0, 0.0, emulated=True, queue_ms=50.0)
+def far(bench: Bench, loss: float, goals: Mapping[str, float]) -> None:
+    """60 ms away; rivals that would take for ever are stopped, and their rate is taken. `goals`: against scp with which
+    congestion control."""
+    shape = LinkShape("1 Gbit/s, 60 ms (emulated)", 1000, 60.0, loss, emulated=True, queue_ms=50.0)
     if bench.skip(shape):
         return
     kinds = [name for name in ("cubic", "bbr") if name in congestion_controls()]
-    wanted = {0.0: {"cubic": 3.0}, 0.001: {"cubic": 40.0, "bbr": 2.5}, 0.01: {"cubic": 100.0, "bbr": 2.5}}
-    for loss, goals in wanted.items():
-        bench.say(f"### {shape.name}, {loss:.1%} loss, {_mib(bench.far_size)} of random data\n")
-        with bench.site(dataclasses.replace(shape, loss=loss)) as site, bench.file("random") as file:
-            files.write_random(file, bench.far_size)
-            run_ours(site, file)
-            sustained: list[float] = []
-            contenders = [_ours(site, file, sustained=sustained)]
-            for kind in kinds:
-                contenders.append(Contender("raw TCP, one connection", f"none, {kind}", _raw(site.link, kind)))
-                contenders += [_rival(bench, site, r, file, kind=kind) for r in _installed(bench, [rivals.SCP])]
-            if not loss:
-                contenders += [_rival(bench, site, r, file) for r in _installed(bench, [rivals.RSYNC, rivals.RCLONE])]
-            figures = in_turn(contenders, bench.repeats, bench.tell)
-        _say_table(bench, _with_sustained(figures, sustained), figures[0])
-        for congestion, ratio in goals.items():
-            theirs = next((one for one in figures if one.name == "scp" and one.how.endswith(congestion)), None)
-            bench.ratio_goal(f"60 ms, {loss:.1%} loss, against scp with {congestion}", figures[0], theirs, ratio)
+    bench.say(f"### {shape.name}, {loss:.1%} loss, {_mib(bench.far_size)} of random data\n")
+    with bench.site(shape) as site, bench.file("random") as file:
+        files.write_random(file, bench.far_size)
+        run_ours(site, file)
+        sustained: list[float] = []
+        contenders = [_ours(site, file, sustained=sustained)]
+        for kind in kinds:
+            contenders.append(Contender("raw TCP, one connection", f"none, {kind}", _raw(site.link, kind)))
+            contenders += [_rival(bench, site, r, file, kind=kind) for r in _installed(bench, [rivals.SCP])]
+        if not loss:
+            contenders += [_rival(bench, site, r, file) for r in _installed(bench, [rivals.RSYNC, rivals.RCLONE])]
+        figures = in_turn(contenders, bench.repeats, bench.tell)
+    _say_table(bench, _with_sustained(figures, sustained), figures[0])
+    for congestion, ratio in goals.items():
+        theirs = next((one for one in figures if one.name == "scp" and one.how.endswith(congestion)), None)
+        bench.ratio_goal(f"60 ms, {loss:.1%} loss, against scp with {congestion}", figures[0], theirs, ratio)
 
 
 def emulator(bench: Bench) -> None:
@@ -328,7 +328,9 @@ def memory(bench: Bench) -> None:
 SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "loopback": loopback,
     "lan": lan,
-    "far": far,
+    "far": functools.partial(far, loss=0.0, goals={"cubic": 3.0}),
+    "lossy": functools.partial(far, loss=0.001, goals={"cubic": 40.0, "bbr": 2.5}),
+    "very-lossy": functools.partial(far, loss=0.01, goals={"cubic": 100.0, "bbr": 2.5}),
     "emulator": emulator,
     "resume": resume,
     "cuts": cuts,
