@@ -94,6 +94,7 @@ WRITERS = {
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_local_folder_is_sent_once_and_judged_as_it_is_here(world: World, kind: str) -> None:
     world.with_torch()
+    world.edit_profile(pack_floats=False)
     add_this_machine(world)
     folder = world.project / "step 5"
     WRITERS[kind](folder)
