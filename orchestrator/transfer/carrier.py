@@ -83,8 +83,9 @@ def carry(
 ) -> None:
     """Have streams serve `flight` until `is_over`, or, where they were asked to stop, until all have left.
 
-    `has_begun`: whether it is known what is missing; until then one stream is enough. `on_tick` hears how many streams
-    there are. Raises when no stream is left, or one met what no other would survive either.
+    Their number is not probed while the flight grows: its rate is then that of whoever adds to it. `has_begun`: whether
+    it is known what is missing; until then one stream is enough. `on_tick` hears how many streams there are.
+    Raises when no stream is left, or one met what no other would survive either.
     """
 
     def serve_one(stream: ByteStream) -> bool:
@@ -106,7 +107,9 @@ def carry(
         seen, losses, open_again_at = 0, 0, float("-inf")
         while True:
             now = time.monotonic()
-            wanted = pace.count.observe(now, flight.arrived_bytes, pool.open_count)
+            wanted = pace.count.wanted
+            if not flight.is_growing:
+                wanted = pace.count.observe(now, flight.arrived_bytes, pool.open_count)
             flight.keep(wanted)
             is_needed = pool.count == 0 or (has_begun() and flight.has_work)
             # Looked at behind the count: the last stream ends it before it leaves.

@@ -40,7 +40,7 @@ class Flight:
         self._to_send: collections.deque[int] = collections.deque()
         self._here = bytearray(len(table))
         self._is_begun = False
-        self._is_growing = is_growing
+        self.is_growing = is_growing
         self._is_stopped = False
         self._lanes: list[Lane] = []
         self._ending = 0
@@ -71,7 +71,7 @@ class Flight:
     def stop(self) -> None:
         """Every lane ends what it has under way, and takes nothing more."""
         with self.changed:
-            self._is_growing, self._is_stopped = False, True
+            self._is_stopped = True
             for lane in self._lanes:
                 lane.retires = True
             self._tell()
@@ -224,7 +224,7 @@ class Flight:
     def _is_done(self, lane: Lane) -> bool:
         if lane.retires:
             return not lane.in_flight
-        return not self._is_growing and not self._to_send and not any(other.in_flight for other in self._lanes)
+        return not self.is_growing and not self._to_send and not any(other.in_flight for other in self._lanes)
 
     def _settle(self, lane: Lane, index: int) -> int:
         if index not in lane.in_flight:

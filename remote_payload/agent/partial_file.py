@@ -18,7 +18,6 @@ from typing import Optional
 
 from remote_payload.agent import files, quota
 from remote_payload.agent.background import Background
-from remote_payload.agent.chunk_writer import ChunkWriter
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
@@ -57,7 +56,6 @@ class PartialFile:
         self._unsynced_bytes = 0
         self._synced_at = time.monotonic()
         self._background = Background()
-        self._writer = ChunkWriter(fd, layout.checkpoint_part(digest))
 
     @classmethod
     def prepare(cls, layout: NodeLayout, digest: str, table: ChunkTable) -> PartialFile:
@@ -144,8 +142,11 @@ class PartialFile:
         for place in self._table.same_chunks(index):
             if self.have[place]:
                 continue
+            offset, left = self._table.offset(place), data
             with self.fullness_explained():
-                self._writer.write(data, self._table.offset(place))
+                while left:
+                    count = os.pwrite(self.fd, left, offset)
+                    left, offset = left[count:], offset + count
             self.note(place)
 
     def note(self, index: int) -> None:

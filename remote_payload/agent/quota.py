@@ -35,11 +35,6 @@ def disk_of(path: str) -> str:
     return f"the disk at {folder} ({device}, {kind})" if folder else f"the disk of {path}"
 
 
-def file_system_type(path: str) -> str:
-    """As /proc/self/mounts names it; empty where nobody knows."""
-    return mount_of(os.path.realpath(path), _read_mounts())[2]
-
-
 def mount_of(path: str, mounts: str) -> tuple[str, str, str]:
     """(mount point, device, file system type) of the deepest mount that holds `path`, from the text of
     /proc/self/mounts."""
