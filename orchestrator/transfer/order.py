@@ -12,6 +12,8 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from remote_payload.wire.parts import merged_spans
+
 Span = tuple[int, int]
 """From its first byte to behind its last."""
 
@@ -34,17 +36,17 @@ class TensorBytes:
 
 def tensor_bytes(header: Mapping[str, Any], reads: Iterable[Sequence[int]]) -> TensorBytes:
     """Where the tensors of a single file are, from its header facts as JSON and the [offset, length] that they took."""
-    taken = _merged((offset, offset + length) for offset, length in reads)
+    taken = merged_spans((offset, offset + length) for offset, length in reads)
     placed = [tensor for tensor in header["tensors"] if tensor["file_offset"] is not None]
-    weights = _merged(_span(tensor) for tensor in placed if tensor["section"] == "model")
-    others = _merged(_span(tensor) for tensor in placed if tensor["section"] != "model")
-    return TensorBytes(tuple(_without(weights, taken)), tuple(_without(others, _merged([*weights, *taken]))))
+    weights = merged_spans(_span(tensor) for tensor in placed if tensor["section"] == "model")
+    others = merged_spans(_span(tensor) for tensor in placed if tensor["section"] != "model")
+    return TensorBytes(tuple(_without(weights, taken)), tuple(_without(others, merged_spans([*weights, *taken]))))
 
 
 def classify(chunks: Iterable[tuple[int, int]], tensors: TensorBytes) -> list[ChunkClass]:
     """The class of each chunk, given as (offset, length): header where any of its bytes is, else weights where any of
     its bytes is one's."""
-    known = _merged([*tensors.weights, *tensors.rest])
+    known = merged_spans([*tensors.weights, *tensors.rest])
     classes = []
     for offset, length in chunks:
         span = (offset, offset + length)
@@ -62,19 +64,6 @@ def sending_order(classes: Sequence[ChunkClass]) -> list[int]:
 
 def _span(tensor: Mapping[str, Any]) -> Span:
     return tensor["file_offset"], tensor["file_offset"] + tensor["span_bytes"]
-
-
-def _merged(spans: Iterable[Span]) -> list[Span]:
-    """The same bytes in as few spans as there can be, ascending."""
-    merged: list[Span] = []
-    for begin, end in sorted(spans):
-        if begin >= end:
-            continue
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((begin, end))
-    return merged
 
 
 def _without(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:

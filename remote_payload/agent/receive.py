@@ -133,13 +133,13 @@ class _Receiver:
         if header.kind is FrameKind.DATA:
             self._take_chunk(header)
             return False
-        is_draft = isinstance(self._table, DraftTable)
-        last_words = (FrameKind.DIGEST, FrameKind.LEAVE) if is_draft else (FrameKind.FINISH, FrameKind.KEEP)
-        if header.kind not in last_words:
+        draft = self._table if isinstance(self._table, DraftTable) else None
+        expected = (FrameKind.FINISH, FrameKind.KEEP) if draft is None else (FrameKind.DIGEST, FrameKind.LEAVE)
+        if header.kind not in expected:
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         body = self._reader.body(header)
-        if isinstance(self._table, DraftTable):
-            return self._serve_draft(self._table, header, body)
+        if draft is not None:
+            return self._serve_draft(draft, header, body)
         self._unpacking.wait()
         if self._part.finish():
             store.note_use(self._layout, self._request.digest, self._request.run_id)

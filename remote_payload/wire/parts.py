@@ -57,7 +57,7 @@ def parse_readable(data: bytes) -> ReadableSpans:
     for begin, end in more:
         if not begin < end <= found.size:
             raise WireError(f"bytes {begin} to {end} were added to the list of readable ones of {found.size}")
-    return dataclasses.replace(found, spans=_merged([*found.spans, *more])) if more else found
+    return dataclasses.replace(found, spans=tuple(merged_spans([*found.spans, *more]))) if more else found
 
 
 def added_lines(spans: Iterable[tuple[int, int]]) -> bytes:
@@ -65,11 +65,14 @@ def added_lines(spans: Iterable[tuple[int, int]]) -> bytes:
     return b"\n" + b"".join(b"%d %d.\n" % span for span in spans)
 
 
-def _merged(spans: list[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    merged: list[tuple[int, ...]] = []
+def merged_spans(spans: Iterable[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """The same bytes, from the first to behind the last each, in as few spans as there can be, ascending."""
+    merged: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
+        if begin >= end:
+            continue
         if merged and begin <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
         else:
             merged.append((begin, end))
-    return tuple(merged)
+    return merged
