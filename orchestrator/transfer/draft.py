@@ -21,9 +21,10 @@ from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import Sender
 from orchestrator.transfer.source import LocalFile
+from remote_payload.wire.chunk_table import MAX_CHUNKS, DraftTable, pack_unknown
 from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
 from remote_payload.wire.names import FILE_DIGEST_PREFIX
-from remote_payload.wire.stream import MAX_CHUNKS, DraftTable, ReceiveRequest, pack_unknown
+from remote_payload.wire.stream import ReceiveRequest
 
 WORTH_S = 0.5
 """A draft is begun where reading the rest of the file takes so much longer."""

@@ -21,9 +21,9 @@ from typing import Protocol
 
 from orchestrator.errors import CheckpointError, IntegrityError
 from orchestrator.layout import LocalLayout
+from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import Chunk, ChunkManifest, Fingerprint, chunk_spans, file_digest, sample_spans
 from remote_payload.wire.codec import WireError
-from remote_payload.wire.stream import ChunkTable, pack_chunks
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was hashed could change again within one tick of its time stamps

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from orchestrator.errors import IntegrityError
 from orchestrator.transfer.channel import StreamDamagedError, damaged
-from remote_payload.wire.stream import ChunkTable, DamagedStreamError, decode_bitmap
+from remote_payload.wire.chunk_table import ChunkTable, decode_bitmap
+from remote_payload.wire.stream import DamagedStreamError
 
 WINDOW_BYTES = 32 * 1024 * 1024
 """Sent on one stream and not yet acknowledged, at most: more than an SSH channel holds; bounds what a cut costs."""

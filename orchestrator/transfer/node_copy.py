@@ -23,12 +23,12 @@ from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.source import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
+from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member, check_members
 from remote_payload.wire.messages import FileList, FolderManifest, ListRequest, Located, LocateRequest
 from remote_payload.wire.names import printable
-from remote_payload.wire.stream import ChunkTable, pack_chunks
 
 LIST_TIMEOUT_S = 60.0
 DIGEST_TIMEOUT_S = 900.0

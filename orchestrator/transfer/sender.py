@@ -14,17 +14,15 @@ from orchestrator.transfer.flight import Flight, Lane, bitmap
 from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
 from orchestrator.transfer.progress import TokenBucket
 from orchestrator.transfer.source import Source
+from remote_payload.wire.chunk_table import ChunkTable, encode_bitmap, manifest_pages
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
     RAW_ENCODING,
-    ChunkTable,
     FinishedFacts,
     FrameKind,
     KeptFacts,
     LeftFacts,
     ReusedFacts,
-    encode_bitmap,
-    manifest_pages,
 )
 
 PIECE_BYTES = 1024 * 1024

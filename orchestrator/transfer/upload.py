@@ -30,8 +30,9 @@ from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import Outcome, Sender
 from orchestrator.transfer.source import LocalFile, LocalFileChangedError, Source
 from orchestrator.transfer.stream_count import StreamPolicy
+from remote_payload.wire.chunk_table import MAX_CHUNKS, ChunkTable, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
-from remote_payload.wire.stream import MAX_CHUNKS, ChunkTable, FinishedFacts, ReceiveRequest, pack_chunks
+from remote_payload.wire.stream import FinishedFacts, ReceiveRequest
 
 __all__ = ["LocalFileChangedError", "UploadResult", "upload_file"]
 

@@ -13,12 +13,12 @@ from typing import BinaryIO, Optional
 
 from remote_payload.agent import files, partial_file, root, store
 from remote_payload.agent.failure import AgentError
+from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, ChunkManifest, digest_file, file_digest
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import Member, MemberList, check_members, folder_digest, joined
 from remote_payload.wire.messages import Assembled, AssembleRequest
-from remote_payload.wire.stream import ChunkTable, pack_chunks
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _AGAIN = "Run it again: what is missing is sent again."

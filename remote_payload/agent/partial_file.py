@@ -19,10 +19,10 @@ from typing import Optional
 from remote_payload.agent import files, quota
 from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
+from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.parts import ReadableSpans, added_lines
-from remote_payload.wire.stream import ChunkTable
 from remote_payload.wire.units import human_bytes
 
 SYNC_BYTES = 32 * 1024 * 1024

@@ -17,17 +17,22 @@ from remote_payload.agent.locks import SessionLock
 from remote_payload.agent.partial_file import PartialFile
 from remote_payload.agent.reuse import reuse_chunks
 from remote_payload.agent.room import make_room
+from remote_payload.wire.chunk_table import (
+    MAX_CHUNKS,
+    ChunkTable,
+    DraftTable,
+    decode_bitmap,
+    encode_bitmap,
+    page_chunk_count,
+)
 from remote_payload.wire.chunks import CHUNK_BYTES
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest
 from remote_payload.wire.packing import unpack
 from remote_payload.wire.stream import (
-    MAX_CHUNKS,
     PACKED_ENCODING,
-    ChunkTable,
     DamagedStreamError,
-    DraftTable,
     FinishedFacts,
     FrameHeader,
     FrameKind,
@@ -37,9 +42,6 @@ from remote_payload.wire.stream import (
     ReceiveRequest,
     ReusedFacts,
     WaitingFacts,
-    decode_bitmap,
-    encode_bitmap,
-    page_chunk_count,
 )
 
 MAX_REFUSALS = 64

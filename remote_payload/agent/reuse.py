@@ -20,10 +20,10 @@ from typing import Callable, NamedTuple, Optional
 
 from remote_payload.agent import files, store
 from remote_payload.agent.partial_file import PartialFile
+from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import MemberList, check_members
-from remote_payload.wire.stream import ChunkTable
 
 MAX_SOURCES = 64
 """So many checkpoints, the latest used first, are looked through."""

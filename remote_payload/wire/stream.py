@@ -11,8 +11,8 @@ rules ends the stream; nothing it held was used.
 
 `receive` puts a file into the store. The request's params are a `ReceiveRequest`. Then:
 
-    client → agent   MANIFEST  chunk table page: (length u32, sha256) per chunk; argument: index of its first chunk.
-                               As many pages as the table needs, in order; none for an empty file
+    client → agent   MANIFEST  a page of the chunk table (`chunk_table.py`); argument: index of its first chunk. As
+                               many pages as the table needs, in order; none for an empty file
     agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file, or while
                                room is made or chunks are copied from what is here
                      REUSED    JSON `ReusedFacts`, before HAVE: chunks that were copied from what is here
@@ -62,20 +62,16 @@ as after LEFT,
 
 from __future__ import annotations
 
-import array
 import dataclasses
 import enum
-import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
-from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest
+from remote_payload.wire.chunks import CHUNK_BYTES
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.failures import RemoteFailure
-from remote_payload.wire.names import FILE_DIGEST_PREFIX
 
 T = TypeVar("T")
 Buffer = Union[bytes, bytearray, memoryview]
@@ -83,9 +79,6 @@ Buffer = Union[bytes, bytearray, memoryview]
 STREAM_VERSION = 1
 MAX_DATA_BYTES = CHUNK_BYTES
 MAX_CONTROL_BYTES = 1024 * 1024
-MAX_CHUNKS = 1_000_000
-"""Bounds the agent's memory: the table of so many chunks takes 50 MB."""
-MANIFEST_PAGE_CHUNKS = 16_384
 MAX_SPAN_BYTES = 64 * 1024 * 1024
 RAW_ENCODING = 0
 PACKED_ENCODING = 1
@@ -95,7 +88,6 @@ DATA_ENCODINGS = frozenset({RAW_ENCODING, PACKED_ENCODING})
 _MAGIC = b"RE"
 _HEADER = struct.Struct(">2sBBBBIQ")
 _CHECK = struct.Struct(">I")
-_ENTRY = struct.Struct(">I32s")
 HEADER_BYTES = _HEADER.size + _CHECK.size
 
 
@@ -331,116 +323,3 @@ def decode_json(cls: type[T], body: bytes) -> T:
         return from_json(cls, json.loads(body))
     except (ValueError, RecursionError) as error:
         raise DamagedStreamError(f"a frame's body is malformed: {error}") from None
-
-
-class ChunkTable:
-    """A file's chunks in 44 bytes each; offsets follow from the lengths, so they can neither overlap nor leave gaps."""
-
-    def __init__(self, packed: bytes, size: int) -> None:
-        """`packed` as in MANIFEST pages. Raises `WireError` unless the chunks cover `size` bytes exactly."""
-        if len(packed) % _ENTRY.size or len(packed) // _ENTRY.size > MAX_CHUNKS:
-            raise WireError("the chunk table has a wrong length")
-        self.size = size
-        self._packed: Buffer = packed
-        self._offsets = array.array("Q")
-        self._same: Optional[dict[bytes, list[int]]] = None
-        offset = 0
-        for length, _ in _ENTRY.iter_unpack(packed):
-            if not 0 < length <= CHUNK_BYTES:
-                raise WireError(f"a chunk of {length} bytes is not allowed")
-            self._offsets.append(offset)
-            offset += length
-        if offset != size:
-            raise WireError(f"the chunks cover {offset} bytes of {size}")
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def offset(self, index: int) -> int:
-        return self._offsets[index]
-
-    def length(self, index: int) -> int:
-        return int(_ENTRY.unpack_from(self._packed, index * _ENTRY.size)[0])
-
-    def sha256(self, index: int) -> bytes:
-        """The chunk's binary digest."""
-        return bytes(_ENTRY.unpack_from(self._packed, index * _ENTRY.size)[1])
-
-    def same_chunks(self, index: int) -> Sequence[int]:
-        """The indices of all chunks with the digest of this one, itself among them, ascending."""
-        if self._same is None:
-            first: dict[bytes, int] = {}
-            self._same = {}
-            for number, (_, digest) in enumerate(_ENTRY.iter_unpack(self._packed)):
-                if first.setdefault(digest, number) != number:
-                    self._same.setdefault(digest, [first[digest]]).append(number)
-        return self._same.get(self.sha256(index), (index,))
-
-    def file_digest(self) -> str:
-        """The `v1:` digest over ordered chunk digests, as `chunks.file_digest`."""
-        outer = hashlib.sha256()
-        for _, digest in _ENTRY.iter_unpack(self._packed):
-            outer.update(digest)
-        return FILE_DIGEST_PREFIX + outer.hexdigest()
-
-    def chunks(self) -> Iterator[Chunk]:
-        for offset, (length, digest) in zip(self._offsets, _ENTRY.iter_unpack(self._packed)):
-            yield Chunk(offset, length, digest.hex())
-
-    def manifest(self) -> ChunkManifest:
-        return ChunkManifest(self.file_digest(), self.size, tuple(self.chunks()))
-
-
-class DraftTable(ChunkTable):
-    """The table of a file whose chunks' digests become known one after the other; until then they are zeros."""
-
-    def __init__(self, packed: bytes, size: int) -> None:
-        super().__init__(packed, size)
-        self._growing = bytearray(packed)
-        self._packed = memoryview(self._growing).toreadonly()
-
-    def set_sha256(self, index: int, sha256: bytes) -> None:
-        _ENTRY.pack_into(self._growing, index * _ENTRY.size, self.length(index), sha256)
-
-    def same_chunks(self, index: int) -> Sequence[int]:
-        return (index,)
-
-
-def pack_unknown(lengths: Iterable[int]) -> bytes:
-    """The chunks of a `DraftTable` by their lengths."""
-    return b"".join(_ENTRY.pack(length, b"") for length in lengths)
-
-
-def pack_chunks(chunks: tuple[Chunk, ...]) -> bytes:
-    """Chunks as `ChunkTable` reads them."""
-    return b"".join(_ENTRY.pack(chunk.length, bytes.fromhex(chunk.sha256)) for chunk in chunks)
-
-
-def manifest_pages(packed: bytes) -> Iterator[tuple[int, bytes]]:
-    """(index of the first chunk, page) for MANIFEST frames."""
-    page_bytes = MANIFEST_PAGE_CHUNKS * _ENTRY.size
-    for start in range(0, len(packed), page_bytes):
-        yield start // _ENTRY.size, packed[start : start + page_bytes]
-
-
-def page_chunk_count(page: bytes) -> int:
-    """How many chunks a MANIFEST page holds. Raises `DamagedStreamError` unless it holds whole ones."""
-    if not page or len(page) % _ENTRY.size:
-        raise DamagedStreamError("a page of the chunk table has a wrong length")
-    return len(page) // _ENTRY.size
-
-
-def encode_bitmap(flags: bytearray) -> bytes:
-    """One bit for each byte of `flags`, lowest bit first."""
-    bits = bytearray((len(flags) + 7) // 8)
-    for index, flag in enumerate(flags):
-        if flag:
-            bits[index >> 3] |= 1 << (index & 7)
-    return bytes(bits)
-
-
-def decode_bitmap(bits: bytes, count: int) -> bytearray:
-    """`count` flags. Raises `DamagedStreamError` for a bitmap of another length."""
-    if len(bits) != (count + 7) // 8:
-        raise DamagedStreamError("the bitmap of chunks has a wrong length")
-    return bytearray(bits[index >> 3] >> (index & 7) & 1 for index in range(count))

@@ -22,10 +22,11 @@ from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import FrameChannel, StreamDamagedError, StreamEndedError
 from remote_payload.agent.machine import machine_id
 from remote_payload.wire import PROTOCOL_VERSION, frames
+from remote_payload.wire.chunk_table import pack_chunks
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.forward import FAR_END_GONE_STATUS, Fill, ForwardRequest, SshLogin
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.stream import FrameKind, ReceiveRequest, SendRequest, pack_chunks
+from remote_payload.wire.stream import FrameKind, ReceiveRequest, SendRequest
 from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
 
 CONTENT = random.Random(4).randbytes(3_000_000)

@@ -17,16 +17,10 @@ from orchestrator.errors import ConnectionLostError, NodeUnfitError
 from orchestrator.transfer.channel import FrameChannel
 from remote_payload.agent import partial_file
 from remote_payload.agent.background import Background
+from remote_payload.wire.chunk_table import decode_bitmap, manifest_pages, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.stream import (
-    FrameKind,
-    ReceiveRequest,
-    decode_bitmap,
-    encode_data_header,
-    manifest_pages,
-    pack_chunks,
-)
+from remote_payload.wire.stream import FrameKind, ReceiveRequest, encode_data_header
 from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
 
 CHUNK = 1000

@@ -15,15 +15,8 @@ from remote_payload.agent import receive
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.partial_file import PartialFile
 from remote_payload.wire import packing
-from remote_payload.wire.stream import (
-    PACKED_ENCODING,
-    RAW_ENCODING,
-    FrameKind,
-    ReceiveRequest,
-    encode_data_header,
-    manifest_pages,
-    pack_chunks,
-)
+from remote_payload.wire.chunk_table import manifest_pages, pack_chunks
+from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING, FrameKind, ReceiveRequest, encode_data_header
 from tests.support.agent_streams import ThreadOpener, check_stored, even_cuts, journalled, make_node_root, manifest_of
 from tests.support.floats import bfloat16
 

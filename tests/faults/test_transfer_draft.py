@@ -21,10 +21,11 @@ from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
 from remote_payload.agent.known import known_chunks
+from remote_payload.wire.chunk_table import manifest_pages, pack_unknown
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import KnownChunks, KnownRequest
-from remote_payload.wire.stream import FrameKind, ReceiveRequest, manifest_pages, pack_unknown
+from remote_payload.wire.stream import FrameKind, ReceiveRequest
 from tests.support.agent_streams import (
     ChunkLedger,
     CutStream,

@@ -23,17 +23,10 @@ from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.chunk_table import decode_bitmap, manifest_pages, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.stream import (
-    FrameKind,
-    ReceiveRequest,
-    decode_bitmap,
-    encode_data_header,
-    encode_frame,
-    manifest_pages,
-    pack_chunks,
-)
+from remote_payload.wire.stream import FrameKind, ReceiveRequest, encode_data_header, encode_frame
 from tests.support.agent_streams import (
     CutStream,
     LocalOpener,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.transfer.flight import WINDOW_BYTES, Flight
+from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk
-from remote_payload.wire.stream import ChunkTable, pack_chunks
 
 COUNT = 12
 IN_WINDOW = WINDOW_BYTES // CHUNK_BYTES

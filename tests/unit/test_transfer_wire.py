@@ -10,27 +10,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from remote_payload.wire.chunk_table import (
+    ChunkTable,
+    decode_bitmap,
+    encode_bitmap,
+    manifest_pages,
+    pack_chunks,
+    page_chunk_count,
+)
 from remote_payload.wire.chunks import CHUNK_BYTES, file_digest
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.stream import (
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
-    ChunkTable,
     DamagedStreamError,
     FinishedFacts,
     FrameHeader,
     FrameKind,
     FrameReader,
-    decode_bitmap,
     decode_header,
     decode_json,
-    encode_bitmap,
     encode_data_header,
     encode_frame,
     encode_json_frame,
-    manifest_pages,
-    pack_chunks,
-    page_chunk_count,
 )
 from tests.support.agent_streams import manifest_of
 
