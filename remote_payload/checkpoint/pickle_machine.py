@@ -8,11 +8,11 @@ nothing here recurses along the data, so nesting costs no stack.
 from __future__ import annotations
 
 import codecs
-import struct
 from typing import Any, Callable, Optional
 
 from remote_payload.checkpoint.inert import NumpyArray, NumpyDtype, Opaque, Symbol, Trust
 from remote_payload.checkpoint.limits import DEFAULT_LIMITS, Limits
+from remote_payload.checkpoint.pickle_reader import PickleReader
 from remote_payload.checkpoint.pickle_values import (
     MalformedPickleError,
     PickleEndsError,
@@ -21,17 +21,10 @@ from remote_payload.checkpoint.pickle_values import (
     fill_array,
 )
 
-_MAX_LINE = 1 << 20
 _MAX_INTEGER_BYTES = 1024
 
-_INT2 = struct.Struct("<H").unpack_from
-_INT4 = struct.Struct("<i").unpack_from
-_UINT4 = struct.Struct("<I").unpack_from
-_UINT8 = struct.Struct("<Q").unpack_from
-_DOUBLE = struct.Struct(">d").unpack_from
 
-
-class PickleMachine:
+class PickleMachine(PickleReader):
     """Interprets one pickle in `data` from `position` on.
 
     `find_symbol(module, name)` names globals, `call(machine, symbol, arguments)` imitates those that are known (None:
@@ -47,14 +40,12 @@ class PickleMachine:
         limits: Limits = DEFAULT_LIMITS,
         position: int = 0,
     ) -> None:
-        self._data = data
-        self._end = len(data)
+        super().__init__(data, position)
         self._find_symbol = find_symbol
         self._call_known = call
         self._load_persistent = load_persistent
         self._limits = limits
         self._memory_left = limits.memory_bytes
-        self.position = position
         self.opcodes = 0
         self._stack: list[object] = []
         self._below: list[list[object]] = []
@@ -124,37 +115,6 @@ class PickleMachine:
                 return result
         return Opaque(function, arguments)
 
-    def _take(self, count: int) -> int:
-        start = self.position
-        if count > self._end - start:
-            raise PickleEndsError(f"the pickle ends inside a value of {count} bytes at {start}")
-        self.position = start + count
-        return start
-
-    def _bytes(self, count: int) -> bytes:
-        start = self._take(count)
-        return self._data[start : start + count]
-
-    def _line(self) -> bytes:
-        stop = self._data.find(b"\n", self.position, self.position + _MAX_LINE)
-        if stop < 0:
-            raise PickleEndsError(f"a text argument at {self.position} has no end")
-        line = self._data[self.position : stop]
-        self.position = stop + 1
-        return line
-
-    def _u1(self) -> int:
-        return self._data[self._take(1)]
-
-    def _u2(self) -> int:
-        return int(_INT2(self._data, self._take(2))[0])
-
-    def _u4(self) -> int:
-        return int(_UINT4(self._data, self._take(4))[0])
-
-    def _u8(self) -> int:
-        return int(_UINT8(self._data, self._take(8))[0])
-
     def _push(self, value: object) -> None:
         # Looked up after the value was made: `_pop_mark` replaces the stack.
         self._stack.append(value)
@@ -212,20 +172,20 @@ class PickleMachine:
         self._stack.append(int.from_bytes(data, "little", signed=True))
 
     def _int_line(self) -> None:
-        line = self._line()
+        line = self.take_line()
         self._stack.append({b"00": False, b"01": True}[line] if line in (b"00", b"01") else decimal(line))
 
     def _long_line(self) -> None:
-        self._stack.append(decimal(self._line().rstrip(b"L")))
+        self._stack.append(decimal(self.take_line().rstrip(b"L")))
 
     def _float_line(self) -> None:
         try:
-            self._stack.append(float(self._line()[:64]))
+            self._stack.append(float(self.take_line()[:64]))
         except ValueError:
             raise MalformedPickleError(f"text that is no number at {self.position}") from None
 
     def _string_line(self) -> None:
-        line = self._line()
+        line = self.take_line()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
             raise MalformedPickleError(f"a string without quotes at {self.position}")
         try:
@@ -237,7 +197,7 @@ class PickleMachine:
         self._put(len(self._memo))
 
     def _frame(self) -> None:
-        if self._u8() > self._end - self.position:
+        if self.take_u8() > self._end - self.position:
             raise PickleEndsError("a frame reaches beyond the pickle")
 
     def _unsupported_buffer(self) -> None:
@@ -294,7 +254,7 @@ class PickleMachine:
         return self._find_symbol(module, name)
 
     def _global_line(self) -> None:
-        module, name = self._line(), self._line()
+        module, name = self.take_line(), self.take_line()
         self._stack.append(self._symbol(module.decode("utf-8"), name.decode("utf-8")))
 
     def _stack_global(self) -> None:
@@ -319,7 +279,7 @@ class PickleMachine:
         self._stack[-1] = self.call(self._stack[-1], (*arguments, keywords) if keywords else arguments)
 
     def _instance_line(self) -> None:
-        module, name = self._line(), self._line()
+        module, name = self.take_line(), self.take_line()
         symbol = self._symbol(module.decode("utf-8"), name.decode("utf-8"))
         self._push(self.call(symbol, tuple(self._pop_mark())))
 
@@ -354,7 +314,7 @@ def _utf8(data: bytes) -> str:
 _Handler = Callable[[PickleMachine], None]
 _M = PickleMachine
 _OPCODES: dict[bytes, _Handler] = {
-    b"\x80": lambda m: (m._take(1), None)[1],
+    b"\x80": lambda m: (m.take(1), None)[1],
     b"\x95": _M._frame,
     b"(": _M._mark,
     b"0": _M._pop,
@@ -366,23 +326,23 @@ _OPCODES: dict[bytes, _Handler] = {
     b"I": _M._int_line,
     b"L": _M._long_line,
     b"F": _M._float_line,
-    b"J": lambda m: m._push(_INT4(m._data, m._take(4))[0]),
-    b"K": lambda m: m._push(m._u1()),
-    b"M": lambda m: m._push(m._u2()),
-    b"\x8a": lambda m: m._integer(m._bytes(m._u1())),
-    b"\x8b": lambda m: m._integer(m._bytes(m._u4())),
-    b"G": lambda m: m._push(_DOUBLE(m._data, m._take(8))[0]),
+    b"J": lambda m: m._push(m.take_i4()),
+    b"K": lambda m: m._push(m.take_u1()),
+    b"M": lambda m: m._push(m.take_u2()),
+    b"\x8a": lambda m: m._integer(m.take_bytes(m.take_u1())),
+    b"\x8b": lambda m: m._integer(m.take_bytes(m.take_u4())),
+    b"G": lambda m: m._push(m.take_double()),
     b"S": _M._string_line,
-    b"T": lambda m: m._push(m._bytes(m._u4()).decode("latin-1")),
-    b"U": lambda m: m._push(m._bytes(m._u1()).decode("latin-1")),
-    b"V": lambda m: m._push(m._line().decode("raw-unicode-escape")),
-    b"X": lambda m: m._push(_utf8(m._bytes(m._u4()))),
-    b"\x8c": lambda m: m._push(_utf8(m._bytes(m._u1()))),
-    b"\x8d": lambda m: m._push(_utf8(m._bytes(m._u8()))),
-    b"B": lambda m: m._push(m._bytes(m._u4())),
-    b"C": lambda m: m._push(m._bytes(m._u1())),
-    b"\x8e": lambda m: m._push(m._bytes(m._u8())),
-    b"\x96": lambda m: m._push(m._bytes(m._u8())),
+    b"T": lambda m: m._push(m.take_bytes(m.take_u4()).decode("latin-1")),
+    b"U": lambda m: m._push(m.take_bytes(m.take_u1()).decode("latin-1")),
+    b"V": lambda m: m._push(m.take_line().decode("raw-unicode-escape")),
+    b"X": lambda m: m._push(_utf8(m.take_bytes(m.take_u4()))),
+    b"\x8c": lambda m: m._push(_utf8(m.take_bytes(m.take_u1()))),
+    b"\x8d": lambda m: m._push(_utf8(m.take_bytes(m.take_u8()))),
+    b"B": lambda m: m._push(m.take_bytes(m.take_u4())),
+    b"C": lambda m: m._push(m.take_bytes(m.take_u1())),
+    b"\x8e": lambda m: m._push(m.take_bytes(m.take_u8())),
+    b"\x96": lambda m: m._push(m.take_bytes(m.take_u8())),
     b"\x97": _M._unsupported_buffer,
     b"\x98": _M._unsupported_buffer,
     b"}": _M._new_dict,
@@ -401,25 +361,25 @@ _OPCODES: dict[bytes, _Handler] = {
     b"e": lambda m: m._append_items(m._pop_mark()),
     b"\x90": _M._add_items,
     b"\x91": _M._frozen_set,
-    b"p": lambda m: m._put(decimal(m._line())),
-    b"q": lambda m: m._put(m._u1()),
-    b"r": lambda m: m._put(m._u4()),
+    b"p": lambda m: m._put(decimal(m.take_line())),
+    b"q": lambda m: m._put(m.take_u1()),
+    b"r": lambda m: m._put(m.take_u4()),
     b"\x94": _M._memoize,
-    b"g": lambda m: m._get(decimal(m._line())),
-    b"h": lambda m: m._get(m._u1()),
-    b"j": lambda m: m._get(m._u4()),
+    b"g": lambda m: m._get(decimal(m.take_line())),
+    b"h": lambda m: m._get(m.take_u1()),
+    b"j": lambda m: m._get(m.take_u4()),
     b"c": _M._global_line,
     b"\x93": _M._stack_global,
-    b"\x82": lambda m: m._extension(m._u1()),
-    b"\x83": lambda m: m._extension(m._u2()),
-    b"\x84": lambda m: m._extension(m._u4()),
+    b"\x82": lambda m: m._extension(m.take_u1()),
+    b"\x83": lambda m: m._extension(m.take_u2()),
+    b"\x84": lambda m: m._extension(m.take_u4()),
     b"R": _M._reduce,
     b"\x81": _M._new_object,
     b"\x92": _M._new_object_ex,
     b"i": _M._instance_line,
     b"o": _M._object_from_mark,
     b"b": _M._build,
-    b"P": lambda m: m._push(m._load_persistent(m._line().decode("latin-1"))),
+    b"P": lambda m: m._push(m._load_persistent(m.take_line().decode("latin-1"))),
     b"Q": _M._persistent,
 }
 
