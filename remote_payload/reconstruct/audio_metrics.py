@@ -9,18 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
-from remote_payload.reconstruct.measured import (
-    HIGHER,
-    LOWER,
-    Evaluated,
-    Evidence,
-    Metric,
-    error_metric,
-    rival_gains,
-    sample_metric,
-    unmeasured,
-)
+from remote_payload.reconstruct.measured import HIGHER, LOWER, Evaluated, Evidence, Metric, unmeasured
 from remote_payload.reconstruct.protocol import Modality
+from remote_payload.reconstruct.sample_metrics import error_metric, rival_gains, sample_metric
 from remote_payload.reconstruct.statistics import Floats, Rows
 
 WINDOW_S, HOP_S = 0.032, 0.008

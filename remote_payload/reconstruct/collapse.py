@@ -9,17 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import products, statistics
-from remote_payload.reconstruct.measured import (
-    HIGHER,
-    LOWER,
-    Evaluated,
-    Metric,
-    defined,
-    metric,
-    pairwise_alike,
-    spacing,
-    unmeasured,
-)
+from remote_payload.reconstruct.measured import HIGHER, LOWER, Evaluated, Metric, defined, metric, unmeasured
+from remote_payload.reconstruct.nulls import spacing
+from remote_payload.reconstruct.sample_metrics import pairwise_alike
 from remote_payload.reconstruct.statistics import RowsLike
 
 COPY_SHARE_OF_DISTANCE = 0.1

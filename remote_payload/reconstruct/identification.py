@@ -11,17 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics
-from remote_payload.reconstruct.measured import (
-    HIGHER,
-    Evaluated,
-    Metric,
-    defined,
-    metric,
-    null_details,
-    null_parameters,
-    spacing,
-    unmeasured,
-)
+from remote_payload.reconstruct.measured import HIGHER, Evaluated, Metric, defined, metric, unmeasured
+from remote_payload.reconstruct.nulls import null_details, null_parameters, spacing
 from remote_payload.reconstruct.products import Reordered, correlations
 from remote_payload.reconstruct.statistics import Floats, RowsLike
 

@@ -11,17 +11,9 @@ from numpy.typing import NDArray
 
 from remote_payload.reconstruct import products, ssim, statistics
 from remote_payload.reconstruct.identification import identification_metrics
-from remote_payload.reconstruct.measured import (
-    HIGHER,
-    Evaluated,
-    Metric,
-    Source,
-    baseline_rows,
-    sample_metric,
-    similarity_metric,
-    unmeasured,
-)
+from remote_payload.reconstruct.measured import HIGHER, Evaluated, Metric, Source, baseline_rows, unmeasured
 from remote_payload.reconstruct.protocol import Kind, Modality
+from remote_payload.reconstruct.sample_metrics import sample_metric, similarity_metric
 from remote_payload.reconstruct.statistics import Floats, Rows, RowsLike
 
 _SSIM_NULL_ELEMENTS = 20_000_000

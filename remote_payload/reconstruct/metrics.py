@@ -14,20 +14,9 @@ from remote_payload.reconstruct.audio_metrics import code_metrics, mel_metrics, 
 from remote_payload.reconstruct.collapse import collapse_metrics
 from remote_payload.reconstruct.feature_metrics import Extractor, feature_metrics
 from remote_payload.reconstruct.image_metrics import image_metrics
-from remote_payload.reconstruct.measured import (
-    HIGHER,
-    LOWER,
-    Evaluated,
-    Evidence,
-    Metric,
-    alike,
-    error_metric,
-    evidence_beside_mean,
-    finite,
-    similarity_metric,
-    similarity_name,
-)
+from remote_payload.reconstruct.measured import HIGHER, LOWER, Evaluated, Evidence, Metric, finite, similarity_name
 from remote_payload.reconstruct.protocol import Kind, Modality
+from remote_payload.reconstruct.sample_metrics import alike, error_metric, evidence_beside_mean, similarity_metric
 from remote_payload.reconstruct.text_metrics import embedding_metrics
 from remote_payload.reconstruct.voxel_metrics import measure_voxels
 

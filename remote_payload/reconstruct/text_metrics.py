@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from remote_payload.reconstruct.identification import identification_metrics
-from remote_payload.reconstruct.measured import (
-    Evaluated,
-    Evidence,
-    Metric,
-    baseline_rows,
-    error_metric,
-    evidence_beside_mean,
-    similarity_metric,
-)
+from remote_payload.reconstruct.measured import Evaluated, Evidence, Metric, baseline_rows
+from remote_payload.reconstruct.sample_metrics import error_metric, evidence_beside_mean, similarity_metric
 
 _TOP = (1, 5)
 

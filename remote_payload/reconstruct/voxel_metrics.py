@@ -14,19 +14,14 @@ from remote_payload.reconstruct.measured import (
     Evaluated,
     Evidence,
     Metric,
-    Scored,
     baseline_rows,
     defined,
-    error_metric,
-    evidence_beside_mean,
     metric,
-    null_details,
-    null_parameters,
-    similarity_metric,
     unmeasured,
-    wrong_pairings,
 )
 from remote_payload.reconstruct.noise_ceiling import ceiling_metrics
+from remote_payload.reconstruct.nulls import null_details, null_parameters, wrong_pairings
+from remote_payload.reconstruct.sample_metrics import Scored, error_metric, evidence_beside_mean, similarity_metric
 from remote_payload.reconstruct.statistics import Floats, Null
 
 FDR = 0.05

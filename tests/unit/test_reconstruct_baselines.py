@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from remote_payload.jobs.context import JobContext
-from remote_payload.reconstruct import measured, products, ridge, statistics, training
+from remote_payload.reconstruct import nulls, products, ridge, sample_metrics, statistics, training
 from remote_payload.reconstruct.baselines import NAMES, simple_predictors
 from remote_payload.reconstruct.job import run as run_job
 from remote_payload.reconstruct.measured import Evaluated
@@ -402,10 +402,10 @@ def test_repeats_and_subjects_of_the_samples_give_noise_ceilings(tmp_path: Path)
 def test_samples_too_wide_for_all_pairs_have_a_null_all_the_same(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measured, "_PRODUCTS", 1)
+    monkeypatch.setattr(nulls, "_PRODUCTS", 1)
     targets = rng.standard_normal((200, 30))
     evaluated = rows_of(targets, predictions=(targets + rng.standard_normal((200, 30))).astype(np.float32))
-    found = measured.similarity_metric(evaluated, "x").metric
+    found = sample_metrics.similarity_metric(evaluated, "x").metric
     assert found.details["p"] < 0.05
     assert found.parameters["pairings"] >= 19
 
@@ -414,7 +414,9 @@ def test_the_null_from_all_pairs_is_the_null_of_each_pairing(rng: np.random.Gene
     targets = rng.standard_normal((50, 30))
     evaluated = rows_of(targets, predictions=(targets + rng.standard_normal((50, 30))).astype(np.float32))
     every = [
-        measured.sample_metric(evaluated, "x", statistics.row_correlations, "1", "higher", pairwise=pairwise).metric
+        sample_metrics.sample_metric(
+            evaluated, "x", statistics.row_correlations, "1", "higher", pairwise=pairwise
+        ).metric
         for pairwise in (None, products.correlations)
     ]
     assert every[0].chance == pytest.approx(every[1].chance)
