@@ -1,24 +1,21 @@
 """Chunks that the node has already, in an earlier checkpoint of its store or elsewhere in the file that arrives.
 
-Chunk manifests stand beside the stored files; they only say where to look. What is copied is verified by its SHA-256
-where it was copied to.
+Chunk manifests stand beside the stored files; they only say where to look. What is copied is verified by its SHA-256.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
-import errno
-import hashlib
 import itertools
 import os
 import re
 import stat
-import threading
-from collections.abc import Iterator
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Generator, Iterable, Iterator
+from typing import Callable, Optional
 
 from remote_payload.agent import files, store
+from remote_payload.agent.copying import Copying, Place, usable_cores
 from remote_payload.agent.partial_file import PartialFile
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.codec import WireError, from_json
@@ -30,16 +27,8 @@ MAX_SOURCES = 64
 MAX_CANDIDATES = 3
 """How many places a chunk is tried from: a second one matters only where the first is damaged."""
 _MAX_LINE_BYTES = 200
-_MAX_THREADS = 4
-_PIECE_BYTES = 1024 * 1024
 _TELL_INTERVAL_S = 2.0
 _LINE = re.compile(rb'\{"offset": (\d{1,18}), "length": (\d{1,8}), "sha256": "([0-9a-f]{64})"\}')
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class _Place(NamedTuple):
-    path: str
-    offset: int
 
 
 def reuse_chunks(
@@ -47,23 +36,38 @@ def reuse_chunks(
 ) -> int:
     """Copy into `part` every chunk that it lacks and that can be had here; how many bytes that were.
 
-    `tell` is called every other second. Raises what `tell` raises and `AgentError` where the disk is full; what was
-    copied until then is kept.
+    `tell` is called every other second and oftener. Raises what `tell` raises and `AgentError` where the disk is full;
+    what was copied until then is kept.
     """
-    wanted = _wanted(table, part.have)
-    if not wanted:
-        return 0
-    places = _places(layout, digest, table, part, wanted)
-    work = [(index, places[sha256]) for sha256, indices in wanted.items() if sha256 in places for index in indices]
-    return _copy_all(work, table, part, tell)
+    copied_bytes = 0
+    try:
+        copied = copied_chunks(layout, digest, table, part, range(len(table)), usable_cores())
+        with contextlib.closing(copied):
+            for index in copied:
+                if index is not None:
+                    part.note(index)
+                    copied_bytes += table.length(index)
+                part.sync_if_due()
+                tell()
+    finally:
+        part.sync()
+    return copied_bytes
 
 
-def _wanted(table: ChunkTable, have: bytearray) -> dict[bytes, list[int]]:
+def copied_chunks(
+    layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, indices: Iterable[int], threads: int
+) -> Generator[Optional[int], None, None]:
+    """Copy into `part` those chunks of `indices` that it lacks and that can be had here: each once it stands there, yet
+    to be noted, and None every other second without one. Raises `AgentError` where the disk is full."""
     wanted: dict[bytes, list[int]] = {}
-    for index, is_here in enumerate(have):
-        if not is_here:
+    for index in indices:
+        if not part.have[index]:
             wanted.setdefault(table.sha256(index), []).append(index)
-    return wanted
+    places = _places(layout, digest, table, part, wanted) if wanted else {}
+    work = [(index, places[sha256]) for sha256, same in wanted.items() if sha256 in places for index in same]
+    if work:
+        with part.fullness_explained():
+            yield from Copying(table, part.fd, work).copied(threads, _TELL_INTERVAL_S)
 
 
 def _places(
@@ -72,12 +76,12 @@ def _places(
     table: ChunkTable,
     part: PartialFile,
     wanted: dict[bytes, list[int]],
-) -> dict[bytes, list[_Place]]:
+) -> dict[bytes, list[Place]]:
     """Where the wanted chunks may be."""
-    places: dict[bytes, list[_Place]] = {}
+    places: dict[bytes, list[Place]] = {}
     for index, is_here in enumerate(part.have):
         if is_here and table.sha256(index) in wanted:
-            places.setdefault(table.sha256(index), [_Place(layout.checkpoint_part(digest), table.offset(index))])
+            places.setdefault(table.sha256(index), [Place(layout.checkpoint_part(digest), table.offset(index))])
     lengths = {sha256: table.length(indices[0]) for sha256, indices in wanted.items()}
     for stored in _stored(layout):
         if stored == digest or all(len(places.get(sha256, ())) >= MAX_CANDIDATES for sha256 in wanted):
@@ -107,9 +111,9 @@ class _Holder:
                 self._paths = [os.path.join(tree, member.path) for member in members]
                 self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
 
-    def place(self, offset: int) -> _Place:
+    def place(self, offset: int) -> Place:
         index = bisect.bisect_right(self._starts, offset) - 1
-        return _Place(self._paths[index], offset - self._starts[index])
+        return Place(self._paths[index], offset - self._starts[index])
 
 
 def _stored(layout: NodeLayout) -> list[str]:
@@ -130,115 +134,3 @@ def _matches(path: str, lengths: dict[bytes, int]) -> Iterator[tuple[bytes, int]
                 sha256 = bytes.fromhex(match.group(3).decode())
                 if lengths.get(sha256) == int(match.group(2)):
                     yield sha256, int(match.group(1))
-
-
-def _open(path: str) -> Optional[int]:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        return fd
-    os.close(fd)
-    return None
-
-
-def _copy_all(
-    work: list[tuple[int, list[_Place]]], table: ChunkTable, part: PartialFile, tell: Callable[[], None]
-) -> int:
-    """Threads help: copying and hashing let go of the interpreter's lock."""
-    if not work:
-        return 0
-    import concurrent.futures  # not cheap to import, and seldom needed
-
-    is_over = threading.Event()
-
-    def copy(index: int, places: list[_Place]) -> tuple[int, bool]:
-        offset, length, sha256 = table.offset(index), table.length(index), table.sha256(index)
-        for place in places:
-            if is_over.is_set():
-                break
-            if _copy_verified(place, part.fd, offset, length, sha256):
-                return index, True
-        return index, False
-
-    copied_bytes = 0
-    threads = max(1, min(_MAX_THREADS, os.cpu_count() or 1, len(work)))
-    with concurrent.futures.ThreadPoolExecutor(threads, "reuse") as pool, part.fullness_explained():
-        running = {pool.submit(copy, *one) for one in work}
-        try:
-            while running:
-                done, running = concurrent.futures.wait(running, _TELL_INTERVAL_S, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    index, is_copied = future.result()
-                    if is_copied:
-                        part.note(index)
-                        copied_bytes += table.length(index)
-                part.sync_if_due()
-                tell()
-        finally:
-            is_over.set()
-            for future in running:
-                future.cancel()
-            part.sync()
-    return copied_bytes
-
-
-def _copy_verified(place: _Place, fd: int, offset: int, length: int, sha256: bytes) -> bool:
-    """Whether the chunk now stands at `offset`. Where it does not, what stands there counts for nothing."""
-    source = _open(place.path)
-    if source is None:
-        return False
-    try:
-        _copy(source, place.offset, fd, offset, length)
-        return _digest_at(fd, offset, length) == sha256
-    except EOFError:
-        return False
-    except OSError as error:
-        if error.errno in _FULL:
-            raise
-        return False  # a source that cannot be read is no source
-    finally:
-        os.close(source)
-
-
-def _copy(source: int, start: int, fd: int, offset: int, length: int) -> None:
-    """By the kernel where it can, which shares the blocks on file systems that know how; else through memory."""
-    done = _copy_in_kernel(source, start, fd, offset, length)
-    while done < length:
-        data = os.pread(source, min(length - done, _PIECE_BYTES), start + done)
-        if not data:
-            raise EOFError
-        view = memoryview(data)
-        while view:
-            count = os.pwrite(fd, view, offset + done)
-            view, done = view[count:], done + count
-
-
-def _copy_in_kernel(source: int, start: int, fd: int, offset: int, length: int) -> int:
-    """How many bytes of it were copied so."""
-    copy_file_range = getattr(os, "copy_file_range", None)
-    done = 0
-    while copy_file_range is not None and done < length:
-        try:
-            count = copy_file_range(source, fd, length - done, start + done, offset + done)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-            break
-        if not count:
-            break
-        done += count
-    return done
-
-
-def _digest_at(fd: int, offset: int, length: int) -> bytes:
-    digest = hashlib.sha256()
-    end = offset + length
-    while offset < end:
-        data = os.pread(fd, min(end - offset, _PIECE_BYTES), offset)
-        if not data:
-            raise EOFError
-        digest.update(data)
-        offset += len(data)
-    return digest.digest()

@@ -118,16 +118,6 @@ def test_a_source_that_is_not_what_it_should_be_is_passed_over(root: Path, tmp_p
     assert again.bytes_sent == 11 * CHUNK - again.bytes_reused
 
 
-def test_where_the_kernel_does_not_copy_it_goes_through_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(18, "another device")
-
-    before = noise(10 * CHUNK)
-    send(root, before)
-    monkeypatch.setattr(reuse.os, "copy_file_range", refuse, raising=False)
-    assert send(root, noise(CHUNK, 9) + before).bytes_reused == 10 * CHUNK
-
-
 def test_what_was_reused_before_a_cut_is_journalled_like_what_arrived(root: Path) -> None:
     before = noise(10 * CHUNK)
     send(root, before)

@@ -1,0 +1,192 @@
+"""Chunks from files of the node into another file there, by several threads, verified before they are written.
+
+Nothing that is not verified is ever written, so what stands in the file already cannot be spoiled. Blocks are shared
+where the file system knows how and both files have them at the same offset within a block: then what was read and
+verified counts for what both files hold, as long as the file that it was read from has not been written to meanwhile.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import os
+import queue
+import stat
+import struct
+import threading
+import time
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, Optional, Union
+
+from remote_payload.wire.chunk_table import ChunkTable
+from remote_payload.wire.chunks import CHUNK_BYTES
+
+MAX_THREADS = 6
+"""Each holds a chunk. Writing to one file, which takes two fifths of the time, is one thread's at a time."""
+_PIECE_BYTES = 256 * 1024
+"""What is read and hashed at once: the processor's cache still holds it then."""
+_SETTLED_S = 3.0
+"""What was written to a younger file might not show in its time stamps."""
+_MIN_SHARED_BYTES = 64 * 1024
+_FICLONERANGE = 0x4020940D
+"""Of Linux on most processors. Where it is another number this one is unknown, and nothing is shared."""
+_CLONE = struct.Struct("=qQQQ")
+
+
+class Place(NamedTuple):
+    """Where a chunk may stand."""
+
+    path: str
+    offset: int
+
+
+def usable_cores() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+class Copying:
+    """Copies chunks of `table` into the file open as `fd`, each from the first of its places where it stands."""
+
+    def __init__(self, table: ChunkTable, fd: int, work: Sequence[tuple[int, Sequence[Place]]]) -> None:
+        self._table = table
+        self._fd = fd
+        self._todo = collections.deque(work)
+        self._facts = os.fstat(fd)
+        self._block_bytes = os.fstatvfs(fd).f_bsize
+        self._writing = threading.Lock()
+        self._is_over = threading.Event()
+        self._results: queue.SimpleQueue[Union[int, OSError, None]] = queue.SimpleQueue()
+
+    def copied(self, threads: int, interval_s: float) -> Generator[Optional[int], None, None]:
+        """The indices of chunks as they come to stand in the file; None after `interval_s` without one. Closed early,
+        no thread is at it any more. Raises `OSError` where the file cannot be written to."""
+        workers: list[threading.Thread] = []
+        try:
+            for _ in range(max(1, min(threads, MAX_THREADS, len(self._todo)))):
+                worker = threading.Thread(target=self._work, name="copying")
+                worker.start()
+                workers.append(worker)
+            at_work = len(workers)
+            while at_work:
+                try:
+                    result = self._results.get(timeout=interval_s)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(result, OSError):
+                    raise result
+                if result is None:
+                    at_work -= 1
+                else:
+                    yield result
+        finally:
+            self._is_over.set()
+            for worker in workers:
+                worker.join()
+
+    def _work(self) -> None:
+        try:
+            buffer = memoryview(bytearray(min(CHUNK_BYTES, self._table.size)))
+            with contextlib.closing(_Source()) as source:
+                while not self._is_over.is_set():
+                    try:
+                        index, places = self._todo.popleft()
+                    except IndexError:
+                        break
+                    if any(self._copy(source, place, index, buffer) for place in places):
+                        self._results.put(index)
+        except OSError as error:
+            self._results.put(error)
+        finally:
+            self._results.put(None)
+
+    def _copy(self, source: _Source, place: Place, index: int, buffer: memoryview) -> bool:
+        view = buffer[: self._table.length(index)]
+        fd = source.opened(place.path)
+        if fd is None:
+            return False
+        facts = os.fstat(fd)
+        if _read(fd, place.offset, view) != self._table.sha256(index):
+            return False
+        offset = self._table.offset(index)
+        begin, end = self._share(fd, facts, place.offset, offset, len(view))
+        # The kernel lets one thread at a time write to a file, and the others turn in circles meanwhile.
+        with self._writing:
+            self._write(view[:begin], offset)
+            self._write(view[end:], offset + end)
+        return True
+
+    def _share(self, source: int, facts: os.stat_result, start: int, offset: int, length: int) -> tuple[int, int]:
+        """From where to where in the chunk both files have the same blocks now."""
+        block = self._block_bytes
+        if not block or (start - offset) % block or os.path.samestat(facts, self._facts):
+            return 0, 0
+        begin, end = -offset % block, length - (offset + length) % block
+        is_settled = time.time() - max(facts.st_mtime, facts.st_ctime) >= _SETTLED_S
+        if end - begin < _MIN_SHARED_BYTES or not is_settled:
+            return 0, 0
+        try:
+            fcntl.ioctl(self._fd, _FICLONERANGE, _CLONE.pack(source, start + begin, end - begin, offset + begin))
+        except OSError:
+            self._block_bytes = 0  # it never will
+            return 0, 0
+        return (begin, end) if _state(os.fstat(source)) == _state(facts) else (0, 0)
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        while view:
+            count = os.pwrite(self._fd, view, offset)
+            view, offset = view[count:], offset + count
+
+
+class _Source:
+    """The file that a thread copies from, open for as long as it goes on with the same one."""
+
+    def __init__(self) -> None:
+        self._path = ""
+        self._fd: Optional[int] = None
+
+    def opened(self, path: str) -> Optional[int]:
+        """None for what is no regular file that can be read."""
+        if path != self._path:
+            self.close()
+            self._path, self._fd = path, _open(path)
+        return self._fd
+
+    def close(self) -> None:
+        self._path, fd, self._fd = "", self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _open(path: str) -> Optional[int]:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _read(fd: int, offset: int, view: memoryview) -> bytes:
+    """Fill `view` from `offset` on; the SHA-256 of that, or nothing where it cannot be read."""
+    digest = hashlib.sha256()
+    while view:
+        try:
+            count = os.preadv(fd, [view[:_PIECE_BYTES]], offset)
+        except OSError:
+            return b""
+        if not count:
+            return b""
+        digest.update(view[:count])
+        view, offset = view[count:], offset + count
+    return digest.digest()
+
+
+def _state(facts: os.stat_result) -> tuple[int, int, int]:
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
