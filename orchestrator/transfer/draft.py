@@ -1,4 +1,5 @@
-"""Sending a file while it is still being hashed: what the node lacks goes before the file's digest is known.
+"""Sending a file while it is still being hashed: what the node lacks goes before the file's digest is known, and what
+it has elsewhere it copies meanwhile.
 
 The node keeps it as a part under a digest that stands for the file, and the upload proper adopts that part. Nothing
 depends on a draft: whatever goes wrong with one is left to the upload to meet.
@@ -32,7 +33,7 @@ _WAIT_S = 5.0
 
 
 class Draft:
-    """Hears of chunks as they are hashed (a `HashListener`) and sends those that the node lacks.
+    """Hears of chunks as they are hashed (a `HashListener`), sends those that the node lacks and names the others.
 
     `order` says which chunks are to go, and in which order. `ask_known` asks the node what it has.
     """
@@ -51,6 +52,7 @@ class Draft:
     ) -> None:
         self.pace = pace
         self.sent = Sent()
+        self.bytes_reused = 0
         self.error: RemoteEvalError | OSError | None = None
         self._opener = opener
         self._path = path
@@ -66,7 +68,9 @@ class Draft:
         self._thread: threading.Thread | None = None
         self._wanted = frozenset[int]()
         self._waiting: list[int] = []
-        self._known: set[bytes] | None = None
+        self._known: frozenset[bytes] | None = None
+        self._unknown = set[bytes]()
+        self._known_waiting: list[int] = []
         self._is_worth_it = False
         self._is_over = False
         self._is_given_up = False
@@ -135,7 +139,8 @@ class Draft:
         self.close()
 
     def _offer(self) -> None:
-        """Hand over what the node lacks, each content once. For a holder of `_state`."""
+        """Hand over what the node lacks, each content once, and name what it has, which waits for something that it
+        lacks: till then the file may be one that the node has. For a holder of `_state`."""
         if self._table is None or self._flight is None or self._is_over:
             return
         if self._known is None:
@@ -147,10 +152,20 @@ class Draft:
         waiting, self._waiting = self._waiting, []
         for index in waiting:
             prefix = self._table.sha256(index)[:PREFIX_BYTES]
-            if prefix not in self._known:
-                self._known.add(prefix)
+            if prefix in self._known:
+                self._known_waiting.append(index)
+            elif prefix not in self._unknown:
+                self._unknown.add(prefix)
                 self._flight.add(index)
-                self._state.notify_all()
+        if self._unknown:
+            named, self._known_waiting = self._known_waiting, []
+            for index in named:
+                self._flight.name(index)
+            self._state.notify_all()
+
+    def _add_reused(self, count: int) -> None:
+        with self._state:
+            self.bytes_reused += count
 
     def _run(self) -> None:
         table, flight = self._table, self._flight
@@ -165,7 +180,8 @@ class Draft:
                 return
             prefixes = base64.b64decode(known.prefixes)
             with self._state:
-                self._known = {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
+                starts = range(0, len(prefixes), PREFIX_BYTES)
+                self._known = frozenset(prefixes[at : at + PREFIX_BYTES] for at in starts)
                 self._offer()
             if self._await_that(lambda: flight.has_work):
                 self._carry(table, flight)
@@ -207,7 +223,7 @@ class Draft:
             self.pace.packer,
             lambda _have: is_here.set(),
             self.sent.add,
-            lambda _bytes_reused: None,
+            self._add_reused,
             is_given_up=lambda: self._is_given_up,
         )
 

@@ -39,6 +39,9 @@ class Flight:
         self._table = table
         self._order = order if order is not None else range(len(table))
         self._to_send: collections.deque[int] = collections.deque()
+        self._to_name: collections.deque[int] = collections.deque()
+        self._named = set[int]()
+        self._namer: Lane | None = None
         self._here = bytearray(len(table))
         self._is_begun = False
         self.is_growing = is_growing
@@ -68,6 +71,18 @@ class Flight:
         with self.changed:
             self._to_send.append(index)
             self._tell()
+
+    def name(self, index: int) -> None:
+        """The node is told to copy a chunk that it has elsewhere: before others, and over one stream as long as that
+        lasts. Nothing is heard of it again."""
+        with self.changed:
+            self._named.add(index)
+            self._to_name.append(index)
+            self._tell()
+
+    def is_named(self, index: int) -> bool:
+        """Whether the chunk is one that the node is told to copy, and is not sent."""
+        return index in self._named
 
     def stop(self) -> None:
         """Every lane ends what it has under way, and takes nothing more."""
@@ -137,6 +152,8 @@ class Flight:
                 self._to_send.extendleft(sorted(lane.in_flight, reverse=True))
                 lane.in_flight.clear()
                 lane.in_flight_bytes = 0
+            if self._namer is lane:
+                self._namer = None
             self._tell()
 
     def is_last(self, lane: Lane) -> bool:
@@ -200,7 +217,8 @@ class Flight:
     def has_work(self) -> bool:
         """Whether chunks wait for a stream."""
         with self.changed:
-            return bool(self._to_send) and not self._is_stopped
+            is_to_name = bool(self._to_name) and self._namer is None
+            return (is_to_name or bool(self._to_send)) and not self._is_stopped
 
     def _tell(self) -> None:
         self._version += 1
@@ -211,12 +229,22 @@ class Flight:
 
     def _can_take(self, lane: Lane, unsent_bytes: int = 0) -> bool:
         """A single chunk always fits, whatever its size."""
-        if lane.retires or not self._to_send:
+        if lane.retires:
+            return False
+        if self._can_name(lane):
+            return True
+        if not self._to_send:
             return False
         sent_bytes = lane.in_flight_bytes - unsent_bytes
         return not lane.in_flight or sent_bytes + self._table.length(self._to_send[0]) <= WINDOW_BYTES
 
+    def _can_name(self, lane: Lane) -> bool:
+        return bool(self._to_name) and self._namer in (None, lane)
+
     def _take(self, lane: Lane) -> tuple[int, bool]:
+        if self._can_name(lane):
+            self._namer = lane
+            return self._to_name.popleft(), False
         index = self._to_send.popleft()
         lane.in_flight.add(index)
         lane.in_flight_bytes += self._table.length(index)

@@ -114,7 +114,10 @@ class Sender:
         if self._is_given_up is not None:
             self._send_chunks(channel, lane)
             channel.send(FrameKind.LEAVE, int(self._is_given_up()))
-            return isinstance(answers.await_answer(), LeftFacts)
+            left = answers.await_answer()
+            if isinstance(left, LeftFacts):
+                self._on_reused(left.bytes_reused)
+            return isinstance(left, LeftFacts)
         for _ in range(_MAX_FINISH_ROUNDS):
             self._send_chunks(channel, lane)
             if not self._flight.is_last(lane):
@@ -175,6 +178,9 @@ class Sender:
         return True
 
     def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool, packed: bytes | None = None) -> None:
+        if self._flight.is_named(index):
+            channel.send(FrameKind.COPY, index, self._table.sha256(index))
+            return
         offset, left = self._table.offset(index), self._table.length(index)
         body: tuple[int, bytes] | None = None
         if is_again:
@@ -271,6 +277,8 @@ class _Ahead:
         return self._flight.next_chunk(self._lane, _NEXT_CHUNK_S)
 
     def _begin(self, index: int) -> PackedChunk | None:
+        if self._flight.is_named(index):
+            return None
         offset, length = self._table.offset(index), self._table.length(index)
         return self._packer.begin(length, lambda: self._file.read(offset, length))
 

@@ -137,7 +137,7 @@ def upload_file(
         upload.bytes_saved or 0,
         seconds,
         tuple(upload.sent.facts),
-        upload.bytes_reused,
+        min(upload.bytes_reused, upload.bytes_saved or 0),
         upload.sent.bytes_packed,
         isinstance(finished, FinishedFacts),
     )
@@ -157,7 +157,7 @@ class _Upload:
         draft: Draft | None,
         on_progress: ProgressListener | None,
     ) -> None:
-        self.bytes_reused = 0
+        self.bytes_reused = draft.bytes_reused if draft is not None else 0
         self.bytes_saved: int | None = None
         self.durable_bytes = 0
         self.sent = draft.sent if draft is not None else Sent()

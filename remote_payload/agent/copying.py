@@ -23,7 +23,7 @@ from typing import NamedTuple, Optional, Union
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.chunks import CHUNK_BYTES
 
-MAX_THREADS = 6
+MAX_THREADS = 4
 """Each holds a chunk. Writing to one file, which takes two fifths of the time, is one thread's at a time."""
 _PIECE_BYTES = 256 * 1024
 """What is read and hashed at once: the processor's cache still holds it then."""

@@ -8,9 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from typing import Optional
+import threading
+from collections.abc import Sequence
+from typing import Callable, Optional
 
 from remote_payload.agent import files, store
+from remote_payload.agent.channel import PeerGoneError
+from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import SessionLock
 from remote_payload.wire.layout import NodeLayout
 
@@ -39,3 +43,41 @@ def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -
 def discard(layout: NodeLayout, draft: str, session: str) -> None:
     """Delete the draft, unless other streams still hold it: the last one to leave does."""
     adopt(layout, draft, None, session)
+
+
+class Copier:
+    """Has chunks copied that are named one after the other, in a thread, beside what arrives.
+
+    `copy_chunks` gets all that were named meanwhile, and is to return soon after the draft is over. Whatever goes wrong
+    ends it: what is not copied is left to the upload proper.
+    """
+
+    def __init__(self, copy_chunks: Callable[[Sequence[int], Callable[[], bool]], None]) -> None:
+        self._copy_chunks = copy_chunks
+        self._state = threading.Condition()
+        self._named: list[int] = []
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="copier")
+        self._thread.start()
+
+    def copy(self, index: int) -> None:
+        with self._state:
+            self._named.append(index)
+            self._state.notify()
+
+    def stop(self) -> None:
+        """Nothing is written any more afterwards."""
+        with self._state:
+            self._is_over = True
+            self._state.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with contextlib.suppress(AgentError, PeerGoneError, OSError):
+            while True:
+                with self._state:
+                    self._state.wait_for(lambda: self._named or self._is_over)
+                    if self._is_over:
+                        return
+                    named, self._named = self._named, []
+                self._copy_chunks(named, lambda: self._is_over)

@@ -7,15 +7,17 @@ import hashlib
 import os
 import threading
 import time
-from typing import Optional
+from collections.abc import Sequence
+from typing import Callable, Optional
 
 from remote_payload.agent import drafts, locks, partial_file, root, store
 from remote_payload.agent.background import Background
 from remote_payload.agent.channel import FdChannel, PeerGoneError
+from remote_payload.agent.copying import usable_cores
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import SessionLock
 from remote_payload.agent.partial_file import PartialFile
-from remote_payload.agent.reuse import reuse_chunks
+from remote_payload.agent.reuse import copied_chunks, reuse_chunks
 from remote_payload.agent.room import make_room
 from remote_payload.wire.chunk_table import (
     MAX_CHUNKS,
@@ -46,6 +48,8 @@ from remote_payload.wire.stream import (
 
 MAX_REFUSALS = 64
 ALIVE_INTERVAL_S = 5.0
+_OF_A_FILE = (FrameKind.FINISH, FrameKind.KEEP)
+_OF_A_DRAFT = (FrameKind.DIGEST, FrameKind.COPY, FrameKind.LEAVE)
 _LOCK_POLL_S = 0.25
 _WAITING_INTERVAL_S = 2.0
 
@@ -78,7 +82,7 @@ def serve_receive(channel: FdChannel, request: ReceiveRequest) -> bool:
     if receiver.is_given_up:
         drafts.discard(layout, request.digest, request.session)
     if receiver.was_left:
-        channel.send_json(FrameKind.LEFT, LeftFacts(bytes_here))
+        channel.send_json(FrameKind.LEFT, LeftFacts(bytes_here, receiver.bytes_reused))
     return receiver.was_left
 
 
@@ -102,12 +106,14 @@ class _Receiver:
         self._part = part
         self._buffer = memoryview(bytearray(min(CHUNK_BYTES, request.size)))
         self._unpacking = Background()
+        self._copier: Optional[drafts.Copier] = None
         self._packed = memoryview(bytearray())
         self._unpacked = bytearray()
         self._settling = threading.RLock()
         self._taken_bytes = 0
         self._refusals = 0
         self._spoke_at = time.monotonic()
+        self.bytes_reused = 0
         self.was_left = False
         self.is_given_up = False
 
@@ -120,6 +126,7 @@ class _Receiver:
                     with self._settling:
                         self._part.sync_if_due()
             finally:
+                self._stop_copying()
                 self._unpacking.wait()
         except (PeerGoneError, DamagedStreamError):
             self._part.sync()
@@ -136,8 +143,7 @@ class _Receiver:
             self._take_chunk(header)
             return False
         draft = self._table if isinstance(self._table, DraftTable) else None
-        expected = (FrameKind.FINISH, FrameKind.KEEP) if draft is None else (FrameKind.DIGEST, FrameKind.LEAVE)
-        if header.kind not in expected:
+        if header.kind not in (_OF_A_FILE if draft is None else _OF_A_DRAFT):
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         body = self._reader.body(header)
         if draft is not None:
@@ -158,13 +164,38 @@ class _Receiver:
     def _serve_draft(self, table: DraftTable, header: FrameHeader, body: bytes) -> bool:
         if header.kind is FrameKind.LEAVE:
             self._unpacking.wait()
+            self._stop_copying()
             self._part.sync()
             self.was_left, self.is_given_up = True, header.argument == 1
             return True
         if header.argument >= len(table) or len(body) != hashlib.sha256().digest_size:
             raise DamagedStreamError(f"a digest of {len(body)} bytes of chunk {header.argument} is not for the table")
         table.set_sha256(header.argument, body)
+        if header.kind is FrameKind.COPY:
+            if self._copier is None:
+                self._copier = drafts.Copier(self._copy_chunks)
+            self._copier.copy(header.argument)
         return False
+
+    def _copy_chunks(self, indices: Sequence[int], is_over: Callable[[], bool]) -> None:
+        """Runs beside everything else, with one processor less than there are."""
+        with self._settling:
+            self._part.reload()  # an earlier stream may have brought some of them
+        threads = max(1, usable_cores() - 1)
+        copied = copied_chunks(self._layout, self._request.digest, self._table, self._part, indices, threads)
+        with contextlib.closing(copied):
+            for index in copied:
+                with self._settling:
+                    if index is not None:
+                        self._part.note(index)
+                        self.bytes_reused += self._table.length(index)
+                    self._say_alive()
+                if is_over():
+                    return
+
+    def _stop_copying(self) -> None:
+        if self._copier is not None:
+            self._copier.stop()
 
     def _take_chunk(self, header: FrameHeader) -> None:
         index = header.argument
@@ -212,7 +243,8 @@ class _Receiver:
     def _sync_while_quiet(self) -> None:
         # What went wrong there would else be told with the next chunk, for which the client may not have room.
         self._unpacking.wait()
-        self._part.sync_while_quiet()
+        with self._settling:
+            self._part.sync_while_quiet()
 
     def _read(self, view: memoryview, hasher: Optional[hashlib._Hash]) -> None:
         """Fill `view`, and give what arrives to the hasher meanwhile."""
@@ -222,8 +254,11 @@ class _Receiver:
                 hasher.update(view[:count])
             view = view[count:]
             self._taken_bytes += count
-            if time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S:
-                self._say(FrameKind.ALIVE, self._taken_bytes)
+            self._say_alive()
+
+    def _say_alive(self) -> None:
+        if time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S:
+            self._say(FrameKind.ALIVE, self._taken_bytes)
 
     def _send_have(self) -> None:
         self._say(FrameKind.HAVE, len(self._table), encode_bitmap(self._part.have))

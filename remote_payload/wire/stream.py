@@ -19,6 +19,8 @@ rules ends the stream; nothing it held was used.
                      HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
     client → agent   DIGEST    of a draft only: the SHA-256 of the chunk whose DATA comes next; argument: its index
+                     COPY      of a draft only: the SHA-256 of a chunk that the agent is to copy from what is here when
+                               it finds the time; argument: its index. It is not answered
                      DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
                                of the table that has its digest
                      FINISH    every chunk was sent and acknowledged, on whatever stream
@@ -114,6 +116,7 @@ class FrameKind(enum.IntEnum):
     DIGEST = 20
     LEAVE = 21
     LEFT = 22
+    COPY = 23
 
 
 class DamagedStreamError(WireError):
@@ -194,9 +197,10 @@ class KeptFacts:
 
 @dataclasses.dataclass(frozen=True)
 class LeftFacts:
-    """So many bytes of the file are verified and durable."""
+    """So many bytes of the file are verified and durable; `bytes_reused` of them were copied for this stream."""
 
     bytes_here: int
+    bytes_reused: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import random
+import shutil
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,8 +24,11 @@ from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.agent import receive
+from remote_payload.agent.copying import Copying
 from remote_payload.agent.known import known_chunks
-from remote_payload.wire.chunk_table import manifest_pages, pack_unknown
+from remote_payload.agent.partial_file import PartialFile
+from remote_payload.wire.chunk_table import ChunkTable, manifest_pages, pack_unknown
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import KnownChunks, KnownRequest
@@ -30,6 +37,7 @@ from tests.support.agent_streams import (
     ChunkLedger,
     CutStream,
     LocalOpener,
+    ProcessOpener,
     ThreadOpener,
     check_stored,
     even_cuts,
@@ -146,6 +154,170 @@ def test_a_draft_sends_in_its_own_order_and_only_what_is_wanted(root: Path) -> N
     assert ledger.sent == wanted
 
 
+def await_copies(root: Path, draft: Draft, content: bytes, indices: Sequence[int]) -> None:
+    """Until the draft's part holds these chunks."""
+    part = Path(NodeLayout(str(root)).checkpoint_part(draft.digest or "v1:" + "00" * 32))
+
+    def holds() -> bool:
+        data = part.read_bytes() if part.exists() else bytes(len(content))
+        return all(data[at * CHUNK : (at + 1) * CHUNK] == content[at * CHUNK : (at + 1) * CHUNK] for at in indices)
+
+    await_that(lambda: holds() or draft.error is not None)
+    assert draft.error is None
+
+
+def stored_before(root: Path, content: bytes) -> Path:
+    """Where a file of this content stands in the store now."""
+    earlier, manifest = local_file(root, content, "earlier")
+    return Path(upload_file(ThreadOpener(root), earlier, manifest).path_on_node)
+
+
+def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content[: 5 * CHUNK] + noise(CHUNK, 99) + content[6 * CHUNK :])
+    path, manifest = local_file(root, content)
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 4)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 19)
+        await_that(lambda: draft.digest != "")
+        await_copies(root, draft, content, range(19))
+        draft.end()
+        assert draft.bytes_reused == 18 * CHUNK
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert ledger.sent == [5]
+    assert (result.bytes_sent, result.bytes_saved, result.bytes_reused) == (CHUNK, 19 * CHUNK, 19 * CHUNK)
+
+
+def test_of_a_file_that_the_node_may_have_whole_nothing_is_copied(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content)
+    path, manifest = local_file(root, content)
+    opener = ThreadOpener(root)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 20)
+        time.sleep(0.1)
+        draft.end(is_given_up=True)
+        assert (opener.opened, draft.digest) == (0, "")
+    assert folders(root) == [manifest.digest]
+
+
+def test_a_damaged_source_is_not_believed_by_a_draft_either(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    stored = stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
+    stored.chmod(0o600)
+    with stored.open("r+b") as file:
+        file.seek(3 * CHUNK + 5)
+        file.write(b"damage")
+    path, manifest = local_file(root, content)
+    opener = ThreadOpener(root)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 20)
+        await_that(lambda: draft.digest != "")
+        await_copies(root, draft, content, [*range(3), *range(4, 20)])
+        part = Path(NodeLayout(str(root)).checkpoint_part(draft.digest))
+        assert part.read_bytes()[3 * CHUNK : 4 * CHUNK] == bytes(CHUNK)
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert (result.bytes_sent, result.bytes_reused) == (2 * CHUNK, 18 * CHUNK)
+
+
+def test_a_source_that_is_freed_while_it_is_copied_from_costs_only_the_sending(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    stored = stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
+    path, manifest = local_file(root, content)
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, order=lambda _: [19, *range(19)]) as draft:
+        hash_first(draft, manifest, 8)
+        await_that(lambda: draft.digest != "")
+        await_copies(root, draft, content, [19, *range(7)])
+        shutil.rmtree(stored.parent)
+        for index in range(7, 19):
+            draft.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert (result.bytes_sent, result.bytes_reused) == (13 * CHUNK, 7 * CHUNK)
+
+
+def test_a_disk_that_is_full_for_a_while_ends_the_copying_and_nothing_else(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
+    path, manifest = local_file(root, content)
+    refused = threading.Event()
+
+    def refuse(copying: Copying, view: memoryview, offset: int) -> None:
+        refused.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    opener = ThreadOpener(root)
+    with monkeypatch.context() as patch, make_draft(opener, path) as draft:
+        patch.setattr(Copying, "_write", refuse)
+        hash_first(draft, manifest, 20)
+        await_arrival(draft, CHUNK)
+        assert refused.wait(PATIENCE_S)
+        draft.end()
+        assert (draft.error, draft.bytes_reused) == (None, 0)
+        patch.undo()
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert (result.bytes_sent, result.bytes_reused) == (CHUNK, 19 * CHUNK)
+
+
+def test_what_was_copied_for_a_client_that_was_killed_is_not_copied_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content[: 18 * CHUNK] + noise(2 * CHUNK, 99))
+    path, manifest = local_file(root, content)
+    order = [19, *range(19)]
+    opener = ThreadOpener(root)
+    abandoned = make_draft(opener, path, order=lambda _: order)
+    hash_first(abandoned, manifest, 19)
+    await_that(lambda: abandoned.digest != "")
+    await_copies(root, abandoned, content, order[:19])
+    abandoned.close()  # breaks off: no LEAVE goes
+    opener = ThreadOpener(root)
+    looked_for = set[int]()
+    real = receive.copied_chunks
+
+    def noted(
+        layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, indices: Sequence[int], threads: int
+    ) -> Generator[int | None, None, None]:
+        yield from real(layout, digest, table, part, indices, threads)
+        looked_for.update(indices)
+
+    with monkeypatch.context() as patch, make_draft(opener, path, order=lambda _: order) as draft:
+        patch.setattr(receive, "copied_chunks", noted)
+        hash_first(draft, manifest, 20)  # chunk 18 is one that the node lacks
+        await_that(lambda: looked_for >= set(range(18)))
+        await_arrival(draft, CHUNK)
+        draft.end()
+        assert (abandoned.digest, draft.bytes_reused) == (draft.digest, 0)
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert (result.bytes_sent, result.bytes_reused) == (CHUNK, 0)
+
+
+def test_an_agent_that_is_killed_while_it_copies_costs_nothing_but_time(root: Path) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
+    path, manifest = local_file(root, content)
+    opener = ProcessOpener(root, lambda request: [sys.executable, "-m", "remote_payload", "agent", "stream", request])
+    with make_draft(opener, path, order=lambda _: [19, *range(19)]) as draft:
+        hash_first(draft, manifest, 10)
+        await_that(lambda: draft.digest != "")
+        await_copies(root, draft, content, [19, 0])
+        opener.kill()
+        for index in range(9, 19):
+            draft.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
+        result = upload_file(opener, path, manifest, draft=draft, retry=AT_ONCE)
+    check_stored(root, manifest, content)
+    assert result.bytes_sent <= 2 * CHUNK
+
+
 @given(
     chunks=st.integers(2, 12),
     known=st.integers(0, 12),
@@ -154,16 +326,31 @@ def test_a_draft_sends_in_its_own_order_and_only_what_is_wanted(root: Path) -> N
     cut_at=st.none() | st.integers(200, 12_000),
     is_waited_for=st.booleans(),
     seed=st.integers(0, 3),
+    damaged=st.none() | st.integers(0, 12_000),
+    is_given_up=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
-    chunks: int, known: int, hashed: int, streams: int, cut_at: int | None, is_waited_for: bool, seed: int
+    chunks: int,
+    known: int,
+    hashed: int,
+    streams: int,
+    cut_at: int | None,
+    is_waited_for: bool,
+    seed: int,
+    damaged: int | None,
+    is_given_up: bool,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = make_node_root(Path(folder))
         content = noise(chunks * CHUNK - 7, seed) + noise(CHUNK, seed) * 2
         earlier, manifest_before = local_file(root, content[: known * CHUNK] + noise(CHUNK, 99), "earlier")
-        upload_file(ThreadOpener(root), earlier, manifest_before)
+        stored = Path(upload_file(ThreadOpener(root), earlier, manifest_before).path_on_node)
+        if damaged is not None:
+            stored.chmod(0o600)
+            with stored.open("r+b") as file:
+                file.seek(damaged)
+                file.write(b"damage")
         path, manifest = local_file(root, content)
         wraps = [] if cut_at is None else [lambda inner: CutStream(inner, cut_at, None)]
         opener = ThreadOpener(root, wraps)
@@ -171,6 +358,8 @@ def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
             hash_first(draft, manifest, hashed)
             if is_waited_for:
                 time.sleep(0.05)
+            if is_given_up:
+                draft.end(is_given_up=True)
             upload_file(opener, path, manifest, draft=draft)
         check_stored(root, manifest, content)
         assert folders(root) == sorted([manifest.digest, manifest_before.digest])
@@ -300,6 +489,8 @@ def test_progress_goes_on_from_the_draft_to_the_file(root: Path) -> None:
         (FrameKind.KEEP, 1, b"\1"),
         (FrameKind.DIGEST, 5, bytes(32)),
         (FrameKind.DIGEST, 0, bytes(31)),
+        (FrameKind.COPY, 5, bytes(32)),
+        (FrameKind.COPY, 0, bytes(31)),
     ],
 )
 def test_a_draft_is_never_finished_and_takes_digests_for_its_own_chunks_only(

@@ -38,3 +38,18 @@ def test_what_is_not_sent_yet_leaves_the_window_to_others() -> None:
     flight.leave(lane)
     other = flight.join(bytearray(COUNT))
     assert flight.next_chunk(other, 0.0) == (0, False)
+
+
+def test_what_the_node_is_to_copy_is_named_first_over_one_stream_and_counts_for_nothing() -> None:
+    flight = new_flight()
+    lane, other = flight.join(bytearray(COUNT)), flight.join(bytearray(COUNT))
+    for index in (11, 10):
+        flight.name(index)
+    assert flight.next_chunk(lane, 0.0) == (11, False)
+    assert flight.next_chunk(other, 0.0) == (0, False)
+    assert [flight.next_chunk(lane, 0.0) for _ in range(2)] == [(10, False), (1, False)]
+    assert [index for index in range(COUNT) if flight.is_named(index)] == [10, 11]
+    assert (lane.in_flight, other.in_flight) == ({1}, {0})
+    flight.name(9)
+    flight.leave(lane)
+    assert flight.next_chunk(other, 0.0) == (9, False)
