@@ -85,7 +85,10 @@ class Probe:
         with self._phase("gpus"):
             self._look_at_gpus()
         with self._phase("torch"):
-            torch = self._import_torch()
+            is_there = self._find_torch()
+            torch = self._import_torch() if is_there and not self._request.is_brief else None
+        if self._request.is_brief:
+            return
         if torch is not None:
             with self._phase("cuda"):
                 self._look_at_cuda(torch)
@@ -167,10 +170,13 @@ class Probe:
         )
         self._add(*gpu_findings(self._policy, self._gpus))
 
-    def _import_torch(self) -> Optional[Any]:
+    def _find_torch(self) -> bool:
         if importlib.util.find_spec("torch") is None:
             self._add(_torch_missing(self._plan))
-            return None
+            return False
+        return True
+
+    def _import_torch(self) -> Optional[Any]:
         try:
             torch = importlib.import_module("torch")
         except (ImportError, OSError) as error:

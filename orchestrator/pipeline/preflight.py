@@ -13,6 +13,7 @@ from orchestrator.errors import (
     IntegrityError,
     NodeUnfitError,
     RemoteEvalError,
+    UnreachableError,
 )
 from orchestrator.fsutil import write_atomically
 from orchestrator.inspection import inspect_local
@@ -22,7 +23,7 @@ from orchestrator.pipeline.elsewhere import inspect_on_source
 from orchestrator.pipeline.locate import locate_in_place
 from orchestrator.pipeline.resolve import fingerprint
 from orchestrator.pipeline.sync import sync_code
-from orchestrator.plan import SyncedCheckpoint, local_checkpoint, node_plan
+from orchestrator.plan import RunPlan, SyncedCheckpoint, local_checkpoint, node_plan
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.names import printable
 from remote_payload.wire.results import Finding, Severity
@@ -39,27 +40,40 @@ _NO_CHECKPOINT = (
 )
 
 
-def preflight(context: RunContext) -> Preflight:
-    """Check everything that can be checked before bytes move. Raises `NodeUnfitError`, `CheckpointError` or
+def preflight(context: RunContext, meanwhile: Callable[[], None]) -> Preflight:
+    """Check everything that can be checked before a job begins. Raises `NodeUnfitError`, `CheckpointError` or
     `IntegrityError` with what to do; lesser findings are shown and kept.
+
+    `meanwhile` is called before the node is asked, which takes as long as its torch does to be imported, and begins
+    what goes on beside that.
     """
-    is_health_only = all(job.name == "health" for job in context.plan.jobs)
-    report = examine(context)
+    report = examine(context, meanwhile)
     report = dataclasses.replace(report, findings=(*report.findings, *_clock_findings(context)))
     write_atomically(context.run.preflight, (json.dumps(to_json(report), indent=1, sort_keys=True) + "\n").encode())
     for finding in report.findings:
         context.reporter.finding(finding)
-    refuse_unfit(report.findings, is_health_only=is_health_only)
+    refuse_unfit(report.findings, is_health_only=_is_health_only(context.plan))
     return report
 
 
-def examine(context: RunContext) -> Preflight:
+def refuse_at_once(context: RunContext, needed_bytes: int) -> None:
+    """Raise what `preflight` is going to raise, as far as the node tells it without importing anything. For a thread
+    beside `preflight`: over the connection that is there; raises `UnreachableError` where that is lost."""
+    plan = node_plan(context.plan, SyncedCheckpoint("", None, needed_bytes, (), "local"))
+    request = PreflightRequest(context.node.root, plan=plan, needed_bytes=needed_bytes, is_brief=True)
+    report = context.node.call_if_connected("preflight", request, Preflight)
+    if report is None:
+        raise UnreachableError("the connection was lost before the node had answered")
+    refuse_unfit(report.findings, is_health_only=_is_health_only(context.plan))
+
+
+def examine(context: RunContext, meanwhile: Callable[[], None] = lambda: None) -> Preflight:
     """What the node finds of itself, the checkpoint's header and the adapter; the code is sent for it.
 
     Raises what `preflight` does for a checkpoint that is not on the node and whose header is bad.
     """
     plan, source = context.plan, context.source
-    is_health_only = all(job.name == "health" for job in plan.jobs)
+    is_health_only = _is_health_only(plan)
     header, needed_bytes, is_there = None, 0, False
     if source is not None:
         checkpoint = locate_in_place(source, plan.checkpoint, plan.run_id)
@@ -72,6 +86,7 @@ def examine(context: RunContext) -> Preflight:
         needed_bytes = 0 if context.profile.embedded else checkpoint.size
     else:
         checkpoint, is_there = locate_in_place(context.node, plan.checkpoint, plan.run_id), True
+    meanwhile()
     sync_code(context)
     request = PreflightRequest(
         context.node.root,
@@ -82,6 +97,10 @@ def examine(context: RunContext) -> Preflight:
         needed_bytes=needed_bytes,
     )
     return context.node.call("preflight", request, Preflight, timeout_s=PROBE_TIMEOUT_S + _ANSWER_MARGIN_S)
+
+
+def _is_health_only(plan: RunPlan) -> bool:
+    return all(job.name == "health" for job in plan.jobs)
 
 
 def _header(inspect: Callable[[], dict[str, Any]], is_health_only: bool) -> dict[str, Any] | None:

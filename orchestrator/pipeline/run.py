@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -24,7 +25,7 @@ from orchestrator.pipeline import sync as syncing
 from orchestrator.pipeline.assess import Standing
 from orchestrator.pipeline.context import RunContext, Services
 from orchestrator.pipeline.locate import was_freed
-from orchestrator.pipeline.preflight import preflight
+from orchestrator.pipeline.preflight import preflight, refuse_at_once
 from orchestrator.pipeline.provenance import write_provenance
 from orchestrator.plan import RunPlan, SyncedCheckpoint
 from remote_payload.wire.codec import WireError, from_json, to_json
@@ -175,10 +176,11 @@ def _ensure_synced(context: RunContext, record: RunRecord, retry: bool, *, may_s
         # Whether a part is still there in full is seen by sending it again: that costs nothing where it is.
         if not _launch_is_due(record, retry) or (checkpoint.is_complete and not was_freed(context, checkpoint)):
             return checkpoint
-    with context.stage("preflight"):
-        preflight(context)
-    with context.stage("sync"):
-        checkpoint = syncing.sync_checkpoint(context, may_start_early=may_start_early)
+    with syncing.file_ahead(context) as ahead:
+        with context.stage("preflight"):
+            preflight(context, lambda: ahead.begin(functools.partial(refuse_at_once, context)))
+        with context.stage("sync"):
+            checkpoint = syncing.sync_checkpoint(context, ahead, may_start_early=may_start_early)
     context.note_entry("synced" if checkpoint.is_complete else "synced_partly", **to_json(checkpoint))
     return checkpoint
 

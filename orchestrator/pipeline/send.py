@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from orchestrator.errors import UnreachableError
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.transfer.carrier import Pace
@@ -45,28 +46,44 @@ def draft_to_node(
     path: Path,
     order: Callable[[Sequence[tuple[int, int]]], Sequence[int]],
     on_progress: ProgressListener,
+    *,
+    await_leave: Callable[[], None],
+    is_awaited: Callable[[], bool],
 ) -> Draft:
-    """A draft of a local file for this run. Streams come up as soon as the file is read: it is likely to be sent."""
+    """A draft of a local file for this run. Streams come up as soon as the file is read: it is likely to be sent.
+    Nothing of it goes before `await_leave` returns, which raises where nothing may."""
     profile, node = context.profile, context.node
 
     def begin(spans: Sequence[tuple[int, int]]) -> Sequence[int]:
         prepare_streams(context, sum(length for _, length in spans))
         return order(spans)
 
-    def ask_known(size: int) -> KnownChunks:
-        request = KnownRequest(node.root, size, tuple(profile.checkpoint_roots))
-        return node.call("known_chunks", request, KnownChunks)
+    def ask(size: int) -> KnownChunks:
+        known = ask_known(context, size)
+        await_leave()
+        return known
 
     return Draft(
         node,
         path,
         Pace(bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s, packing=profile.pack_floats),
         order=begin,
-        ask_known=ask_known,
+        ask_known=ask,
         on_progress=on_progress,
         run_id=context.plan.run_id,
         store_limit_bytes=profile.store_limit_bytes,
+        is_awaited=is_awaited,
     )
+
+
+def ask_known(context: RunContext, size: int) -> KnownChunks:
+    """Which chunks the node may have. For a thread: over the connection that is there, from which nobody is asked to
+    log in. Raises `UnreachableError` where that is lost."""
+    request = KnownRequest(context.node.root, size, tuple(context.profile.checkpoint_roots))
+    known = context.node.call_if_connected("known_chunks", request, KnownChunks)
+    if known is None:
+        raise UnreachableError("the connection was lost before the node had said what it has")
+    return known
 
 
 def prepare_streams(context: RunContext, size: int) -> None:

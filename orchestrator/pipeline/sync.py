@@ -10,12 +10,13 @@ from typing import Any
 
 from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
 from orchestrator.inspection import inspect_ahead, inspect_local
+from orchestrator.pipeline.ahead import Ahead
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.elsewhere import copy_from_source
 from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
-from orchestrator.pipeline.send import draft_to_node, prepare_streams, send_to_node
+from orchestrator.pipeline.send import prepare_streams, send_to_node
 from orchestrator.plan import RunPlan, SyncedCheckpoint, local_checkpoint
 from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
@@ -32,7 +33,18 @@ EARLY_START_BYTES = 64 * 1024 * 1024
 """So much must be to come for an attempt to begin without it."""
 
 
-def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> SyncedCheckpoint:
+def file_ahead(context: RunContext) -> Ahead:
+    """For `sync_checkpoint`; what can go on beside preflight waits for its `begin`."""
+    plan = context.plan
+    is_local = context.source is None and plan.checkpoint.cluster is None and not context.profile.embedded
+    path = local_checkpoint(plan.checkpoint) if is_local else None
+    if path is None or path.is_dir():
+        return Ahead(context, None, lambda spans: range(len(spans)), _telling(context))
+    inspect_ahead(path)
+    return Ahead(context, path, functools.partial(_order_of_draft, plan, path), _telling(context))
+
+
+def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool = False) -> SyncedCheckpoint:
     """Find the checkpoint on the node, by content where it lies elsewhere; else send it, or copy it from its node.
 
     `may_start_early`: the weights suffice for now where a job begins with them; the rest is for `send_rest` then.
@@ -49,23 +61,19 @@ def sync_checkpoint(context: RunContext, *, may_start_early: bool = False) -> Sy
         # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
         local = digest_local_file(path, context.services.layout)
         return dataclasses.replace(_here(context, path), digest=local.manifest.digest)
-    inspect_ahead(path)
-    context.node.connect()  # before any thread: a login may ask a person
-    order = functools.partial(_order_of_draft, context.plan, path)
-    with draft_to_node(context, path, order, _telling(context)) as draft:
-        local = digest_local_file(path, context.services.layout, draft)
-        found = find_by_content(context, local.manifest)
-        if found is not None:
-            draft.end(is_given_up=True)
-            context.node.drop_prepared_streams()
-            return found
-        if local.was_remembered:
-            prepare_streams(context, path.stat().st_size)
-        try:
-            return _send(context, path, local, draft, may_start_early)
-        except LocalFileChangedError:
-            if not local.was_remembered:
-                raise
+    local, draft = ahead.finish()
+    found = find_by_content(context, local.manifest)
+    if found is not None:
+        draft.end(is_given_up=True)
+        context.node.drop_prepared_streams()
+        return found
+    if local.was_remembered and not ahead.has_streams:
+        prepare_streams(context, path.stat().st_size)
+    try:
+        return _send(context, path, local, draft, may_start_early)
+    except LocalFileChangedError:
+        if not local.was_remembered:
+            raise
     # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
     local = digest_local_file(path, context.services.layout, use_remembered=False)
     return _send(context, path, local, None, may_start_early)
@@ -123,7 +131,7 @@ def _send(
     context: RunContext, path: Path, local: LocalFile, draft: Draft | None, may_start_early: bool
 ) -> SyncedCheckpoint:
     """Send the file, what jobs read first before the rest; no rest where nobody needs it, or not yet."""
-    manifest, order = local.manifest, None
+    manifest, order, note = local.manifest, None, ""
     classes = _chunk_classes(path, local)
     if classes is not None:
         order = sending_order(classes)
@@ -134,10 +142,10 @@ def _send(
             last, why = suffices
             order = [index for index in order if classes[index] <= last]
             shares = f"{human_bytes(manifest.size - behind[last])} of {human_bytes(manifest.size)}"
-            context.reporter.note(
-                f"only the {'header is' if last is ChunkClass.HEADER else 'weights are'} sent ({shares}): {why}"
-            )
+            note = f"only the {'header is' if last is ChunkClass.HEADER else 'weights are'} sent ({shares}): {why}"
     sent = _upload(context, path, manifest, on_progress=_telling(context), order=order, draft=draft)
+    if note and not sent.is_complete:  # a draft may have brought the rest
+        context.reporter.note(note)
     return SyncedCheckpoint(
         sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )

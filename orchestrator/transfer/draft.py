@@ -7,7 +7,6 @@ depends on a draft: whatever goes wrong with one is left to the upload to meet.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import secrets
 import threading
@@ -35,7 +34,8 @@ _WAIT_S = 5.0
 class Draft:
     """Hears of chunks as they are hashed (a `HashListener`), sends those that the node lacks and names the others.
 
-    `order` says which chunks are to go, and in which order. `ask_known` asks the node what it has.
+    `order` says which chunks are to go, and in which order. `ask_known` asks the node what it has. While something else
+    `is_awaited` a draft pays however soon the file will have been hashed.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Draft:
         on_progress: ProgressListener,
         run_id: str = "",
         store_limit_bytes: int | None = None,
+        is_awaited: Callable[[], bool] = lambda: False,
     ) -> None:
         self.pace = pace
         self.sent = Sent()
@@ -62,6 +63,7 @@ class Draft:
         self._on_progress = on_progress
         self._run_id = run_id
         self._store_limit_bytes = store_limit_bytes
+        self._is_awaited = is_awaited
         self._state = threading.Condition()
         self._table: DraftTable | None = None
         self._flight: Flight | None = None
@@ -72,18 +74,18 @@ class Draft:
         self._unknown = set[bytes]()
         self._known_waiting: list[int] = []
         self._is_worth_it = False
+        self._is_all_hashed = False
         self._is_over = False
         self._is_given_up = False
         self._is_broken_off = False
-        self._was_begun = False
         self._file: LocalFile | None = None
         self._began_at = 0.0
         self._hashed_bytes = 0
 
     @property
     def digest(self) -> str:
-        """What stands for the file's digest on the node; empty where nothing is there."""
-        return self._digest if self._was_begun else ""
+        """What stands for the file's digest on the node, where an earlier client's draft may be as well."""
+        return self._digest or draft_digest(self._path)
 
     @property
     def bytes_arrived(self) -> int:
@@ -110,6 +112,10 @@ class Draft:
             if index in self._wanted:
                 self._waiting.append(index)
             self._offer()
+
+    def hashed_all(self) -> None:
+        """Once what was hashed has gone the streams go on stand-by: they need not wait for the end of the draft."""
+        self._is_all_hashed = True
 
     def end(self, *, is_given_up: bool = False) -> None:
         """Send nothing more, and wait for what is under way; the streams are the opener's then. `is_given_up`: nobody
@@ -146,7 +152,7 @@ class Draft:
         if self._known is None:
             seconds = time.monotonic() - self._began_at
             left_s = seconds * (self._table.size - self._hashed_bytes) / max(1, self._hashed_bytes)
-            self._is_worth_it = left_s >= WORTH_S
+            self._is_worth_it = left_s >= WORTH_S or self._is_awaited()
             self._state.notify_all()
             return
         waiting, self._waiting = self._waiting, []
@@ -174,14 +180,12 @@ class Draft:
         try:
             if not self._await_that(lambda: self._is_worth_it):
                 return
-            self._digest = _digest_that_stands_for(self._path)
+            self._digest = draft_digest(self._path)
             known = self._ask_known(table.size)
             if known.is_size_there:
                 return
-            prefixes = base64.b64decode(known.prefixes)
             with self._state:
-                starts = range(0, len(prefixes), PREFIX_BYTES)
-                self._known = frozenset(prefixes[at : at + PREFIX_BYTES] for at in starts)
+                self._known = frozenset(known.as_set())
                 self._offer()
             if self._await_that(lambda: flight.has_work):
                 self._carry(table, flight)
@@ -198,7 +202,6 @@ class Draft:
 
     def _carry(self, table: DraftTable, flight: Flight) -> None:
         self._file = LocalFile(self._path)
-        self._was_begun = True
         total_bytes = sum(map(table.length, self._wanted))
         meter = ProgressMeter(total_bytes)
         is_here = threading.Event()
@@ -229,6 +232,8 @@ class Draft:
 
         def tell(streams: int) -> None:
             moved = flight.arrived_bytes
+            if self._is_all_hashed and flight.is_idle:
+                flight.stop()
             self._on_progress(meter.measure(moved, 0, streams, bytes_packed=self.sent.bytes_packed))
 
         carry(
@@ -245,7 +250,7 @@ class Draft:
         )
 
 
-def _digest_that_stands_for(path: Path) -> str:
+def draft_digest(path: Path) -> str:
     """A digest that no file has, the same for a file in the same state: a client that was killed comes back to it."""
     facts = path.stat()
     words = f"draft {str(path.resolve())!r} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"

@@ -220,6 +220,12 @@ class Flight:
             is_to_name = bool(self._to_name) and self._namer is None
             return (is_to_name or bool(self._to_send)) and not self._is_stopped
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no chunk waits for a stream, and none is on its way."""
+        with self.changed:
+            return not (self._to_name or self._to_send or any(lane.in_flight for lane in self._lanes))
+
     def _tell(self) -> None:
         self._version += 1
         self.changed.notify_all()

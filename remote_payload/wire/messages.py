@@ -27,6 +27,7 @@ on the node.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from typing import Any, Optional
 
@@ -113,6 +114,10 @@ class KnownChunks:
 
     prefixes: str
     is_size_there: bool
+
+    def as_set(self) -> set[bytes]:
+        prefixes = base64.b64decode(self.prefixes)
+        return {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ class PreflightRequest:
 
     `header` stands in for a checkpoint that is not on the node yet: header facts as `inspect` gives them, and then
     `plan.checkpoint_path` is not opened. `needed_bytes` is the space that the run is going to take under the root.
+    `is_brief`: only what is told without importing anything: root, space, GPUs, and whether torch is there.
     """
 
     root: str
@@ -27,6 +28,7 @@ class PreflightRequest:
     timeout_s: float = 180.0
     header: Optional[dict[str, Any]] = None
     needed_bytes: int = 0
+    is_brief: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

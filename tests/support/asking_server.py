@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import paramiko
 
@@ -119,14 +121,34 @@ class _Doorman(paramiko.ServerInterface):
 
 
 def _execute(channel: paramiko.Channel, command: str) -> None:
-    script = b""
-    while part := channel.recv(65536):
-        script += part
-    done = subprocess.run(["/bin/sh", "-c", command], input=script, capture_output=True, timeout=60)
-    channel.sendall(done.stdout)
-    channel.sendall_stderr(done.stderr)
-    channel.send_exit_status(done.returncode)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(["/bin/sh", "-c", command], **pipes) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        pumps = (
+            (functools.partial(channel.recv, 65536), process.stdin.write, process.stdin),
+            (functools.partial(os.read, process.stdout.fileno(), 65536), channel.sendall, None),
+            (functools.partial(os.read, process.stderr.fileno(), 65536), channel.sendall_stderr, None),
+        )
+        threads = [threading.Thread(target=_pump, args=pump, daemon=True) for pump in pumps]
+        for thread in threads:
+            thread.start()
+        for thread in threads[1:]:
+            thread.join()
+    channel.send_exit_status(process.returncode)
     channel.close()
+
+
+def _pump(read: Callable[[], bytes], write: Callable[[bytes], object], to: IO[bytes] | None) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while part := read():
+            write(part)
+            if to is not None:
+                to.flush()
+    if to is not None:
+        with contextlib.suppress(OSError):
+            to.close()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,146 @@
+"""What of sending a local file goes on beside preflight: hashing, the streams' logins, and a draft.
+
+The node's torch may take a minute to be imported, and nothing of a file needs it to be sent. What is refused without an
+import is refused before a byte of the file goes; where preflight fails, what goes on is broken off, and what arrived
+stays as a part.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from orchestrator.errors import InternalError, RemoteEvalError
+from orchestrator.node import BULK_BYTES
+from orchestrator.pipeline.context import RunContext
+from orchestrator.pipeline.send import ask_known, draft_to_node, prepare_streams
+from orchestrator.transfer.draft import Draft
+from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
+from orchestrator.transfer.progress import ProgressListener
+from remote_payload.wire.messages import PREFIX_BYTES
+
+Order = Callable[[Sequence[tuple[int, int]]], Sequence[int]]
+
+
+class _BrokenOffError(Exception):
+    """Nobody wants the file's digest any more."""
+
+
+class Ahead:
+    """A local file that is read, and drafted, by a thread of its own, for the time of the context.
+
+    `order` says which chunks a draft sends, and in which order. None of the methods is for several threads.
+    """
+
+    def __init__(self, context: RunContext, path: Path | None, order: Order, on_progress: ProgressListener) -> None:
+        """`path` None: there is no file to send, and `begin` does nothing."""
+        self.has_streams = False
+        self._context = context
+        self._path = path
+        self._order = order
+        self._on_progress = on_progress
+        self._draft: Draft | None = None
+        self._refuse: Callable[[int], None] | None = None
+        self._refusal: RemoteEvalError | None = None
+        self._has_answer = threading.Event()
+        self._is_preflight_over = threading.Event()
+        self._is_broken_off = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "ahead")
+        self._reading: Future[LocalFile] | None = None
+
+    def begin(self, refuse: Callable[[int], None]) -> None:
+        """Begin beside preflight, where the file is large enough for streams of its own. `refuse` hears the bytes that
+        the file takes and raises what preflight can say at once; it is called in another thread, before any go."""
+        if self._path is not None and self._path.stat().st_size >= BULK_BYTES:
+            self._refuse = refuse
+            self._start(self._path)
+
+    def finish(self) -> tuple[LocalFile, Draft]:
+        """The file as it was read, and what went of it. Preflight had nothing against the run. Raises what
+        `digest_local_file` does."""
+        self._is_preflight_over.set()
+        self._has_answer.set()
+        if self._path is None:
+            raise InternalError("there is no local file to be sent")
+        if self._reading is None:
+            self._start(self._path)
+        if self._reading is None or self._draft is None:
+            raise InternalError("the local file is not read")
+        return self._reading.result(), self._draft
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """End the draft and the reading; streams that nobody took are the node's to close."""
+        self._is_broken_off.set()
+        self._has_answer.set()
+        if self._draft is not None:
+            self._draft.close()
+        self._pool.shutdown()
+
+    def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
+        """For `digest_local_file`."""
+        draft = self._unless_broken_off()
+        if self._refuse is not None:
+            asking = threading.Thread(target=self._ask, args=(self._refuse, spans), name="refuse", daemon=True)
+            asking.start()
+        return draft.begun(spans)
+
+    def hashed(self, index: int, sha256: bytes, /) -> None:
+        """For `digest_local_file`."""
+        self._unless_broken_off().hashed(index, sha256)
+
+    def _unless_broken_off(self) -> Draft:
+        if self._draft is None or self._is_broken_off.is_set():
+            raise _BrokenOffError
+        return self._draft
+
+    def _start(self, path: Path) -> None:
+        self._context.node.connect()  # before any thread: a login may ask a person
+        self._draft = draft_to_node(
+            self._context,
+            path,
+            self._order,
+            self._on_progress,
+            await_leave=self._await_leave,
+            is_awaited=lambda: not self._is_preflight_over.is_set(),
+        )
+        self._reading = self._pool.submit(self._read, path)
+
+    def _read(self, path: Path) -> LocalFile:
+        file = digest_local_file(path, self._context.services.layout, self)
+        self._unless_broken_off().hashed_all()
+        if file.was_remembered:
+            self._prepare_streams(file)
+        return file
+
+    def _prepare_streams(self, file: LocalFile) -> None:
+        """For a file that is known here, and of which the node seems to lack something."""
+        if self._is_preflight_over.is_set():
+            return
+        try:
+            known = ask_known(self._context, file.manifest.size)
+        except RemoteEvalError:
+            return
+        prefixes = known.as_set()
+        if known.is_size_there or all(bytes.fromhex(c.sha256)[:PREFIX_BYTES] in prefixes for c in file.manifest.chunks):
+            return
+        self._unless_broken_off()
+        prepare_streams(self._context, file.manifest.size)
+        self.has_streams = True
+
+    def _ask(self, refuse: Callable[[int], None], spans: Sequence[tuple[int, int]]) -> None:
+        try:
+            refuse(sum(length for _, length in spans))
+        except RemoteEvalError as error:
+            self._refusal = error
+        self._has_answer.set()
+
+    def _await_leave(self) -> None:
+        """Return once the file may go; raises why it may not."""
+        self._has_answer.wait()
+        if self._refusal is not None and not self._is_preflight_over.is_set():
+            raise self._refusal
