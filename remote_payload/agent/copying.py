@@ -18,13 +18,15 @@ import struct
 import threading
 import time
 from collections.abc import Generator, Sequence
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.chunks import CHUNK_BYTES
 
 MAX_THREADS = 4
 """Each holds a chunk. Writing to one file, which takes two fifths of the time, is one thread's at a time."""
+_AHEAD = 4
+"""So many chunks more than there are threads may be copied and not yet be taken note of."""
 _PIECE_BYTES = 256 * 1024
 """What is read and hashed at once: the processor's cache still holds it then."""
 _SETTLED_S = 3.0
@@ -59,15 +61,19 @@ class Copying:
         self._block_bytes = os.fstatvfs(fd).f_bsize
         self._writing = threading.Lock()
         self._is_over = threading.Event()
+        self._may_go_on = threading.Semaphore(_AHEAD)
         self._results: queue.SimpleQueue[Union[int, OSError, None]] = queue.SimpleQueue()
 
-    def copied(self, threads: int, interval_s: float) -> Generator[Optional[int], None, None]:
-        """The indices of chunks as they come to stand in the file; None after `interval_s` without one. Closed early,
-        no thread is at it any more. Raises `OSError` where the file cannot be written to."""
+    def copied(
+        self, threads: int, interval_s: float, go_on: Callable[[], bool] = lambda: True
+    ) -> Generator[Optional[int], None, None]:
+        """The indices of chunks as they come to stand in the file, which threads do not run far ahead of; None after
+        `interval_s` without one. No chunk is begun once `go_on` says no. Closed early, no thread is at it any more.
+        Raises `OSError` where the file cannot be written to."""
         workers: list[threading.Thread] = []
         try:
             for _ in range(max(1, min(threads, MAX_THREADS, len(self._todo)))):
-                worker = threading.Thread(target=self._work, name="copying")
+                worker = threading.Thread(target=self._work, args=(go_on,), name="copying")
                 worker.start()
                 workers.append(worker)
             at_work = len(workers)
@@ -83,22 +89,26 @@ class Copying:
                     at_work -= 1
                 else:
                     yield result
+                    self._may_go_on.release()
         finally:
             self._is_over.set()
+            for _ in workers:
+                self._may_go_on.release()
             for worker in workers:
                 worker.join()
 
-    def _work(self) -> None:
+    def _work(self, go_on: Callable[[], bool]) -> None:
         try:
             buffer = memoryview(bytearray(min(CHUNK_BYTES, self._table.size)))
             with contextlib.closing(_Source()) as source:
-                while not self._is_over.is_set():
+                while go_on() and not self._is_over.is_set():
                     try:
                         index, places = self._todo.popleft()
                     except IndexError:
                         break
                     if any(self._copy(source, place, index, buffer) for place in places):
                         self._results.put(index)
+                        self._may_go_on.acquire()
         except OSError as error:
             self._results.put(error)
         finally:

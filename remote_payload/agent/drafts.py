@@ -48,8 +48,8 @@ def discard(layout: NodeLayout, draft: str, session: str) -> None:
 class Copier:
     """Has chunks copied that are named one after the other, in a thread, beside what arrives.
 
-    `copy_chunks` gets all that were named meanwhile, and is to return soon after the draft is over. Whatever goes wrong
-    ends it: what is not copied is left to the upload proper.
+    `copy_chunks` gets all that were named meanwhile, and begins no other once its second argument says no. Whatever
+    goes wrong ends it: what is not copied is left to the upload proper.
     """
 
     def __init__(self, copy_chunks: Callable[[Sequence[int], Callable[[], bool]], None]) -> None:
@@ -66,7 +66,7 @@ class Copier:
             self._state.notify()
 
     def stop(self) -> None:
-        """Nothing is written any more afterwards."""
+        """Begin no other chunk, and wait for those that are begun."""
         with self._state:
             self._is_over = True
             self._state.notify()
@@ -80,4 +80,4 @@ class Copier:
                     if self._is_over:
                         return
                     named, self._named = self._named, []
-                self._copy_chunks(named, lambda: self._is_over)
+                self._copy_chunks(named, lambda: not self._is_over)

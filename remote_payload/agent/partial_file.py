@@ -54,6 +54,7 @@ class PartialFile:
         self._journal_fd = journal_fd
         self._unsynced: list[int] = []
         self._unsynced_bytes = 0
+        self._refusal: Optional[OSError] = None
         self._synced_at = time.monotonic()
         self._background = Background()
 
@@ -154,13 +155,18 @@ class PartialFile:
         self._unsynced.append(index)
         self._unsynced_bytes += self._table.length(index)
 
-    def sync_if_due(self) -> None:
+    def sync_if_due(self, *, may_wait: bool = True) -> None:
         """Begin to make durable what was written, beside what goes on. Raises what the sync before met; waits for that
-        one only where as much has arrived again."""
+        one, if it may, only where as much has arrived again."""
         is_late = time.monotonic() - self._synced_at >= SYNC_INTERVAL_S
         is_much = self._unsynced_bytes >= SYNC_BYTES
-        if is_much or (is_late and not self._background.is_busy):
+        if (is_much and may_wait) or ((is_much or is_late) and not self._background.is_busy):
             self._begin_sync()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits to be made durable that whoever can wait should."""
+        return self._unsynced_bytes >= 2 * SYNC_BYTES
 
     def sync_while_quiet(self) -> None:
         """Begin to make durable what was written: nothing more arrives now, and the client may be gone without a word
@@ -190,13 +196,23 @@ class PartialFile:
             return
         lines = [b"%d %s.\n" % (index, self._table.sha256(index).hex()[:16].encode()) for index in written]
         with self.fullness_explained():
-            _data_sync(self.fd)
+            self._sync_data()
             # A line that a crash cut short must not swallow the first of ours.
             _write_all(self._journal_fd, b"\n" + b"".join(lines))
             _data_sync(self._journal_fd)
         for index in written:
             self.have[index] = 1
         self._add_to_readable(written)
+
+    def _sync_data(self) -> None:
+        """A kernel tells once of what it could not write, whichever bytes that were: nothing is believed afterwards."""
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            _data_sync(self.fd)
+        except OSError as error:
+            self._refusal = error
+            raise
 
     def finish(self) -> bool:
         """Give the file its final name if every chunk is durable here; else False.

@@ -51,6 +51,7 @@ ALIVE_INTERVAL_S = 5.0
 _OF_A_FILE = (FrameKind.FINISH, FrameKind.KEEP)
 _OF_A_DRAFT = (FrameKind.DIGEST, FrameKind.COPY, FrameKind.LEAVE)
 _LOCK_POLL_S = 0.25
+_BEHIND_POLL_S = 0.01
 _WAITING_INTERVAL_S = 2.0
 
 
@@ -177,21 +178,25 @@ class _Receiver:
             self._copier.copy(header.argument)
         return False
 
-    def _copy_chunks(self, indices: Sequence[int], is_over: Callable[[], bool]) -> None:
+    def _copy_chunks(self, indices: Sequence[int], go_on: Callable[[], bool]) -> None:
         """Runs beside everything else, with one processor less than there are."""
         with self._settling:
             self._part.reload()  # an earlier stream may have brought some of them
         threads = max(1, usable_cores() - 1)
-        copied = copied_chunks(self._layout, self._request.digest, self._table, self._part, indices, threads)
+        digest = self._request.digest
+        copied = copied_chunks(self._layout, digest, self._table, self._part, indices, threads, go_on)
         with contextlib.closing(copied):
             for index in copied:
                 with self._settling:
                     if index is not None:
                         self._part.note(index)
                         self.bytes_reused += self._table.length(index)
+                    self._part.sync_if_due(may_wait=False)
                     self._say_alive()
-                if is_over():
-                    return
+                while self._part.is_behind and go_on():
+                    time.sleep(_BEHIND_POLL_S)
+                    with self._settling:
+                        self._part.sync_if_due(may_wait=False)
 
     def _stop_copying(self) -> None:
         if self._copier is not None:

@@ -55,10 +55,17 @@ def reuse_chunks(
 
 
 def copied_chunks(
-    layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, indices: Iterable[int], threads: int
+    layout: NodeLayout,
+    digest: str,
+    table: ChunkTable,
+    part: PartialFile,
+    indices: Iterable[int],
+    threads: int,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> Generator[Optional[int], None, None]:
     """Copy into `part` those chunks of `indices` that it lacks and that can be had here: each once it stands there, yet
-    to be noted, and None every other second without one. Raises `AgentError` where the disk is full."""
+    to be noted, and None every other second without one. No chunk is begun once `go_on` says no. Raises `AgentError`
+    where the disk is full."""
     wanted: dict[bytes, list[int]] = {}
     for index in indices:
         if not part.have[index]:
@@ -67,7 +74,7 @@ def copied_chunks(
     work = [(index, places[sha256]) for sha256, same in wanted.items() if sha256 in places for index in same]
     if work:
         with part.fullness_explained():
-            yield from Copying(table, part.fd, work).copied(threads, _TELL_INTERVAL_S)
+            yield from Copying(table, part.fd, work).copied(threads, _TELL_INTERVAL_S, go_on)
 
 
 def _places(

@@ -125,6 +125,30 @@ def test_a_disk_that_is_full_when_it_is_synced_ends_the_stream_and_promises_noth
     assert journalled(root) == 0
 
 
+def test_a_disk_that_refused_once_is_not_believed_when_it_then_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel could not write it tells once, and then calls the file written."""
+    has_refused = threading.Event()
+
+    def sync(fd: int) -> None:
+        if not has_refused.is_set():
+            has_refused.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(fd)
+
+    root = make_node_root(tmp_path)
+    client = Client(root)
+    monkeypatch.setattr(partial_file, "SYNC_BYTES", 3 * CHUNK)
+    monkeypatch.setattr(partial_file, "_data_sync", sync)
+    for index in range(4):
+        client.send(index)
+        assert client.acknowledged() == index
+    assert has_refused.wait(PATIENCE_S)
+    client.stream.close()
+    assert journalled(root) == 0
+
+
 def test_what_a_job_raises_is_raised_once_where_somebody_waits() -> None:
     background = Background()
 

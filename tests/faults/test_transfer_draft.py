@@ -77,13 +77,14 @@ def make_draft(
     order: Callable[[Sequence[tuple[int, int]]], Sequence[int]] = lambda spans: range(len(spans)),
     on_progress: Callable[[TransferProgress], None] = lambda _: None,
     streams: int = 1,
+    packing: bool = False,
     search_roots: tuple[str, ...] = (),
     limit: int | None = None,
 ) -> Draft:
     def ask(size: int) -> KnownChunks:
         return known_chunks(KnownRequest(opener.layout.root, size, search_roots))
 
-    pace = Pace(streams=StreamPolicy(fixed=streams), packing=False, retry=AT_ONCE)
+    pace = Pace(streams=StreamPolicy(fixed=streams), packing=packing, retry=AT_ONCE)
     return Draft(opener, path, pace, order=order, ask_known=ask, on_progress=on_progress, store_limit_bytes=limit)
 
 
@@ -172,13 +173,14 @@ def stored_before(root: Path, content: bytes) -> Path:
     return Path(upload_file(ThreadOpener(root), earlier, manifest).path_on_node)
 
 
-def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(root: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(root: Path, packing: bool) -> None:
     content = noise(20 * CHUNK)
     stored_before(root, content[: 5 * CHUNK] + noise(CHUNK, 99) + content[6 * CHUNK :])
     path, manifest = local_file(root, content)
     ledger = ChunkLedger()
     opener = ThreadOpener(root, [ledger.around] * 4)
-    with make_draft(opener, path) as draft:
+    with make_draft(opener, path, packing=packing) as draft:
         hash_first(draft, manifest, 19)
         await_that(lambda: draft.digest != "")
         await_copies(root, draft, content, range(19))
@@ -284,9 +286,15 @@ def test_what_was_copied_for_a_client_that_was_killed_is_not_copied_again(
     real = receive.copied_chunks
 
     def noted(
-        layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, indices: Sequence[int], threads: int
+        layout: NodeLayout,
+        digest: str,
+        table: ChunkTable,
+        part: PartialFile,
+        indices: Sequence[int],
+        threads: int,
+        go_on: Callable[[], bool],
     ) -> Generator[int | None, None, None]:
-        yield from real(layout, digest, table, part, indices, threads)
+        yield from real(layout, digest, table, part, indices, threads, go_on)
         looked_for.update(indices)
 
     with monkeypatch.context() as patch, make_draft(opener, path, order=lambda _: order) as draft:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -134,6 +135,23 @@ def test_whoever_stops_listening_ends_it_and_leaves_no_thread_behind(tmp_path: P
             assert first is not None
             assert os.pread(fd, CHUNK, TABLE.offset(first)) == CONTENT[TABLE.offset(first) :][:CHUNK]
         assert not [thread for thread in threading.enumerate() if thread.name == "copying"]
+
+
+def test_threads_do_not_run_far_ahead_of_whoever_takes_note(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(CONTENT)
+    with opened(tmp_path / "part") as fd:
+        os.truncate(fd, len(CONTENT))
+        work = [(index, [Place(str(tmp_path / "source"), TABLE.offset(index))]) for index in range(len(TABLE))]
+        copying_all = Copying(TABLE, fd, work)
+        with contextlib.closing(copying_all.copied(2, 60.0)) as copied:
+            taken = 0
+            for _ in copied:
+                taken += 1
+                written = sum(os.pread(fd, 64, TABLE.offset(index)) != bytes(64) for index in range(len(TABLE)))
+                assert written <= taken + 2 + 4
+                if taken == 1:
+                    time.sleep(0.2)  # what would run ahead has the time to
+            assert taken == len(TABLE)
 
 
 def test_only_processors_that_may_be_used_count() -> None:
