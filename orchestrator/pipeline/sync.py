@@ -161,9 +161,13 @@ def _what_suffices(
     # A digest that is remembered may turn out to be another content's, which must not happen under a running job.
     if not may_start_early:
         return None
+    late = [job for job in plan.jobs if not (job.reads_weights_only or job.begins_without_rest(plan.settings))]
+    if late and plan.cluster_profile().gpu.device == "cuda":
+        # A GPU is not held while bytes are waited for, and one that is let go may be another's when they have come.
+        return None
     if any(are_content) and plan.settings.adapter:
         first = ChunkClass.WEIGHTS, "reconstruct begins, and the rest follows"
-    elif any(job.reads_as_it_arrives for job in plan.jobs):
+    elif any(job.begins_without_rest(plan.settings) for job in plan.jobs):
         first = ChunkClass.HEADER, "health begins, and reads the rest as it comes"
     else:
         return None

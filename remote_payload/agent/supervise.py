@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.job_run import JobRun, Recorder
 from remote_payload.agent.manifest import Inventory, take_inventory
 from remote_payload.agent.record import EventLog, OutputLog, TruthFile
+from remote_payload.jobs.rest import Rest, RestNeverCameError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import AttemptLayout, attempt_at
 from remote_payload.wire.names import printable
@@ -24,6 +26,7 @@ from remote_payload.wire.states import AttemptState, AttemptStatus, Decision, Jo
 
 _MANIFEST_TRIES = 5
 _MAX_LISTED = 50
+_WHILE_IT_ARRIVES = gpus.GpuChoice("", reason="what is still arriving is read on the CPU")
 
 
 def supervise(folder: str, nonce: str) -> int:
@@ -87,17 +90,9 @@ class Supervisor:
         with contextlib.suppress(OSError):
             os.nice(plan.niceness)
         leases = gpus.GpuLeases(attempt_at(self._attempt.folder)[0])
-        variables = environment.for_job(os.environ)
-        choice = gpus.choose(plan.gpu, _gpus_for(plan), leases, variables)
-        self._events.add("gpus_chosen", indices=[gpu.index for gpu in choice.chosen], reason=choice.reason)
-        if choice.refusal:
-            self._give_up_remaining(plan)
-            return AttemptState.FAILED, choice.refusal
-        if choice.visible is not None:
-            variables[gpus.VISIBLE_VARIABLE] = choice.visible
-        self._run_jobs(plan, variables, leases)
+        refusal = self._run_jobs(plan, leases)
         leases.release()
-        state, cause = self._conclusion()
+        state, cause = self._conclusion() if not refusal else (AttemptState.FAILED, refusal)
         problem = self._write_manifest()
         if problem is not None and state is AttemptState.SUCCEEDED:
             state = AttemptState.FAILED
@@ -110,7 +105,12 @@ class Supervisor:
         self._events.close()
         self._truth.finish(dataclasses.replace(self._truth.status, state=state, cause=said, ended_at=time.time()))
 
-    def _run_jobs(self, plan: NodePlan, variables: Mapping[str, str], leases: gpus.GpuLeases) -> None:
+    def _run_jobs(self, plan: NodePlan, leases: gpus.GpuLeases) -> str:
+        """The jobs in turn. Returns why a needed GPU could not be had, or nothing.
+
+        No GPU is leased for a job that only waits for bytes: one that reads them as they arrive gets the CPU, for any
+        other GPUs are chosen when all have arrived.
+        """
         recorder = Recorder(
             self._attempt,
             self._truth,
@@ -118,15 +118,57 @@ class Supervisor:
             OutputLog(self._attempt.stdout_log),
             OutputLog(self._attempt.stderr_log),
         )
+        inherited = environment.for_job(os.environ)
+        held: Optional[gpus.GpuChoice] = None
+        refusal = ""
         for spec in plan.jobs:
             if self._wants_stop():
                 break
+            rest = Rest(plan.checkpoint_path, functools.partial(self._tell_waiting, spec.name))
+            is_arriving = not spec.reads_weights_only and rest.is_awaited()
+            if is_arriving:
+                leases.release()
+                held = None
+            if is_arriving and spec.begins_without_rest(plan.settings):
+                choice = self._told(_WHILE_IT_ARRIVES)
+            elif is_arriving and not self._has_come(rest, spec.name):
+                continue
+            else:
+                choice = held = held or self._told(gpus.choose(plan.gpu, _gpus_for(plan), leases, inherited))
+                refusal = choice.refusal
+            if refusal:
+                break
+            given = {} if choice.visible is None else {gpus.VISIBLE_VARIABLE: choice.visible}
+            variables = {**inherited, **given}
             JobRun(spec, plan.overrun, recorder, variables, leases.descriptors, self._wants_stop).run()
         self._give_up_remaining(plan)
         for name, log in (("stdout.log", recorder.stdout), ("stderr.log", recorder.stderr)):
             log.close()
             if log.dropped_bytes:
                 self._events.add("log_truncated", log=name, dropped_bytes=log.dropped_bytes)
+        return refusal
+
+    def _told(self, choice: gpus.GpuChoice) -> gpus.GpuChoice:
+        self._events.add("gpus_chosen", indices=[gpu.index for gpu in choice.chosen], reason=choice.reason)
+        return choice
+
+    def _tell_waiting(self, job: str, _waited_s: int, words: str) -> None:
+        self._truth.set_job(job, message=words)
+
+    def _has_come(self, rest: Rest, job: str) -> bool:
+        """Wait for the rest of the checkpoint, for a job that has not begun. False where it never came, which fails the
+        job, or where stop was asked for."""
+        try:
+            while rest.await_more():
+                self._truth.tick(time.monotonic())
+                if self._wants_stop():
+                    return False
+        except RestNeverCameError as error:
+            words = printable(f"{type(error).__name__}: {error}")
+            self._truth.set_job(job, state=JobState.FAILED, error=words, ended_at=time.time())
+            self._events.add("job_ended", job=job, state=JobState.FAILED.value, exit_status=None, error=words)
+            return False
+        return True
 
     def _give_up_remaining(self, plan: NodePlan) -> None:
         for spec in plan.jobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -29,7 +30,9 @@ def run(context: JobContext) -> None:
     plan = context.plan
     passes = plan.settings.health_passes
     rest = Rest(plan.checkpoint_path, lambda waited_s, words: context.progress(Phase.RUN, waited_s, message=words))
-    context.write_results(examine(plan.checkpoint_path, plan.gpu.device, context, passes=passes, rest=rest))
+    # The supervisor gives no GPU to a job that only waits for bytes, whatever the plan says.
+    device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else plan.gpu.device
+    context.write_results(examine(plan.checkpoint_path, device, context, passes=passes, rest=rest))
 
 
 def examine(

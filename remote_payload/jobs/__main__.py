@@ -48,7 +48,6 @@ def _run(name: str, folder: str, progress: Optional[int], lifeline: Optional[int
     from remote_payload.jobs.context import JobContext
     from remote_payload.jobs.documents import user_document
     from remote_payload.jobs.lifeline import hold
-    from remote_payload.jobs.rest import Rest
     from remote_payload.wire.codec import from_json
     from remote_payload.wire.layout import attempt_at
     from remote_payload.wire.plan import NodePlan
@@ -63,8 +62,6 @@ def _run(name: str, folder: str, progress: Optional[int], lifeline: Optional[int
     artifacts.mkdir(parents=True, exist_ok=True)
     scratch, *earlier = (Path(layout.attempt(run_id, n).job_scratch(name)) for n in range(number, 0, -1))
     context = JobContext(plan, name, artifacts, progress, scratch, earlier)
-    if not (spec.reads_weights_only or spec.reads_as_it_arrives):
-        Rest(plan.checkpoint_path, lambda waited_s, words: context.progress(Phase.IMPORT, waited_s, None, words)).wait()
     context.progress(Phase.IMPORT)
     resolve.add_shipped_code(layout, plan, spec)
     returned = resolve.find_function(spec)(context)

@@ -27,6 +27,11 @@ class JobSpec:
         """Whether it can begin with the header, and reads what comes as it comes."""
         return self == JobSpec("health")
 
+    def begins_without_rest(self, settings: EvaluationSettings) -> bool:
+        """Whether it begins, on the CPU, while what it reads is still arriving. Further passes are worth a GPU, which
+        is not held for a job that waits: they wait without one."""
+        return self.reads_as_it_arrives and not settings.health_passes
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.agent_node import AgentNode, agent_node, interpreter_name, interpreters
+from tests.support.agent_node import AgentNode, Attempt, agent_node, interpreter_name, interpreters
 
 SMI = """#!/bin/sh
 case "$1" in
@@ -98,3 +99,66 @@ def test_preflight_names_what_keeps_the_gpus_from_being_taken(node: AgentNode) -
     busy = next(f for f in node.call("preflight", gpu_policy="cuda")["findings"] if f["id"] == "node.gpu_busy")
     assert busy["severity"] == "error"
     assert busy["evidence"] == {"gpu_0": "1 other process", "gpu_3": "0.1 GiB free of the 2.0 GiB wanted"}
+
+
+def arriving(node: AgentNode) -> Path:
+    """Where a checkpoint will stand of which only a part is there, and nothing of that to be read."""
+    digest = "v1:" + "c" * 64
+    part = Path(node.layout.checkpoint_part(digest))
+    part.parent.mkdir(parents=True)
+    with part.open("wb") as file:
+        file.truncate(1 << 20)
+    spans = {"part_inode": part.stat().st_ino, "size": 1 << 20, "spans": []}
+    Path(node.layout.checkpoint_readable(digest)).write_text(json.dumps(spans) + "\n")
+    return Path(node.layout.checkpoint(digest))
+
+
+def message_of(attempt: Attempt, job: str) -> str:
+    return str(attempt.truth()["jobs"].get(job, {}).get("message")) if Path(attempt.layout.status).exists() else ""
+
+
+HEALTH = {"name": "health"}
+USERS = {"name": "work", "entry": "work:run"}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "waiting", "state"),
+    [([HEALTH], "health", "running"), ([USERS], "work", "pending"), ([HEALTH, USERS], "health", "running")],
+)
+def test_no_gpu_is_leased_while_a_run_waits_for_the_bytes_of_its_checkpoint(
+    node: AgentNode, jobs: list[dict[str, str]], waiting: str, state: str
+) -> None:
+    gpu = {"device": "cuda", "count": 1}
+    plan = node.plan("run-waits", {"work.py": TELLS_ITS_GPUS}, {}, gpu=gpu, checkpoint_path=str(arriving(node)))
+    waits = node.claim({**plan, "jobs": jobs})
+    waits.launch()
+    waits.wait_for("a wait for the rest", lambda: "waiting for the rest" in message_of(waits, waiting))
+    assert waits.truth()["jobs"][waiting]["state"] == state
+    other = node.start(TELLS_ITS_GPUS, gpu=gpu)
+    other.wait_for_phase("run")
+    assert other.artifact("work/gpus").read_text().startswith("GPU-bbbbbbbb")
+    waits.cancel()
+    assert waits.wait_for_end()["state"] == "cancelled"
+
+
+def test_a_job_that_waited_for_the_rest_gets_its_gpu_when_that_has_come(node: AgentNode) -> None:
+    path = arriving(node)
+    plan = {"gpu": {"device": "cuda", "count": 1}, "checkpoint_path": str(path)}
+    attempt = node.start(TELLS_ITS_GPUS, **plan)
+    attempt.wait_for("a wait for the rest", lambda: "waiting for the rest" in message_of(attempt, "work"))
+    path.with_name("file.part").rename(path)
+    attempt.wait_for_phase("run")
+    assert attempt.artifact("work/gpus").read_text().startswith("GPU-bbbbbbbb")
+
+
+def test_a_gpu_that_another_took_meanwhile_is_told_and_what_was_done_is_listed(node: AgentNode) -> None:
+    path = arriving(node)
+    gpu = {"device": "cuda", "count": 3, "allow_shared": True, "min_free_bytes": 2**30}
+    waits = node.start(TELLS_ITS_GPUS, gpu=gpu, checkpoint_path=str(path))
+    waits.wait_for("a wait for the rest", lambda: "waiting for the rest" in message_of(waits, "work"))
+    node.start(TELLS_ITS_GPUS, gpu={"device": "cuda", "count": 1}).wait_for_phase("run")
+    path.with_name("file.part").rename(path)
+    ended = waits.wait_for_end()
+    assert (ended["state"], ended["jobs"]["work"]["state"]) == ("failed", "not_run")
+    assert "GPU 1: leased by another run" in ended["cause"]
+    assert Path(waits.layout.manifest).exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import CheckpointError, UsageError
+from orchestrator.pipeline.sync import EARLY_START_BYTES, _what_suffices
 from orchestrator.plan import (
     CheckpointReference,
     RunPlan,
@@ -21,6 +22,7 @@ from orchestrator.plan import (
     parse_reference,
     plan_key,
 )
+from orchestrator.transfer.order import ChunkClass
 from remote_payload.wire.plan import BUILTIN_JOBS, CodeSource, EvaluationSettings, JobSpec
 
 
@@ -130,3 +132,29 @@ def test_a_local_checkpoint_is_a_file_or_a_folder_that_is_there(tmp_path: Path) 
     for name in ("pipe", "none"):
         with pytest.raises(CheckpointError, match=name):
             local_checkpoint(CheckpointReference(str(tmp_path / name)))
+
+
+MODEL = EvaluationSettings(adapter="m:A")
+RECONSTRUCT, HEALTH, MINE = JobSpec("reconstruct"), JobSpec("health"), JobSpec("mine", "my:job")
+
+
+@pytest.mark.parametrize(
+    ("device", "jobs", "settings", "last"),
+    [
+        ("auto", (HEALTH,), EvaluationSettings(), ChunkClass.HEADER),
+        ("cuda", (HEALTH,), EvaluationSettings(), ChunkClass.HEADER),
+        ("auto", (HEALTH,), EvaluationSettings(health_passes=("spectra",)), None),
+        ("cuda", (RECONSTRUCT, HEALTH), MODEL, ChunkClass.WEIGHTS),
+        ("auto", (RECONSTRUCT, MINE), MODEL, ChunkClass.WEIGHTS),
+        ("cuda", (RECONSTRUCT, MINE), MODEL, None),
+        ("auto", (MINE,), MODEL, None),
+    ],
+)
+def test_a_run_begins_early_where_that_holds_no_gpu_for_a_job_that_waits(
+    device: str, jobs: tuple[JobSpec, ...], settings: EvaluationSettings, last: ChunkClass | None
+) -> None:
+    profile = {"host": "h", "gpu": {"device": device}}
+    plan = dataclasses.replace(make_plan(), jobs=jobs, settings=settings, profile=profile)
+    behind = dict.fromkeys(ChunkClass, EARLY_START_BYTES)
+    suffices = _what_suffices(plan, behind, may_start_early=True)
+    assert (suffices[0] if suffices else None) == last
