@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ import pytest
 
 from tests.support.sshd import Sshd, running_sshd
 from tests.support.world import World, make_world
+
+# As installed programs do, those that tests start find bytecode of themselves, even where a shell says to write none.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,8 @@ def work(rank, folder, columns):
 
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(sys.argv[1], len(sys.argv) > 2), nprocs=2)
+    # Forked, they need not each import torch again.
+    mp.start_processes(work, args=(sys.argv[1], len(sys.argv) > 2), nprocs=2, start_method="fork")
 """
 
 
