@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from orchestrator.errors import ConfigurationError, InternalError, LoginRefusedError, UnreachableError
+from orchestrator.errors import ConfigurationError, ConnectionLostError, LoginRefusedError, UnreachableError
 from orchestrator.ssh import openssh_messages
 from orchestrator.ssh.askpass import AskpassServer
 from orchestrator.ssh.config import EffectiveConfig, find_ssh, ssh_arguments
@@ -138,7 +138,11 @@ def _log_in(
             known = read_known_hosts(effective.known_hosts_files)
         raise openssh_messages.login_failure(text, effective, known)
     if not master.answers():
-        raise InternalError("ssh logged in without leaving a control socket", details=text[-2000:])
+        raise ConnectionLostError(
+            f"{effective.description} ended the connection right after the login",
+            action="Check the network and whether the node lets this account stay logged in.",
+            details=text[-2000:],
+        )
 
 
 def _login_options(settings: ConnectionSettings, control_path: Path) -> list[str]:

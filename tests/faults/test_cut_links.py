@@ -26,14 +26,18 @@ def start_waiting(world: World) -> str:
     return run_id
 
 
+def logins_at(world: World) -> int:
+    return world.sshd.log.count("Accepted publickey")
+
+
 @pytest.mark.parametrize("transport", ["fabric", "openssh"])
 def test_cuts_while_following_are_survived_without_a_second_launch(world: World, relay: Relay, transport: str) -> None:
     world.edit_profile(transport=transport, retry={"patience_s": 60})
     run_id = start_waiting(world)
+    logins = logins_at(world)
     client = world.start("resume", run_id)
-    for _ in range(3):
-        made = relay.connections_made
-        until(lambda made=made: relay.connections_made > made)
+    for cut in range(3):
+        until(lambda cut=cut: logins_at(world) > logins + cut)
         relay.cut()
     (world.node / "data" / "go").touch()
     output, _ = client.communicate(timeout=100)

@@ -80,13 +80,14 @@ class Relay:
             except OSError:
                 near.close()
                 continue
+            # Before it is counted: who waits for a connection, and cuts it then, must not miss it.
+            with self._lock:
+                self._pairs.add((near, far))
             self.connections_made += 1
             threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
 
     def _carry(self, near: socket.socket, far: socket.socket) -> None:
         pair = (near, far)
-        with self._lock:
-            self._pairs.add(pair)
         selector = selectors.DefaultSelector()
         selector.register(near, selectors.EVENT_READ, far)
         selector.register(far, selectors.EVENT_READ, near)
