@@ -171,7 +171,7 @@ def test_no_character_in_a_path_or_name_is_anything_but_itself(world: World, nam
     world.cli("inspect", f"./x {name}.pt")
     report = world.run_folder(world.run_ids()[-1]) / "report.html"
     assert report.exists()
-    for place in (world.project, world.node, world.node / "data", Path.home(), Path.cwd()):
+    for place in (world.project, world.node, world.node / "data", world.sshd.home, Path.home(), Path.cwd()):
         assert not (place / "pwned").exists()
 
 

@@ -75,6 +75,11 @@ class Sshd:
     known_hosts: Path
 
     @property
+    def home(self) -> Path:
+        """Where its sessions are at home: none of the account's own start-up files lie there."""
+        return self.folder / "home"
+
+    @property
     def log(self) -> str:
         return (self.folder / "sshd.log").read_text("utf-8", "replace")
 
@@ -156,6 +161,9 @@ def start_sshd(folder: Path, options: Mapping[str, str] | None = None, port: int
         "PerSourcePenalties": "no",
         **(options or {}),
     }
+    # The account's own start-up files are no part of a test, and may take longer than what it does.
+    (folder / "home").mkdir(exist_ok=True)
+    config["SetEnv"] = f'"HOME={folder / "home"}" {config.get("SetEnv", "")}'.strip()
     if not _accepts(binary, folder, config):
         del config["PerSourcePenalties"]
     path = _write_config(folder, config)
