@@ -19,16 +19,19 @@ from remote_payload.agent.locks import SessionLock
 from remote_payload.wire.layout import NodeLayout
 
 
-def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -> None:
-    """Make what arrived as `draft` the part of `digest`, whose folder the caller holds, unless that has one; None: it
-    is of no use. The draft is gone afterwards, but for one that somebody still sends."""
+def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -> bool:
+    """Make what arrived as `draft` the part of `digest`, whose folder the caller holds; None: it is of no use. True
+    where the draft is gone now. It stays where somebody still sends it, and where there is a part already: then its
+    chunks may be copied from it."""
     if draft == digest or not os.path.isdir(layout.checkpoint_folder(draft)):
-        return
+        return False
+    if digest is not None and os.path.lexists(layout.checkpoint_part(digest)):
+        return False
     lock = SessionLock(layout.checkpoint_lock(draft), session)
     try:
         if not lock.try_exclusive():
-            return
-        if digest is not None and not os.path.lexists(layout.checkpoint_part(digest)):
+            return False
+        if digest is not None:
             # The journal first: one without its part is begun anew, and so is a part without its journal.
             for path_of in (layout.checkpoint_journal, layout.checkpoint_part):
                 with contextlib.suppress(FileNotFoundError):
@@ -38,11 +41,12 @@ def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -
     finally:
         lock.close()
     shutil.rmtree(doomed, ignore_errors=True)
+    return True
 
 
-def discard(layout: NodeLayout, draft: str, session: str) -> None:
-    """Delete the draft, unless other streams still hold it: the last one to leave does."""
-    adopt(layout, draft, None, session)
+def discard(layout: NodeLayout, draft: str, session: str) -> bool:
+    """Delete the draft, unless other streams still hold it: the last one to leave does. True where it is gone now."""
+    return adopt(layout, draft, None, session)
 
 
 class Copier:

@@ -133,10 +133,8 @@ class PartialFile:
 
     def reload(self) -> None:
         """Take in what the journal says, other streams' chunks too."""
-        for match in _JOURNAL_LINE.finditer(self._read_journal()):
-            index = int(match.group(1))
-            if index < len(self._table) and self._table.sha256(index).hex().encode().startswith(match.group(2)):
-                self.have[index] = 1
+        for index in _named(self._read_journal(), self._table):
+            self.have[index] = 1
 
     def write(self, index: int, data: memoryview) -> None:
         """Put a verified chunk in its place, and wherever else the file repeats it; a later `sync` journals that."""
@@ -342,6 +340,19 @@ def write_manifest(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
         separator = ","
     parts.append("\n]}\n")
     files.replace(layout.checkpoint_manifest(digest), "".join(parts).encode())
+
+
+def journalled(layout: NodeLayout, digest: str, table: ChunkTable) -> list[int]:
+    """Chunks of `table` that the journal of a part names, which may be about another file, or lie."""
+    most_bytes = 2 * _LINE_BYTES * (len(table) + 1)
+    return list(_named(files.read_up_to(layout.checkpoint_journal(digest), most_bytes) or b"", table))
+
+
+def _named(journal: bytes, table: ChunkTable) -> Iterator[int]:
+    for match in _JOURNAL_LINE.finditer(journal):
+        index = int(match.group(1))
+        if index < len(table) and table.sha256(index).hex().encode().startswith(match.group(2)):
+            yield index
 
 
 def journal_bytes(layout: NodeLayout, digest: str) -> int:

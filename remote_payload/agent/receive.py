@@ -340,7 +340,16 @@ def _try_hold(
         _clean_up(layout, digest, table)
         store.note_use(layout, digest, request.run_id)
         return None
-    part = _prepare(channel, layout, request, table)
+    try:
+        part = _prepare(channel, layout, request, table)
+    except AgentError as error:
+        # A draft beside the part takes room that the part may need.
+        is_full = error.failure.kind == "no_space"
+        if not (is_full and request.adopts and drafts.discard(layout, request.adopts, request.session)):
+            raise
+        part = _prepare(channel, layout, request, table)
+    if request.adopts:
+        drafts.discard(layout, request.adopts, request.session)
     # Changing the lock's kind lets go of it for a moment: whoever took it meanwhile goes first.
     if lock.try_shared():
         return part
@@ -372,7 +381,7 @@ def _prepare(channel: FdChannel, layout: NodeLayout, request: ReceiveRequest, ta
     if request.is_draft:
         return part
     try:
-        bytes_reused = reuse_chunks(layout, digest, table, part, tell)
+        bytes_reused = reuse_chunks(layout, digest, table, part, tell, request.adopts)
         if bytes_reused:
             channel.send_json(FrameKind.REUSED, ReusedFacts(bytes_reused))
     except BaseException:

@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 from remote_payload.agent import files, store
 from remote_payload.agent.copying import Copying, Place, usable_cores
-from remote_payload.agent.partial_file import PartialFile
+from remote_payload.agent.partial_file import PartialFile, journalled
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
@@ -32,16 +32,17 @@ _LINE = re.compile(rb'\{"offset": (\d{1,18}), "length": (\d{1,8}), "sha256": "([
 
 
 def reuse_chunks(
-    layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, tell: Callable[[], None]
+    layout: NodeLayout, digest: str, table: ChunkTable, part: PartialFile, tell: Callable[[], None], draft: str = ""
 ) -> int:
-    """Copy into `part` every chunk that it lacks and that can be had here; how many bytes that were.
+    """Copy into `part` every chunk that it lacks and that can be had here; how many bytes that were. `draft`: another
+    part of the same file.
 
     `tell` is called every other second and oftener. Raises what `tell` raises and `AgentError` where the disk is full;
     what was copied until then is kept.
     """
     copied_bytes = 0
     try:
-        copied = copied_chunks(layout, digest, table, part, range(len(table)), usable_cores())
+        copied = copied_chunks(layout, digest, table, part, range(len(table)), usable_cores(), draft=draft)
         with contextlib.closing(copied):
             for index in copied:
                 if index is not None:
@@ -62,6 +63,7 @@ def copied_chunks(
     indices: Iterable[int],
     threads: int,
     go_on: Callable[[], bool] = lambda: True,
+    draft: str = "",
 ) -> Generator[Optional[int], None, None]:
     """Copy into `part` those chunks of `indices` that it lacks and that can be had here: each once it stands there, yet
     to be noted, and None every other second without one. No chunk is begun once `go_on` says no. Raises `AgentError`
@@ -70,7 +72,7 @@ def copied_chunks(
     for index in indices:
         if not part.have[index]:
             wanted.setdefault(table.sha256(index), []).append(index)
-    places = _places(layout, digest, table, part, wanted) if wanted else {}
+    places = _places(layout, digest, table, part, wanted, draft) if wanted else {}
     work = [(index, places[sha256]) for sha256, same in wanted.items() if sha256 in places for index in same]
     if work:
         with part.fullness_explained():
@@ -83,9 +85,13 @@ def _places(
     table: ChunkTable,
     part: PartialFile,
     wanted: dict[bytes, list[int]],
+    draft: str,
 ) -> dict[bytes, list[Place]]:
     """Where the wanted chunks may be."""
     places: dict[bytes, list[Place]] = {}
+    for index in journalled(layout, draft, table) if draft else ():
+        if table.sha256(index) in wanted:
+            places[table.sha256(index)] = [Place(layout.checkpoint_part(draft), table.offset(index))]
     for index, is_here in enumerate(part.have):
         if is_here and table.sha256(index) in wanted:
             places.setdefault(table.sha256(index), [Place(layout.checkpoint_part(digest), table.offset(index))])

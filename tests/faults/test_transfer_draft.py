@@ -414,7 +414,9 @@ def test_a_draft_that_nobody_needs_leaves_nothing_on_the_node(root: Path) -> Non
     assert folders(root) == []
 
 
-def test_where_the_file_has_a_part_already_that_is_gone_on_with_and_the_draft_goes(root: Path) -> None:
+@pytest.fixture
+def with_part(root: Path) -> tuple[Path, ChunkManifest]:
+    """A file of which eight chunks of twenty arrived before the link was cut, read anew under another name."""
     path, manifest = local_file(root, noise(20 * CHUNK))
     with pytest.raises(RemoteEvalError):
         upload_file(
@@ -424,16 +426,35 @@ def test_where_the_file_has_a_part_already_that_is_gone_on_with_and_the_draft_go
             retry=ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0),
         )
     await_that(lambda: journalled(root, manifest) != set())
+    return path.rename(root.parent / "copy"), manifest
+
+
+def test_where_the_file_has_a_part_already_that_is_gone_on_with_and_takes_what_the_draft_brought(
+    root: Path, with_part: tuple[Path, ChunkManifest]
+) -> None:
+    path, manifest = with_part
     there = journalled(root, manifest)
-    (root.parent / "copy").write_bytes(path.read_bytes())
     ledger = ChunkLedger()
     opener = ThreadOpener(root, [ledger.around] * 4)
-    with make_draft(opener, root.parent / "copy") as draft:
+    with make_draft(opener, path) as draft:
         hash_first(draft, manifest, 12)
-        await_arrival(draft, 1)
-        upload_file(opener, root.parent / "copy", manifest, draft=draft)
+        await_arrival(draft, sum(CHUNK for index in range(12) if index not in there))
+        upload_file(opener, path, manifest, draft=draft)
     check_stored(root, manifest, path.read_bytes())
-    assert not there & set(ledger.sent)
+    assert sorted(ledger.sent) == sorted(set(range(20)) - there)
+    assert folders(root) == [manifest.digest]
+
+
+def test_where_there_is_no_room_for_a_part_and_a_draft_the_draft_goes(
+    root: Path, with_part: tuple[Path, ChunkManifest]
+) -> None:
+    path, manifest = with_part
+    opener = ThreadOpener(root)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, CHUNK)
+        upload_file(opener, path, manifest, draft=draft, store_limit_bytes=21 * CHUNK)
+    check_stored(root, manifest, path.read_bytes())
     assert folders(root) == [manifest.digest]
 
 
