@@ -114,7 +114,8 @@ class Draft:
             self._offer()
 
     def hashed_all(self) -> None:
-        """Once what was hashed has gone the streams go on stand-by: they need not wait for the end of the draft."""
+        """Once what was hashed has gone the streams go on stand-by: they need not wait for the end of the draft, unless
+        the node copies meanwhile."""
         self._is_all_hashed = True
 
     def end(self, *, is_given_up: bool = False) -> None:

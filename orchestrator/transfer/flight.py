@@ -222,9 +222,9 @@ class Flight:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no chunk waits for a stream, and none is on its way."""
+        """Whether no chunk waits for a stream, and none is on its way or may still be copied by the node."""
         with self.changed:
-            return not (self._to_name or self._to_send or any(lane.in_flight for lane in self._lanes))
+            return not (self._named or self._to_send or any(lane.in_flight for lane in self._lanes))
 
     def _tell(self) -> None:
         self._version += 1

@@ -24,7 +24,7 @@ from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
-from remote_payload.agent import receive
+from remote_payload.agent import copying, receive
 from remote_payload.agent.copying import Copying
 from remote_payload.agent.known import known_chunks
 from remote_payload.agent.partial_file import PartialFile
@@ -157,7 +157,7 @@ def test_a_draft_sends_in_its_own_order_and_only_what_is_wanted(root: Path) -> N
 
 def await_copies(root: Path, draft: Draft, content: bytes, indices: Sequence[int]) -> None:
     """Until the draft's part holds these chunks."""
-    part = Path(NodeLayout(str(root)).checkpoint_part(draft.digest or "v1:" + "00" * 32))
+    part = Path(NodeLayout(str(root)).checkpoint_part(draft.digest))
 
     def holds() -> bool:
         data = part.read_bytes() if part.exists() else bytes(len(content))
@@ -182,7 +182,6 @@ def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(ro
     opener = ThreadOpener(root, [ledger.around] * 4)
     with make_draft(opener, path, packing=packing) as draft:
         hash_first(draft, manifest, 19)
-        await_that(lambda: draft.digest != "")
         await_copies(root, draft, content, range(19))
         draft.end()
         assert draft.bytes_reused == 18 * CHUNK
@@ -190,6 +189,33 @@ def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(ro
     check_stored(root, manifest, content)
     assert ledger.sent == [5]
     assert (result.bytes_sent, result.bytes_saved, result.bytes_reused) == (CHUNK, 19 * CHUNK, 19 * CHUNK)
+
+
+def test_the_node_copies_on_after_all_is_hashed_until_the_draft_ends(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = noise(20 * CHUNK)
+    stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
+    path, manifest = local_file(root, content)
+    may_copy = threading.Event()
+    real = copying._read
+
+    def read(fd: int, offset: int, view: memoryview) -> bytes:
+        assert may_copy.wait(PATIENCE_S)
+        return real(fd, offset, view)
+
+    monkeypatch.setattr(copying, "_read", read)
+    opener = ThreadOpener(root)
+    with make_draft(opener, path) as draft:
+        hash_first(draft, manifest, 20)
+        draft.hashed_all()
+        await_arrival(draft, CHUNK)
+        time.sleep(0.5)  # whoever would end it has the time to
+        may_copy.set()
+        await_copies(root, draft, content, range(20))
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, content)
+    assert (result.bytes_sent, result.bytes_reused) == (CHUNK, 19 * CHUNK)
 
 
 def test_of_a_file_that_the_node_may_have_whole_nothing_is_copied(root: Path) -> None:
@@ -216,7 +242,6 @@ def test_a_damaged_source_is_not_believed_by_a_draft_either(root: Path) -> None:
     opener = ThreadOpener(root)
     with make_draft(opener, path) as draft:
         hash_first(draft, manifest, 20)
-        await_that(lambda: draft.digest != "")
         await_copies(root, draft, content, [*range(3), *range(4, 20)])
         part = Path(NodeLayout(str(root)).checkpoint_part(draft.digest))
         assert part.read_bytes()[3 * CHUNK : 4 * CHUNK] == bytes(CHUNK)
@@ -232,7 +257,6 @@ def test_a_source_that_is_freed_while_it_is_copied_from_costs_only_the_sending(r
     opener = ThreadOpener(root)
     with make_draft(opener, path, order=lambda _: [19, *range(19)]) as draft:
         hash_first(draft, manifest, 8)
-        await_that(lambda: draft.digest != "")
         await_copies(root, draft, content, [19, *range(7)])
         shutil.rmtree(stored.parent)
         for index in range(7, 19):
@@ -278,7 +302,6 @@ def test_what_was_copied_for_a_client_that_was_killed_is_not_copied_again(
     opener = ThreadOpener(root)
     abandoned = make_draft(opener, path, order=lambda _: order)
     hash_first(abandoned, manifest, 19)
-    await_that(lambda: abandoned.digest != "")
     await_copies(root, abandoned, content, order[:19])
     abandoned.close()  # breaks off: no LEAVE goes
     opener = ThreadOpener(root)
@@ -316,7 +339,6 @@ def test_an_agent_that_is_killed_while_it_copies_costs_nothing_but_time(root: Pa
     opener = ProcessOpener(root, lambda request: [sys.executable, "-m", "remote_payload", "agent", "stream", request])
     with make_draft(opener, path, order=lambda _: [19, *range(19)]) as draft:
         hash_first(draft, manifest, 10)
-        await_that(lambda: draft.digest != "")
         await_copies(root, draft, content, [19, 0])
         opener.kill()
         for index in range(9, 19):
