@@ -23,7 +23,7 @@ from orchestrator.cli import leave_at_once
 from orchestrator.layout import LocalLayout
 from orchestrator.payload import build_payload
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.sync import sync_checkpoint
+from orchestrator.pipeline.sync import file_ahead, sync_checkpoint
 from orchestrator.pipeline.world import make_services
 from orchestrator.plan import CheckpointReference, RunPlan, new_run_id
 from orchestrator.profiles import ClusterProfile
@@ -109,7 +109,9 @@ def send(site: dict[str, Any], file: Path, jobs: tuple[str, ...]) -> Outcome:
         plan_key="0" * 64,
     )
     with services.open_node(profile, payload) as node:
-        synced = sync_checkpoint(RunContext(plan, layout.run(plan.run_id), profile, node, services))
+        context = RunContext(plan, layout.run(plan.run_id), profile, node, services)
+        with file_ahead(context) as ahead:
+            synced = sync_checkpoint(context, ahead)
     return Outcome(
         time.monotonic() - began,
         synced.how,

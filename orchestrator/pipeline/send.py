@@ -8,6 +8,7 @@ from pathlib import Path
 from orchestrator.errors import UnreachableError
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
+from orchestrator.processors import usable_processors
 from orchestrator.transfer.carrier import Pace
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import ProgressListener
@@ -89,5 +90,5 @@ def ask_known(context: RunContext, size: int) -> KnownChunks:
 def prepare_streams(context: RunContext, size: int) -> None:
     """Have streams come up for a file of so many bytes, where those of a connection of their own are for it."""
     if size >= BULK_BYTES:
-        limit = context.profile.bandwidth_limit_bytes_per_s
-        context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s))
+        limit, processors = context.profile.bandwidth_limit_bytes_per_s, usable_processors()
+        context.node.prepare_streams(lambda round_trip_s: 1 if limit else first_guess(round_trip_s, processors))

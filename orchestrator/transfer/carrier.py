@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from orchestrator.errors import UnreachableError
+from orchestrator.processors import usable_processors
 from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
 from orchestrator.transfer.flight import Flight
@@ -17,7 +18,7 @@ from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
 from remote_payload.wire.stream import ReceiveRequest
 
-_TICK_S = 0.2
+_TICK_S = 0.05
 
 
 class Pace:
@@ -83,15 +84,16 @@ def carry(
 ) -> None:
     """Have streams serve `flight` until `is_over`, or, where they were asked to stop, until all have left.
 
-    Their number is not probed while the flight grows: its rate is then that of whoever adds to it. `has_begun`: whether
-    it is known what is missing; until then one stream is enough. `on_tick` hears how many streams there are.
+    Their number is not probed while the flight grows, unless the link is what it waits for: the rate is then that of
+    whoever adds to it, or of the processors that he uses. `has_begun`: whether it is known what is missing; until then
+    one stream is enough. `on_tick` hears how many streams there are.
     Raises when no stream is left, or one met what no other would survive either.
     """
 
     def serve_one(stream: ByteStream) -> bool:
         first = sent.add_stream(stream)
         if first is not None:
-            pace.count.path_is(first.round_trip_s)
+            pace.count.path_is(first.round_trip_s, usable_processors())
         return serve(stream)
 
     pool = StreamPool(
@@ -103,13 +105,15 @@ def carry(
         idle_timeout_s=request.idle_s,
         expected_bytes=expected_bytes,
     )
+    pace.count.disregard()
     with pool:
         seen, losses, open_again_at = 0, 0, float("-inf")
         while True:
             now = time.monotonic()
-            wanted = pace.count.wanted
-            if not flight.is_growing:
+            if not flight.is_growing or (pace.count.is_far and flight.is_fed):
                 wanted = pace.count.observe(now, flight.arrived_bytes, pool.open_count)
+            else:
+                wanted = pace.count.disregard()
             flight.keep(wanted)
             is_needed = pool.count == 0 or (has_begun() and flight.has_work)
             # Looked at behind the count: the last stream ends it before it leaves.

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import IntegrityError, UnreachableError, UsageError
+from orchestrator.processors import usable_processors
 from orchestrator.ssh.transport import BulkStream, ByteStream
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
@@ -226,7 +227,7 @@ class _Work:
     def _serve(self, stream: ByteStream) -> None:
         if isinstance(stream, BulkStream):
             with self._changed:
-                self._count.path_is(stream.facts.round_trip_s)
+                self._count.path_is(stream.facts.round_trip_s, usable_processors())
         channel = FrameChannel(stream)
         buffer = memoryview(bytearray(min(MAX_DATA_BYTES, max(1, self.listed.size))))
         due: collections.deque[int] = collections.deque()

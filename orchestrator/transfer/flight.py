@@ -21,6 +21,7 @@ MAX_SENDS_OF_A_CHUNK = 4
 class Lane:
     """One stream's share of the flight. Only `Flight` touches its fields."""
 
+    news: threading.Condition
     in_flight: set[int] = dataclasses.field(default_factory=set)
     in_flight_bytes: int = 0
     acknowledged_bytes: int = 0
@@ -30,12 +31,17 @@ class Lane:
 
 
 class Flight:
-    """Chunks to lanes and back. All methods may be called from several threads; `changed` tells of every change."""
+    """Chunks to lanes and back. All methods may be called from several threads.
+
+    An acknowledgement wakes its own lane alone, unless it was the last that was awaited: at hundreds in a second, more
+    would cost more than the sending.
+    """
 
     def __init__(self, table: ChunkTable, order: Sequence[int] | None = None, *, is_growing: bool = False) -> None:
         """`order`: the indices of all chunks in the order in which they shall go; None: as they stand in the file.
         `is_growing`: more may be added until `stop`."""
-        self.changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._table = table
         self._order = order if order is not None else range(len(table))
         self._to_send: collections.deque[int] = collections.deque()
@@ -55,8 +61,8 @@ class Flight:
     def join(self, have: bytearray) -> Lane:
         """A new stream, whose agent has `have`. Of the first one it decides what is missing; the agents of later ones
         may not know yet what went over the others."""
-        lane = Lane()
-        with self.changed:
+        lane = Lane(threading.Condition(self._lock))
+        with self._changed:
             lane.retires = self._is_stopped
             if not self._is_begun:
                 self._is_begun = True
@@ -68,14 +74,14 @@ class Flight:
 
     def add(self, index: int) -> None:
         """A chunk more is to be sent, behind all others."""
-        with self.changed:
+        with self._changed:
             self._to_send.append(index)
             self._tell()
 
     def name(self, index: int) -> None:
         """The node is told to copy a chunk that it has elsewhere: before others, and over one stream as long as that
         lasts. Nothing is heard of it again."""
-        with self.changed:
+        with self._changed:
             self._named.add(index)
             self._to_name.append(index)
             self._tell()
@@ -86,7 +92,7 @@ class Flight:
 
     def stop(self) -> None:
         """Every lane ends what it has under way, and takes nothing more."""
-        with self.changed:
+        with self._changed:
             self._is_stopped = True
             for lane in self._lanes:
                 lane.retires = True
@@ -96,8 +102,8 @@ class Flight:
         """(chunk, whether it was refused before) once the lane's window has room; None when the lane has no more to do:
         everything is acknowledged, or it retires and its own chunks are. Raises what `fail` was told of the lane,
         `TimeoutError`."""
-        with self.changed:
-            if not self.changed.wait_for(lambda: self._has_news(lane), timeout_s):
+        with self._changed:
+            if not lane.news.wait_for(lambda: self._has_news(lane), timeout_s):
                 raise TimeoutError
             if lane.error is not None:
                 raise lane.error
@@ -106,21 +112,24 @@ class Flight:
     def chunk_ahead(self, lane: Lane, unsent_bytes: int) -> tuple[int, bool] | None:
         """As `next_chunk`, for a lane that has not sent so much of what it took, which does not count for its window:
         None where it would have to wait for one."""
-        with self.changed:
+        with self._changed:
             if lane.error is not None:
                 raise lane.error
             return self._take(lane) if self._can_take(lane, unsent_bytes) else None
 
     def acknowledge(self, lane: Lane, index: int) -> None:
-        with self.changed:
+        with self._changed:
             length = self._settle(lane, index)
             lane.acknowledged_bytes += length
             self._here[index] = 1
-            self._tell()
+            if self._to_send or any(other.in_flight for other in self._lanes):
+                lane.news.notify_all()
+            else:
+                self._tell()
 
     def refuse(self, lane: Lane, index: int) -> None:
         """Raises `IntegrityError` for a chunk that is refused again and again."""
-        with self.changed:
+        with self._changed:
             self._settle(lane, index)
             self._refusals[index] += 1
             if self._refusals[index] >= MAX_SENDS_OF_A_CHUNK:
@@ -133,19 +142,18 @@ class Flight:
 
     def take_note(self, lane: Lane, taken_bytes: int) -> None:
         """The lane's agent has taken so many bytes of data, acknowledged or not."""
-        with self.changed:
+        with self._changed:
             lane.taken_bytes = taken_bytes
-            self._tell()
 
     def fail(self, lane: Lane, error: BaseException) -> None:
         """The lane's stream has ended: its `next_chunk` raises `error`."""
-        with self.changed:
+        with self._changed:
             lane.error = lane.error or error
             self._tell()
 
     def leave(self, lane: Lane) -> None:
         """Take the lane out; what it had under way goes back to the front of the queue."""
-        with self.changed:
+        with self._changed:
             if lane in self._lanes:
                 self._lanes.remove(lane)
                 self._settled_bytes += lane.acknowledged_bytes
@@ -158,7 +166,7 @@ class Flight:
 
     def is_last(self, lane: Lane) -> bool:
         """Whether the lane, which has no more to do, is to finish the file. Any other retires with this call."""
-        with self.changed:
+        with self._changed:
             if self._to_send or any(other.in_flight for other in self._lanes):
                 lane.retires = True
                 return False
@@ -169,12 +177,12 @@ class Flight:
 
     def await_alone(self, lane: Lane, timeout_s: float) -> bool:
         """Wait until every other lane has left, which makes what went over them durable."""
-        with self.changed:
-            return self.changed.wait_for(lambda: lane.error is not None or self._lanes == [lane], timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: lane.error is not None or self._lanes == [lane], timeout_s)
 
     def keep(self, count: int) -> None:
         """Let the youngest lanes beyond `count` end what they have under way and take nothing more."""
-        with self.changed:
+        with self._changed:
             staying = [lane for lane in self._lanes if not lane.retires]
             for lane in staying[count:]:
                 lane.retires = True
@@ -186,49 +194,57 @@ class Flight:
         missing = [index for index in self._order if not have[index]]
         if not missing:
             raise StreamDamagedError("the node has every chunk and does not finish the file")
-        with self.changed:
+        with self._changed:
             for index in missing:
                 self._here[index] = 0
             self._to_send.extend(missing)
             self._tell()
 
     def wake(self) -> None:
-        with self.changed:
+        with self._changed:
             self._tell()
 
     def await_change(self, since: int, timeout_s: float) -> int:
-        """Wait, for so long at most, until something has changed since `since`, an earlier answer; 0 at first."""
-        with self.changed:
-            self.changed.wait_for(lambda: self._version != since, timeout_s)
+        """Wait, for so long at most, until more than bytes has changed since `since`, an earlier answer; 0 at first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != since, timeout_s)
             return self._version
 
     @property
     def arrived_bytes(self) -> int:
         """How many bytes have arrived over all streams so far."""
-        with self.changed:
+        with self._changed:
             return self._settled_bytes + sum(max(lane.acknowledged_bytes, lane.taken_bytes) for lane in self._lanes)
 
     @property
     def is_stopped(self) -> bool:
-        with self.changed:
+        with self._changed:
             return self._is_stopped
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether more chunks wait than the streams are about to take."""
+        with self._changed:
+            return len(self._to_send) > 2 * len(self._lanes)
 
     @property
     def has_work(self) -> bool:
         """Whether chunks wait for a stream."""
-        with self.changed:
+        with self._changed:
             is_to_name = bool(self._to_name) and self._namer is None
             return (is_to_name or bool(self._to_send)) and not self._is_stopped
 
     @property
     def is_idle(self) -> bool:
         """Whether no chunk waits for a stream, and none is on its way or may still be copied by the node."""
-        with self.changed:
+        with self._changed:
             return not (self._named or self._to_send or any(lane.in_flight for lane in self._lanes))
 
     def _tell(self) -> None:
         self._version += 1
-        self.changed.notify_all()
+        self._changed.notify_all()
+        for lane in self._lanes:
+            lane.news.notify_all()
 
     def _has_news(self, lane: Lane) -> bool:
         return lane.error is not None or self._is_done(lane) or self._can_take(lane)

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from orchestrator.processors import usable_processors
 from orchestrator.transfer.channel import damaged
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import pack_floats, unpack
@@ -126,7 +126,7 @@ class Packer:
     ) -> None:
         self.rates = rates
         self._clock = clock
-        self._workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        self._workers = workers or min(MAX_WORKERS, usable_processors())
         self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="packer")
         self._lock = threading.Lock()
         self._places = self._workers + SPARE_CHUNKS
@@ -186,7 +186,7 @@ class Unpacker:
 
     def __init__(self, rates: PackingRates) -> None:
         self._rates = rates
-        self._places = threading.Semaphore(min(MAX_WORKERS, os.cpu_count() or 1))
+        self._places = threading.Semaphore(min(MAX_WORKERS, usable_processors()))
         self._spare: list[bytearray] = []
 
     @contextlib.contextmanager

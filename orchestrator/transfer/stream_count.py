@@ -6,12 +6,10 @@ import dataclasses
 import math
 
 MAX_STREAMS = 16
-SETTLE_S = 0.7
-MEASURE_S = 1.3
 NEAR_S = 0.005
-"""Within such a round trip a new stream is at full speed at once, and little is on its way: settling and measuring take
-the share below of their times."""
-_NEAR_SHARE = 0.4
+"""Within such a round trip a new stream is at full speed at once, and little is on its way: less time settles it."""
+MANY_BYTES = 128 * 1024 * 1024
+"""Where so much arrived, a rate is no matter of chance, however short the time."""
 HOLD_S = 20.0
 LONGEST_HOLD_S = 160.0
 _WORTH_IT = 0.25
@@ -26,6 +24,19 @@ _FIRST_GUESS_AT_MOST = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class _Times:
+    """How long a number of streams settles, and how long its rate is measured: less where much arrives."""
+
+    settle_s: float
+    measure_much_s: float
+    measure_s: float
+
+
+_FAR = _Times(settle_s=0.7, measure_much_s=1.3, measure_s=1.3)
+_NEAR = _Times(settle_s=0.15, measure_much_s=0.2, measure_s=0.52)
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamPolicy:
     """`fixed`: so many streams, no more and no fewer, as far as the node lets us; None: as many as pay."""
 
@@ -37,8 +48,11 @@ class StreamPolicy:
             raise ValueError(f"a transfer uses 1 to {MAX_STREAMS} streams")
 
 
-def first_guess(round_trip_s: float | None) -> int:
-    """How many streams fill a link of 1 Gbit/s over such a path; 1 where it is not known."""
+def first_guess(round_trip_s: float | None, processors: int) -> int:
+    """How many streams fill a link of 1 Gbit/s over such a path; 1 where it is not known. A near node may be a fast
+    one: there a quarter of the processors, each of which a stream can keep busy at either end."""
+    if round_trip_s is not None and round_trip_s < NEAR_S:
+        return max(1, min(_FIRST_GUESS_AT_MOST, processors // 4))
     needed = math.ceil(_FIRST_GUESS_BYTES_PER_S * (round_trip_s or 0.0) / _WINDOW_BYTES)
     return max(1, min(_FIRST_GUESS_AT_MOST, needed))
 
@@ -66,7 +80,11 @@ class StreamCount:
         self._next_step_up = True
         self._since: tuple[float, int] | None = None
         self._settled_at: float | None = None
-        self._pace = 1.0
+        self._times = _FAR
+
+    @property
+    def is_far(self) -> bool:
+        return self._times is _FAR
 
     @property
     def wanted(self) -> int:
@@ -81,24 +99,30 @@ class StreamCount:
             return self._wanted
         if self._settled_at is None:
             self._settled_at = now_s
-        if now_s - self._settled_at < SETTLE_S * self._pace:
+        if now_s - self._settled_at < self._times.settle_s:
             return self._wanted
         if self._since is None:
             self._since = (now_s, bytes_arrived)
             return self._wanted
         then_s, bytes_then = self._since
-        if now_s - then_s < MEASURE_S * self._pace:
+        is_much = bytes_arrived - bytes_then >= MANY_BYTES
+        if now_s - then_s < (self._times.measure_much_s if is_much else self._times.measure_s):
             return self._wanted
         self._since = (now_s, bytes_arrived)
         self._judge(now_s, max(0, bytes_arrived - bytes_then) / (now_s - then_s))
         return self._wanted
 
-    def path_is(self, round_trip_s: float | None) -> int:
+    def disregard(self) -> int:
+        """What arrives now tells nothing of the streams: measure anew from the next observation on."""
+        self._tried_from = self._settled_at = self._since = None
+        return self._wanted
+
+    def path_is(self, round_trip_s: float | None, processors: int) -> int:
         """The path became known, before anything has arrived: start with what it needs."""
         if round_trip_s is not None and round_trip_s < NEAR_S:
-            self._pace = _NEAR_SHARE
+            self._times = _NEAR
         if self._fixed is None and self._tried_from is None and self._wanted == 1:
-            self._go(min(self._most, first_guess(round_trip_s)))
+            self._go(min(self._most, first_guess(round_trip_s, processors)))
         return self._wanted
 
     def refused(self, now_s: float, open_streams: int) -> int:

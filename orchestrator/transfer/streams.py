@@ -11,7 +11,7 @@ from orchestrator.errors import RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import StreamDamagedError, StreamOpener
 
-LOGIN_SPACING_S = 0.1
+LOGIN_SPACING_S = 0.05
 """Between two logins; servers count those that are not through yet (MaxStartups) and turn away the next."""
 MAX_LOGINS_AT_ONCE = 3
 _JOIN_S = 30.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
-import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from orchestrator.ssh.settings import ConnectionSettings
 from orchestrator.ssh.transport import ByteStream, Transport
 from orchestrator.standby import Standby
 from orchestrator.transfer import draft as drafts
+from orchestrator.transfer import fingerprints
 from orchestrator.transfer.carrier import Pace
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.download import Download, download_files
@@ -188,7 +188,7 @@ def test_a_file_goes_while_it_is_hashed_and_the_rest_of_it_over_the_same_logins(
         ask_known=lambda size: node.call("known_chunks", KnownRequest(node.root, size), KnownChunks),
         on_progress=lambda _: None,
     )
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(fingerprints, "usable_processors", lambda: 1)
     with draft:
         manifest = digest_local_file(local, layout, draft).manifest
         sent = upload_file(node, local, manifest, draft=draft)

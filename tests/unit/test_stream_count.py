@@ -58,12 +58,36 @@ def test_streams_grow_while_the_rate_grows_with_them() -> None:
 
 
 @pytest.mark.parametrize(("round_trip_s", "streams"), [(0.0002, 8), (0.016, 2), (None, 2)])
-def test_a_near_node_that_takes_what_eight_processors_send_gets_eight_streams_within_four_seconds(
+def test_a_near_node_that_takes_what_eight_processors_send_gets_eight_streams_within_three_seconds(
     round_trip_s: float | None, streams: int
 ) -> None:
     link = Link(StreamCount(StreamPolicy()), lambda n, _: 300 * MB * min(n, 8))
-    link.count.path_is(round_trip_s)
-    assert link.run(3.6) == streams
+    link.count.path_is(round_trip_s, 2)
+    assert link.run(2.6) == streams
+
+
+@pytest.mark.parametrize(("processors", "streams"), [(1, 1), (2, 1), (8, 2), (16, 4), (128, 4)])
+def test_a_near_node_gets_more_streams_at_once_from_a_machine_that_can_feed_them(processors: int, streams: int) -> None:
+    assert first_guess(0.0002, processors) == streams
+
+
+def test_a_rate_of_three_chunks_is_no_reason_for_another_stream() -> None:
+    link = Link(StreamCount(StreamPolicy()), lan)
+    link.count.path_is(0.0002, 2)
+    link.run(0.8)
+    assert set(link.seen) == {1}
+
+
+def test_what_was_measured_while_others_decided_the_rate_is_not_held_against_a_number_of_streams() -> None:
+    count = StreamCount(StreamPolicy())
+    link = Link(count, lossy)
+    link.run(3.0)
+    tried = count.wanted
+    assert tried > 1
+    link.rate = lambda _, __: MB
+    assert count.disregard() == tried
+    link.run(2.4)
+    assert count.wanted >= tried
 
 
 def test_a_rate_that_falls_with_more_streams_takes_them_back() -> None:
@@ -120,7 +144,7 @@ def test_a_number_of_streams_that_makes_no_sense_is_refused(number: int) -> None
     ("round_trip_s", "wanted"), [(None, 1), (0.0, 1), (0.0002, 1), (0.016, 1), (0.03, 2), (0.06, 4), (5.0, 4)]
 )
 def test_a_long_path_starts_with_the_streams_that_fill_a_gigabit(round_trip_s: float | None, wanted: int) -> None:
-    assert first_guess(round_trip_s) == StreamCount(StreamPolicy()).path_is(round_trip_s) == wanted
+    assert first_guess(round_trip_s, 2) == StreamCount(StreamPolicy()).path_is(round_trip_s, 2) == wanted
 
 
 @pytest.mark.parametrize(
@@ -128,17 +152,17 @@ def test_a_long_path_starts_with_the_streams_that_fill_a_gigabit(round_trip_s: f
     [(StreamPolicy(fixed=1), None, 1), (StreamPolicy(at_most=2), None, 2), (StreamPolicy(), 4.0 * 1024 * 1024, 1)],
 )
 def test_a_long_path_asks_for_no_more_than_is_allowed(policy: StreamPolicy, limit: float | None, wanted: int) -> None:
-    assert StreamCount(policy, limit).path_is(0.2) == wanted
+    assert StreamCount(policy, limit).path_is(0.2, 2) == wanted
 
 
 def test_a_start_with_several_streams_is_climbed_from_and_taken_back_as_any() -> None:
     for rate, expected in ((lossy, range(12, MAX_STREAMS + 1)), (lan, range(1, 4))):
         count = StreamCount(StreamPolicy())
-        assert count.path_is(0.06) == 4
+        assert count.path_is(0.06, 2) == 4
         assert Link(count, rate).run(900) in expected
 
 
 def test_what_was_found_by_measuring_is_not_overridden_by_the_path() -> None:
     count = StreamCount(StreamPolicy())
     wanted = Link(count, lossy).run(30)
-    assert count.path_is(0.06) == wanted
+    assert count.path_is(0.06, 2) == wanted

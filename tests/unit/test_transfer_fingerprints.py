@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -91,7 +93,7 @@ def test_chunks_of_a_zip_begin_at_its_records(tmp_path: Path, digest: Callable[[
 def test_chunks_are_read_in_the_order_that_is_asked_for_and_told_with_their_digests(
     tmp_path: Path, layout: LocalLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(fingerprints, "usable_processors", lambda: 1)
     path = tmp_path / "file"
     path.write_bytes(random.Random(1).randbytes(4 * CHUNK_BYTES))
     told: list[int] = []
@@ -144,6 +146,18 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, layout: 
     path.write_bytes(b"young")
     digest_local_file(path, layout)
     assert not digest_local_file(path, layout).was_remembered
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no niceness of their own elsewhere")
+def test_who_sends_what_is_hashed_has_the_processors_before_those_who_hash(tmp_path: Path, layout: LocalLayout) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * CHUNK_BYTES))
+    niceness: set[int] = set()
+    digest_local_file(
+        path, layout, Listener(lambda _: niceness.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+    )
+    own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert min(niceness) > own
 
 
 def test_another_file_of_the_same_path_is_hashed(tmp_path: Path, digest: Callable[[Path], LocalFile]) -> None:

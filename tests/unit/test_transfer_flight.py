@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 from orchestrator.transfer.flight import WINDOW_BYTES, Flight
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk
 
 COUNT = 12
+PATIENCE_S = 20.0
 IN_WINDOW = WINDOW_BYTES // CHUNK_BYTES
 
 
@@ -53,3 +56,31 @@ def test_what_the_node_is_to_copy_is_named_first_over_one_stream_and_counts_for_
     flight.name(9)
     flight.leave(lane)
     assert flight.next_chunk(other, 0.0) == (9, False)
+
+
+def test_lanes_that_wait_for_the_last_chunks_of_others_end_when_those_are_acknowledged() -> None:
+    flight = new_flight()
+    have = bytearray([1] * (COUNT - 2)) + bytearray(2)
+    lane, other, third = (flight.join(have) for _ in range(3))
+    first, second = flight.next_chunk(lane, 0.0), flight.next_chunk(other, 0.0)
+    assert (first, second) == ((COUNT - 2, False), (COUNT - 1, False))
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(flight.next_chunk, one, PATIENCE_S) for one in (lane, other, third)]
+        flight.acknowledge(lane, COUNT - 2)
+        assert not any(future.done() for future in waiting)
+        flight.acknowledge(other, COUNT - 1)
+        assert [future.result(PATIENCE_S / 2) for future in waiting] == [None, None, None]
+
+
+def test_a_lane_that_waits_for_room_in_its_window_goes_on_with_its_own_acknowledgement() -> None:
+    flight = new_flight()
+    lane, other = flight.join(bytearray(COUNT)), flight.join(bytearray(COUNT))
+    for _ in range(IN_WINDOW):
+        flight.next_chunk(lane, 0.0)
+    following = flight.next_chunk(other, 0.0)
+    assert following == (IN_WINDOW, False)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(flight.next_chunk, lane, PATIENCE_S)
+        flight.acknowledge(other, IN_WINDOW)
+        flight.acknowledge(lane, 0)
+        assert waiting.result(PATIENCE_S / 2) == (IN_WINDOW + 1, False)
