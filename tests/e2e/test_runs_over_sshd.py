@@ -8,7 +8,6 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -211,16 +210,8 @@ def undisturbed(
 def test_a_client_killed_anywhere_resumes_to_the_same_artifacts_with_one_launch(
     world: World, undisturbed: dict[str, str], when: str, number: int
 ) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *COUNT],
-        capture_output=True,
-        timeout=120,
-        env=world.environment,
-        cwd=world.project,
-        stdin=subprocess.DEVNULL,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (run_id,) = world.run_ids()
+    run_id = world.killed_at(when, number, *COUNT)
+    assert world.run_ids() == [run_id]
     finished = world.json("resume", run_id)
     assert finished["run_id"] == run_id
     assert world.launches() == [run_id]

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,20 +99,6 @@ def kinds_of(world: World, run_id: str) -> list[str]:
     return [entry.kind for entry in Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)]
 
 
-def killed_at(world: World, when: str, number: int, *arguments: str) -> str:
-    """A client that dies at that entry of its journal; the id of its run."""
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *arguments],
-        capture_output=True,
-        timeout=120,
-        env=world.environment,
-        cwd=world.project,
-        stdin=subprocess.DEVNULL,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    return world.run_ids()[-1]
-
-
 def test_an_upload_that_is_killed_has_brought_header_and_weights_before_anything_else(
     world: World, trained: Trained
 ) -> None:
@@ -187,7 +171,7 @@ def test_clients_that_are_killed_while_either_share_is_sent_go_on_where_they_wer
 def test_a_client_killed_beside_the_entry_of_a_part_resumes_to_the_same_artifacts(
     world: World, trained: Trained, when: str, number: int
 ) -> None:
-    run_id = killed_at(world, when, number, *RECONSTRUCT)
+    run_id = world.killed_at(when, number, *RECONSTRUCT)
     assert kinds_of(world, run_id)[5:6] == ([] if when == "before" else ["synced_partly"])
     if number == 6:
         # Another client may have completed the file, or gc taken the part: until the launch nothing is relied on.
@@ -230,7 +214,7 @@ def test_reconstruct_begins_with_the_weights_and_health_ends_with_the_whole_file
 def test_a_client_killed_before_the_rest_went_is_waited_for_and_sends_it_when_it_comes_back(
     world: World, large: Trained
 ) -> None:
-    run_id = killed_at(world, "after", LAUNCHED, *BOTH)
+    run_id = world.killed_at("after", LAUNCHED, *BOTH)
     assert kinds_of(world, run_id)[-1] == "launched"
 
     def jobs() -> Any:
@@ -249,7 +233,7 @@ def test_a_client_killed_before_the_rest_went_is_waited_for_and_sends_it_when_it
 
 
 def test_a_file_that_changed_after_its_weights_went_is_no_rest_of_them(world: World, large: Trained) -> None:
-    run_id = killed_at(world, "after", LAUNCHED, *BOTH)
+    run_id = world.killed_at("after", LAUNCHED, *BOTH)
     with large.local.open("r+b") as file:
         file.seek(large.local.stat().st_size // 4)
         file.write(b"another optimizer")

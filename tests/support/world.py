@@ -115,6 +115,19 @@ class World:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
+    def killed_at(self, when: str, number: int, *arguments: str) -> str:
+        """A client that dies `before` or `after` that entry of its journal is written; the id of its run."""
+        killed = subprocess.run(
+            [sys.executable, "-m", "tests.support.killing", when, str(number), "--", *arguments],
+            capture_output=True,
+            timeout=COMMAND_LIMIT_S,
+            env=self.environment,
+            cwd=self.project,
+            stdin=subprocess.DEVNULL,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        return self.run_ids()[-1]
+
     def run_folder(self, run_id: str) -> Path:
         return self.home / "data" / "runs" / run_id
 
