@@ -91,6 +91,8 @@ def copy_checkpoint(
     size = described.manifest.size if isinstance(described, DescribedFile) else described.folder.size
     if size < BULK_BYTES:
         way = None
+    elif way is not None and isinstance(described, DescribedFile) and _stands(target, described.manifest, run_id):
+        way = None  # no login where nothing is to go
     limits = (bandwidth_limit_bytes_per_s, *(node.profile.bandwidth_limit_bytes_per_s for node in (source, target)))
     copy = NodeCopy(
         source,
@@ -179,12 +181,17 @@ def _copy_file(
 
 def _check_that_it_stands(target: Node, manifest: ChunkManifest, run_id: str) -> None:
     """What came straight was said to have arrived by the node that sent it: ask the other one."""
-    request = LocateRequest(target.root, digest=manifest.digest, size=manifest.size, run_id=run_id)
-    if target.call("locate", request, Located, timeout_s=LIST_TIMEOUT_S).how != "store":
+    if not _stands(target, manifest, run_id):
         raise IntegrityError(
             "the file is not where the node that sent it says that it has arrived",
             action="Run it again with `direct_copies: false` in a profile, and tell that node's administrator.",
         )
+
+
+def _stands(target: Node, manifest: ChunkManifest, run_id: str) -> bool:
+    """Whether the target says that its store has the file."""
+    request = LocateRequest(target.root, digest=manifest.digest, size=manifest.size, run_id=run_id)
+    return target.call("locate", request, Located, timeout_s=LIST_TIMEOUT_S).how == "store"
 
 
 def _copy_folder(

@@ -191,8 +191,12 @@ class Sender:
             body = self._file.body(offset, left)
         if self._is_given_up is not None:
             channel.send(FrameKind.DIGEST, index, self._table.sha256(index))
+        if channel.is_filled_there:
+            # Tells nothing of a link from here.
+            self._send_bytes(channel, index)
+            return
         with self._rates.moving():
-            if body is not None and not channel.is_filled_there:
+            if body is not None:
                 self._send_body(channel, index, *body)
             else:
                 self._send_bytes(channel, index)
@@ -207,7 +211,8 @@ class Sender:
             while count:
                 sent = self._file.send(channel, offset, count)
                 self._on_sent(sent, 0)
-                self._rates.note_moved(sent)
+                if not channel.is_filled_there:
+                    self._rates.note_moved(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
     def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:

@@ -199,6 +199,14 @@ def test_what_is_not_worth_a_login_gets_none(world: World, own_ssh: OwnSsh) -> N
     assert own_ssh.calls == []
 
 
+def test_a_node_that_has_the_file_is_not_logged_in_to(world: World, own_ssh: OwnSsh) -> None:
+    first = world.json(*COPY)
+    logins = len(own_ssh.calls)
+    again = world.json(*COPY)
+    assert (again["checkpoint"], again["bytes_sent"], again["direct"]) == (first["checkpoint"], 0, False)
+    assert len(own_ssh.calls) == logins > 0
+
+
 def nodes_of(world: World, tmp_path: Path, servers: tuple[Sshd, Sshd]) -> tuple[Node, Node]:
     layout = LocalLayout(tmp_path / "data", tmp_path / "config", tmp_path / "cache")
     payload = build_payload(layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import random
 import secrets
@@ -19,13 +20,18 @@ import pytest
 
 from orchestrator.errors import IntegrityError, NodeUnfitError, UsageError
 from orchestrator.ssh.transport import ByteStream
-from orchestrator.transfer.channel import FrameChannel, StreamDamagedError, StreamEndedError
+from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy, StreamDamagedError, StreamEndedError
+from orchestrator.transfer.forwarded import ForwardedStream
+from orchestrator.transfer.node_files import DescribedFile, NodeFiles
+from orchestrator.transfer.packing import PackingRates
+from orchestrator.transfer.upload import upload_file
 from remote_payload.agent.machine import machine_id
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.chunk_table import pack_chunks
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.forward import FAR_END_GONE_STATUS, Fill, ForwardRequest, SshLogin
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.stream import FrameKind, ReceiveRequest, SendRequest
 from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
 
@@ -129,6 +135,43 @@ def test_chunks_come_from_the_disk_of_the_node_and_the_other_one_finishes_the_fi
     assert forwarded.finish(20).exit_status == 0
     assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
     until_gone(logins)
+
+
+class ForwardingOpener(ThreadOpener):
+    """Opens every stream by way of another node."""
+
+    def __init__(self, near: ThreadOpener, far: NodeLayout) -> None:
+        super().__init__(Path(far.root))
+        self.near = near
+
+    def open_agent_stream(
+        self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
+    ) -> ByteStream:
+        stream = self.near.open_agent_stream("forward", forward_request(self.near, self.layout))
+        FrameChannel(stream).receive(FrameKind.FORWARDING)
+        return ForwardedStream(stream, self)
+
+    def ended(self) -> None:
+        return
+
+    def far_end_was_lost(self, why: str) -> None:
+        raise AssertionError(why)
+
+    def connection_was_lost(self) -> None:
+        raise AssertionError
+
+
+def test_what_goes_from_node_to_node_tells_nothing_of_the_link_from_here(
+    tmp_path: Path, near: ThreadOpener, far: NodeLayout, logins: Path
+) -> None:
+    path = tmp_path / "file"
+    facts = path.stat()
+    listed = ListedFile("file", facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    rates = PackingRates(itertools.count().__next__)
+    files = NodeFiles(near, [DescribedFile(str(path), listed, MANIFEST)], ReconnectPolicy(), rates, packing=True)
+    upload_file(ForwardingOpener(near, far), files, MANIFEST, packing=False, rates=rates)
+    assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+    assert not rates.knows_link
 
 
 @pytest.mark.parametrize(
