@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PROBE_TIMEOUT_S = 10.0
 MAX_SESSIONS = 8
 """sshd allows 10 sessions on a connection (MaxSessions) and refuses the next; two are left for probes."""
+_REFUSAL_PATIENCE_S = 3.0
+_REFUSAL_PAUSE_S = 0.05
 
 STREAM_LEFT_OVER_BYTES = 4 * 1024 * 1024
 _READ_BYTES = 256 * 1024
@@ -150,20 +152,29 @@ class FabricTransport:
         limit_s = min(self._channel_timeout_s, max(0.0, deadline - time.monotonic()))
         began = time.monotonic()
         with mapped(self._description, doing):
-            try:
-                return transport.open_session(timeout=limit_s)  # type: ignore[no-any-return]
-            except paramiko.ChannelException as refusal:
-                raise UnreachableError(
-                    f"{self._description} refuses another session on the connection",
-                    action="Its MaxSessions may be 1, or it is out of processes; ask its administrator.",
-                    details=refusal.text,
-                ) from refusal
-            except paramiko.SSHException as error:
-                if transport.is_active() and time.monotonic() - began >= limit_s:
-                    raise CommandTimeoutError(
-                        f"{self._description} did not open a session within {limit_s:.0f} s", details=f"while {doing}"
-                    ) from error
-                raise
+            while True:
+                left_s = max(_REFUSAL_PAUSE_S, limit_s - (time.monotonic() - began))
+                try:
+                    return transport.open_session(timeout=left_s)  # type: ignore[no-any-return]
+                except paramiko.SSHException as error:
+                    waited_s = time.monotonic() - began
+                    if not transport.is_active():
+                        raise
+                    # A busy server counts a session that has ended for a moment longer than we do. Of several threads
+                    # paramiko tells only one that it was a refusal.
+                    if waited_s < min(_REFUSAL_PATIENCE_S, limit_s):
+                        time.sleep(_REFUSAL_PAUSE_S)
+                    elif waited_s < limit_s or isinstance(error, paramiko.ChannelException):
+                        raise UnreachableError(
+                            f"{self._description} refuses another session on the connection",
+                            action="Its MaxSessions may be 1, or it is out of processes; ask its administrator.",
+                            details=str(error),
+                        ) from error
+                    else:
+                        raise CommandTimeoutError(
+                            f"{self._description} did not open a session within {limit_s:.0f} s",
+                            details=f"while {doing}",
+                        ) from error
 
     def _exit_status(self, channel: paramiko.Channel) -> int | None:
         """The status that the server told. Without one the channel may have closed because the connection did: paramiko

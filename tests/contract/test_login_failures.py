@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from orchestrator.ssh.config import read_effective_config
 from orchestrator.ssh.settings import ConnectionSettings, RetryNotice, RetryPolicy
 from orchestrator.ssh.transport import Transport
 from tests.support.sshd import HOST, Sshd, find_program, fingerprint, free_port, make_key, public_half, running_sshd
+from tests.support.world import until
 
 LIMIT_S = 60.0
 Connect = Callable[..., Transport]
@@ -428,6 +430,18 @@ def test_a_server_that_refuses_another_session_is_told_as_trouble_and_recovers(
             one.finish(LIMIT_S)
             two.finish(LIMIT_S)
         assert works(transport)
+
+
+@pytest.mark.parametrize("transport_name", ["fabric"])
+def test_a_session_that_the_server_still_counts_is_waited_for(tmp_path: Path, connect_to: Connect) -> None:
+    with running_sshd(tmp_path / "sshd", {"MaxSessions": "1"}) as server:
+        transport = connect_to(server.settings())
+        with transport.open_stream("cat", idle_timeout_s=LIMIT_S) as stream, ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(transport.run, "echo heard", timeout_s=LIMIT_S)
+            until(lambda: "no more sessions" in server.log)
+            stream.close_write()
+            stream.finish(LIMIT_S)
+            assert asked.result().stdout == b"heard\n"
 
 
 def test_a_streams_login_under_way_ends_with_the_connection(tmp_path: Path) -> None:
