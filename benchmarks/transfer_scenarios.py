@@ -393,7 +393,7 @@ def _rsync_again(site: Site, file: Path, changed: Path, seconds: dict[str, list[
     def run(source: Path) -> float:
         return rivals.run_watched([*site.link.near, *rivals.rsync_command(site, source)], 900, site.target).seconds
 
-    site.target.unlink(missing_ok=True)
+    site.clear()
     run(file)
     seconds["as it was"].append(run(file))
     os.utime(file, ns=(time.time_ns(), time.time_ns() - 3 * 10**10))
