@@ -21,6 +21,7 @@ _WINDOW_BYTES = 2 * 1024 * 1024
 """An SSH channel holds so much on its way: what one stream carries in a round trip."""
 _FIRST_GUESS_BYTES_PER_S = 125e6
 _FIRST_GUESS_AT_MOST = 4
+_MANY_PROCESSORS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +50,10 @@ class StreamPolicy:
 
 
 def first_guess(round_trip_s: float | None, processors: int) -> int:
-    """How many streams fill a link of 1 Gbit/s over such a path; 1 where it is not known. A near node may be a fast
-    one: there a quarter of the processors, each of which a stream can keep busy at either end."""
+    """How many streams fill a link of 1 Gbit/s over such a path; 1 where it is not known. The link to a near node may
+    be a faster one: 2 where so many processors can feed them."""
     if round_trip_s is not None and round_trip_s < NEAR_S:
-        return max(1, min(_FIRST_GUESS_AT_MOST, processors // 4))
+        return 2 if processors >= _MANY_PROCESSORS else 1
     needed = math.ceil(_FIRST_GUESS_BYTES_PER_S * (round_trip_s or 0.0) / _WINDOW_BYTES)
     return max(1, min(_FIRST_GUESS_AT_MOST, needed))
 
