@@ -8,7 +8,6 @@ from pathlib import Path
 from orchestrator.errors import UnreachableError
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
-from orchestrator.processors import usable_processors
 from orchestrator.transfer.carrier import Pace
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import ProgressListener
@@ -17,6 +16,7 @@ from orchestrator.transfer.stream_count import first_guess
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import KnownChunks, KnownRequest
+from remote_payload.wire.processors import usable_processors
 
 
 def send_to_node(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 
 from orchestrator.errors import UnreachableError
-from orchestrator.processors import usable_processors
 from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
 from orchestrator.transfer.flight import Flight
@@ -16,6 +15,7 @@ from orchestrator.transfer.packing import Packer, PackingRates
 from orchestrator.transfer.progress import TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
+from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import ReceiveRequest
 
 _TICK_S = 0.05

@@ -65,6 +65,7 @@ class Draft:
         self._store_limit_bytes = store_limit_bytes
         self._is_awaited = is_awaited
         self._state = threading.Condition()
+        self._packed = b""
         self._table: DraftTable | None = None
         self._flight: Flight | None = None
         self._thread: threading.Thread | None = None
@@ -97,7 +98,8 @@ class Draft:
         self._began_at = time.monotonic()
         if len(spans) <= MAX_CHUNKS:
             lengths = [length for _, length in spans]
-            self._table = DraftTable(pack_unknown(lengths), sum(lengths))
+            self._packed = pack_unknown(lengths)
+            self._table = DraftTable(self._packed, sum(lengths))
             self._flight = Flight(self._table, (), is_growing=True)
             self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
             self._thread.start()
@@ -219,14 +221,12 @@ class Draft:
         )
         sender = Sender(
             self._file,
-            pack_unknown(map(table.length, range(len(table)))),
+            self._packed,
             table,
             flight,
-            self.pace.bucket,
-            self.pace.rates,
-            self.pace.packer,
+            self.pace,
+            self.sent,
             lambda _have: is_here.set(),
-            self.sent.add,
             self._add_reused,
             is_given_up=lambda: self._is_given_up,
         )

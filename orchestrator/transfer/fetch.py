@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 from orchestrator.errors import IntegrityError, UnreachableError, UsageError
-from orchestrator.processors import usable_processors
 from orchestrator.ssh.transport import BulkStream, ByteStream
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
@@ -34,6 +33,7 @@ from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamPool
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
+from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import (
     MAX_DATA_BYTES,
     PACKED_ENCODING,

@@ -23,10 +23,10 @@ from typing import Protocol
 
 from orchestrator.errors import CheckpointError, IntegrityError
 from orchestrator.layout import LocalLayout
-from orchestrator.processors import usable_processors
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import Chunk, ChunkManifest, Fingerprint, chunk_spans, file_digest, sample_spans
 from remote_payload.wire.codec import WireError
+from remote_payload.wire.processors import usable_processors
 
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was hashed could change again within one tick of its time stamps

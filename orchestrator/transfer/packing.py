@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from orchestrator.processors import usable_processors
 from orchestrator.transfer.channel import damaged
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import pack_floats, unpack
+from remote_payload.wire.processors import usable_processors
 
 MIN_BYTES = 256 * 1024
 """Smaller chunks are not worth a look."""

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from orchestrator.errors import CommandTimeoutError, RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.carrier import Pace, Sent
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
-from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
-from orchestrator.transfer.progress import TokenBucket
+from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.source import Source
 from remote_payload.wire.chunk_table import ChunkTable, encode_bitmap, manifest_pages
 from remote_payload.wire.stream import (
@@ -46,8 +46,8 @@ class Sender:
     """What every stream of one upload does. `serve` runs in a thread for each; the rest is shared by them.
 
     `kept` None: the whole file is to be finished; else the chunks that are to be kept for now are flagged in it.
-    `packer` None: nothing is packed here. `on_sent` is told of bytes that were sent, and how many more of the file they
-    stand for. `is_given_up` None: no draft; else it tells, once nothing more of it goes, whether nobody needs it.
+    `packed`: the table as MANIFEST frames carry it. `is_given_up` None: no draft; else it tells, once nothing more of
+    it goes, whether nobody needs it.
     """
 
     def __init__(
@@ -56,11 +56,9 @@ class Sender:
         packed: bytes,
         table: ChunkTable,
         flight: Flight,
-        bucket: TokenBucket,
-        rates: PackingRates,
-        packer: Packer | None,
+        pace: Pace,
+        sent: Sent,
         on_have: Callable[[bytearray], None],
-        on_sent: Callable[[int, int], None],
         on_reused: Callable[[int], None],
         kept: bytearray | None = None,
         is_given_up: Callable[[], bool] | None = None,
@@ -70,11 +68,9 @@ class Sender:
         self._packed = packed
         self._table = table
         self._flight = flight
-        self._bucket = bucket
-        self._rates = rates
-        self._packer = packer
+        self._pace = pace
+        self._sent = sent
         self._on_have = on_have
-        self._on_sent = on_sent
         self._on_reused = on_reused
         self._kept = kept
         self._is_given_up = is_given_up
@@ -158,11 +154,11 @@ class Sender:
 
     def _send_chunks(self, channel: FrameChannel, lane: Lane) -> None:
         """Send until the lane has no more to do."""
-        if self._packer is None:
+        if self._pace.packer is None:
             while (following := self._flight.next_chunk(lane, _NEXT_CHUNK_S)) is not None:
                 self._send_chunk(channel, *following)
             return
-        ahead = _Ahead(self._packer, self._flight, lane, self._table, self._file)
+        ahead = _Ahead(self._pace.packer, self._flight, lane, self._table, self._file)
         try:
             while self._send_next(channel, ahead):
                 pass
@@ -195,7 +191,7 @@ class Sender:
             # Tells nothing of a link from here.
             self._send_bytes(channel, index)
             return
-        with self._rates.moving():
+        with self._pace.rates.moving():
             if body is not None:
                 self._send_body(channel, index, *body)
             else:
@@ -205,26 +201,26 @@ class Sender:
         offset, left = self._table.offset(index), self._table.length(index)
         channel.send_data_header(index, left)
         while left:
-            count = min(left, self._bucket.piece_bytes(PIECE_BYTES))
-            self._bucket.take(count)
+            count = min(left, self._pace.bucket.piece_bytes(PIECE_BYTES))
+            self._pace.bucket.take(count)
             # What was asked of the bucket and not sent is sent now: the limit counts it once.
             while count:
                 sent = self._file.send(channel, offset, count)
-                self._on_sent(sent, 0)
+                self._sent.add(sent, 0)
                 if not channel.is_filled_there:
-                    self._rates.note_moved(sent)
+                    self._pace.rates.note_moved(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
     def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:
         channel.send_data_header(index, len(body), encoding)
         view = memoryview(body)
         while view:
-            piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
-            self._bucket.take(len(piece))
+            piece = view[: self._pace.bucket.piece_bytes(PIECE_BYTES)]
+            self._pace.bucket.take(len(piece))
             channel.send_data(piece)
-            self._rates.note_moved(len(piece))
+            self._pace.rates.note_moved(len(piece))
             view = view[len(piece) :]
-        self._on_sent(len(body), self._table.length(index) - len(body))
+        self._sent.add(len(body), self._table.length(index) - len(body))
 
     def _read_unchanged(self, index: int) -> bytes:
         """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""

@@ -187,11 +187,9 @@ class _Upload:
             self._packed,
             self._table,
             flight,
-            self._pace.bucket,
-            self._pace.rates,
-            self._pace.packer,
+            self._pace,
+            self.sent,
             self._see_have,
-            self.sent.add,
             self._add_reused,
             self._kept,
         )

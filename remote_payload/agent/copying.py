@@ -44,12 +44,6 @@ class Place(NamedTuple):
     offset: int
 
 
-def usable_cores() -> int:
-    """How many processors this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 class Copying:
     """Copies chunks of `table` into the file open as `fd`, each from the first of its places where it stands."""
 

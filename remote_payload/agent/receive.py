@@ -13,7 +13,6 @@ from typing import Callable, Optional
 from remote_payload.agent import drafts, locks, partial_file, root, store
 from remote_payload.agent.background import Background
 from remote_payload.agent.channel import FdChannel, PeerGoneError
-from remote_payload.agent.copying import usable_cores
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import SessionLock
 from remote_payload.agent.partial_file import PartialFile
@@ -32,6 +31,7 @@ from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest
 from remote_payload.wire.packing import unpack
+from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import (
     PACKED_ENCODING,
     DamagedStreamError,
@@ -182,7 +182,7 @@ class _Receiver:
         """Runs beside everything else, with one processor less than there are."""
         with self._settling:
             self._part.reload()  # an earlier stream may have brought some of them
-        threads = max(1, usable_cores() - 1)
+        threads = max(1, usable_processors() - 1)
         digest = self._request.digest
         copied = copied_chunks(self._layout, digest, self._table, self._part, indices, threads, go_on)
         with contextlib.closing(copied):

@@ -15,12 +15,13 @@ from collections.abc import Generator, Iterable, Iterator
 from typing import Callable, Optional
 
 from remote_payload.agent import files, store
-from remote_payload.agent.copying import Copying, Place, usable_cores
+from remote_payload.agent.copying import Copying, Place
 from remote_payload.agent.partial_file import PartialFile, journalled
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import MemberList, check_members
+from remote_payload.wire.processors import usable_processors
 
 MAX_SOURCES = 64
 """So many checkpoints, the latest used first, are looked through."""
@@ -42,7 +43,7 @@ def reuse_chunks(
     """
     copied_bytes = 0
     try:
-        copied = copied_chunks(layout, digest, table, part, range(len(table)), usable_cores(), draft=draft)
+        copied = copied_chunks(layout, digest, table, part, range(len(table)), usable_processors(), draft=draft)
         with contextlib.closing(copied):
             for index in copied:
                 if index is not None:

@@ -7,7 +7,6 @@ the same from run to run. Memory is bounded by threads times block, whatever the
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from remote_payload.health.joiner import Joiner
 from remote_payload.health.native import MIN_BYTES, NativeFound, find_native
 from remote_payload.health.native_worker import NATIVE_BLOCK_BYTES, NativeWorker
 from remote_payload.health.worker import BATCH_BLOCKS, BATCH_BYTES, BlockOutcome, CpuWorker, ScanState
+from remote_payload.wire.processors import usable_processors
 
 CPU_BLOCK_BYTES = 6 * 1024 * 1024
 CUDA_BLOCK_BYTES = 64 * 1024 * 1024 - 16 * 1024
@@ -179,9 +179,7 @@ def in_batches(blocks: Iterator[Optional[Block]]) -> Iterator[list[Block]]:
 
 
 def _thread_count(most: int) -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    available = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, min(available, most))
+    return max(1, min(usable_processors(), most))
 
 
 @contextmanager

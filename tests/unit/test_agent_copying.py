@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from remote_payload.agent import copying
-from remote_payload.agent.copying import Copying, Place, usable_cores
+from remote_payload.agent.copying import Copying, Place
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
+from remote_payload.wire.processors import usable_processors
 from tests.support import sharing
 from tests.support.agent_streams import even_cuts, manifest_of
 
@@ -159,7 +160,7 @@ def test_only_processors_that_may_be_used_count() -> None:
 
     def look() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of this thread alone
-        counts.append(usable_cores())
+        counts.append(usable_processors())
 
     thread = threading.Thread(target=look)
     thread.start()

@@ -154,7 +154,7 @@ def test_chunks_are_unpacked_one_after_the_other_into_the_same_memory() -> None:
 
 
 def test_chunks_that_are_unpacked_at_once_do_not_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("orchestrator.transfer.packing.usable_processors", lambda: 2)
     unpacker, one, other = Unpacker(PackingRates()), bfloat16(500), bfloat16(400)
     with (
         unpacker.unpacked(memoryview(pack(one, 2)), len(one)) as first,

@@ -1,4 +1,4 @@
-"""How many processors this process may use."""
+"""How many processors a process may use, on either side."""
 
 from __future__ import annotations
 
