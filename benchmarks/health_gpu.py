@@ -217,11 +217,11 @@ def compare_devices(path: Path) -> dict[str, Any]:
     header = read_header(str(path))
     results = [scan(header, d, ignore_progress, b) for d, b in (("cpu", None), ("cuda", None), ("cuda", 1 << 20))]
     again = scan(header, "cuda", ignore_progress)
-    flat = [flat(dataclasses.asdict(dataclasses.replace(r, native=None))) for r in results]
+    values = [flat(dataclasses.asdict(dataclasses.replace(r, native=None))) for r in results]
     differences, largest = [], 0.0
-    for other in flat[1:]:
-        for key in flat[0].keys() | other.keys():
-            a, b = flat[0].get(key), other.get(key)
+    for other in values[1:]:
+        for key in values[0].keys() | other.keys():
+            a, b = values[0].get(key), other.get(key)
             if a == b:
                 continue
             if isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-300):
@@ -229,7 +229,7 @@ def compare_devices(path: Path) -> dict[str, Any]:
             else:
                 differences.append([key, repr(a), repr(b)])
     return {
-        "values": len(flat[0]),
+        "values": len(values[0]),
         "differences": differences[:20],
         "largest_relative": largest,
         "repeatable": dataclasses.asdict(again) == dataclasses.asdict(results[1]),
@@ -261,7 +261,7 @@ def compare_kernels() -> dict[str, Any]:
     ours, _ = load_kernels(device)
     compile_s = time.perf_counter() - began
     naive = CudaModule(_NAIVE, ["naive"], device)
-    stream = torch.cuda.current_stream()
+    stream = int(torch.cuda.current_stream().cuda_stream)
     rates: dict[str, Any] = {"compile_s": compile_s}
     count = 132 * cuda_source.ELEMENTS_PER_HISTOGRAM
     for kind in ("normal", "constant"):

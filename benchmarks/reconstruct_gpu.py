@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
     known: dict[str, Callable[[], dict[str, Any]]] = {
         "data": lambda: prepare(data, options.scale),
         "load warm": lambda: {"ours": child([*again, "ours"]), "theirs": child([*again, "theirs"])},
-        "load cold": lambda: {name: cold(lambda n=name: child([*again, n])) for name in ("ours", "theirs")},
+        "load cold": lambda: {name: cold(partial(child, [*again, name])) for name in ("ours", "theirs")},
         "rate": lambda: child([*again, "rate"]),
         "evaluate": lambda: evaluate(options.path, options.scale, options.device),
         "device rate": lambda: child([*again, "device rate"]),
@@ -91,7 +92,8 @@ def load_ours(path: Path, scale: int, device: str) -> dict[str, Any]:
         header = read_header(str(path))
         config = AdapterConfig({"scale": scale}, checkpoint=header.config)
         dtype = choose_dtype("auto", header, target)
-        loaded = load_model(ReferenceAdapter(), config, header, target, dtype)
+        adapter: Any = ReferenceAdapter()
+        loaded = load_model(adapter, config, header, target, dtype)
         finish(target)
         seconds = time.perf_counter() - began
     weights = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
@@ -146,7 +148,7 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
     target = start(device)
     header = read_header(str(path))
     config = AdapterConfig({"scale": scale}, checkpoint=header.config)
-    adapter = ReferenceAdapter()
+    adapter: Any = ReferenceAdapter()
     loaded = load_model(adapter, config, header, target, choose_dtype("auto", header, target))
     data = {"film": str(data_folder(path))}
     samples = adapter.samples(adapter.split, data, config)
@@ -163,7 +165,7 @@ def rates(path: Path, scale: int, device: str) -> dict[str, Any]:
         with torch.inference_mode():
             for _ in range(_PASSES):
                 taken = []
-                for batch in DataLoader(samples, batch_size=_BATCH, collate_fn=adapter.collate):  # type: ignore[arg-type]
+                for batch in DataLoader(samples, batch_size=_BATCH, collate_fn=adapter.collate):
                     out = adapter.predict(loaded.model, to_device(batch, target, loaded.dtype))
                     taken.append({n: t.float().cpu() for n, t in out.items()})
 
