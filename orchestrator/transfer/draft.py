@@ -188,7 +188,7 @@ class Draft:
             if known.is_size_there:
                 return
             with self._state:
-                self._known = frozenset(known.as_set())
+                self._known = known.as_set()
                 self._offer()
             if self._await_that(lambda: flight.has_work):
                 self._carry(table, flight)

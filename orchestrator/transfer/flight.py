@@ -53,7 +53,6 @@ class Flight:
         self.is_growing = is_growing
         self._is_stopped = False
         self._lanes: list[Lane] = []
-        self._ending = 0
         self._settled_bytes = 0
         self._refusals: collections.Counter[int] = collections.Counter()
         self._version = 0

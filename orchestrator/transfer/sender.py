@@ -111,9 +111,10 @@ class Sender:
             self._send_chunks(channel, lane)
             channel.send(FrameKind.LEAVE, int(self._is_given_up()))
             left = answers.await_answer()
-            if isinstance(left, LeftFacts):
-                self._on_reused(left.bytes_reused)
-            return isinstance(left, LeftFacts)
+            if not isinstance(left, LeftFacts):
+                return False
+            self._on_reused(left.bytes_reused)
+            return True
         for _ in range(_MAX_FINISH_ROUNDS):
             self._send_chunks(channel, lane)
             if not self._flight.is_last(lane):

@@ -115,9 +115,9 @@ class KnownChunks:
     prefixes: str
     is_size_there: bool
 
-    def as_set(self) -> set[bytes]:
+    def as_set(self) -> frozenset[bytes]:
         prefixes = base64.b64decode(self.prefixes)
-        return {prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES)}
+        return frozenset(prefixes[at : at + PREFIX_BYTES] for at in range(0, len(prefixes), PREFIX_BYTES))
 
 
 @dataclasses.dataclass(frozen=True)
