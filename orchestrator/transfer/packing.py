@@ -14,6 +14,7 @@ from orchestrator.transfer.channel import damaged
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import pack_floats, unpack
 from remote_payload.wire.processors import usable_processors
+from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING
 
 MIN_BYTES = 256 * 1024
 """Smaller chunks are not worth a look."""
@@ -33,8 +34,8 @@ the link. Where they are slower yet, the processors are what the link waits for.
 _RETRY_S = 2.0
 """Packers that were too slow are measured anew, with one chunk, after so long."""
 
-PackedChunk = Future["bytes | None"]
-"""A chunk in fewer bytes, or None where it had better go as it is."""
+PackedChunk = Future[tuple[int, bytes]]
+"""(encoding, body) of a chunk's DATA frame: in fewer bytes, or as it was read where it had better go so."""
 
 
 class PackingRates:
@@ -62,10 +63,14 @@ class PackingRates:
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
-        """Around moving a chunk that is ready: what all streams carry is measured while any of them moves one."""
+        """Around moving a chunk that is ready: what all streams carry is measured while any of them moves one. The time
+        that a lost stream stood still tells nothing of the link."""
         self._change_movers(1)
         try:
             yield
+        except BaseException:
+            self._forget_moment()
+            raise
         finally:
             self._change_movers(-1)
 
@@ -108,6 +113,11 @@ class PackingRates:
             self._look_at_clock()
             self._movers += change
 
+    def _forget_moment(self) -> None:
+        with self._lock:
+            self._looked_at = self._clock()
+            self._moving_s, self._moved_bytes = 0.0, 0
+
     def _look_at_clock(self) -> None:
         now = self._clock()
         if self._movers:
@@ -118,7 +128,8 @@ class PackingRates:
 class Packer:
     """Packs the chunks of one transfer in threads of its own; its methods may be called from several threads.
 
-    Until the link's rate is known it packs a chunk for each worker, so that some are ready by then.
+    Until the link's rate is known it packs a chunk for each worker, so that some are ready by then. What it has read is
+    not read again: it goes as it is where packing does not shrink it, and waits where the stream that asked is lost.
     """
 
     def __init__(
@@ -132,6 +143,7 @@ class Packer:
         self._places = self._workers + SPARE_CHUNKS
         self._taken_places = 0
         self._begun = 0
+        self._left_over = dict[tuple[int, int], PackedChunk]()
         self._is_closed = False
 
     @property
@@ -145,16 +157,24 @@ class Packer:
         may_begin = self.pays if self.rates.knows_link else self._begun < self._workers
         return not self._is_closed and self._taken_places < self._places and may_begin
 
-    def begin(self, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
-        """Begin to pack a chunk; None where that does not pay, or there is no place. `read` is called in a worker,
-        and what it raises is the future's. What was begun is to be handed to `end`."""
+    def begin(self, offset: int, length: int, read: Callable[[int, int], bytes]) -> PackedChunk | None:
+        """Begin to pack the chunk that stands at `offset`; None where that does not pay, or there is no place. `read`
+        is called in a worker, and what it raises is the future's. What was begun goes to `end` or `leave` at last."""
         with self._lock:
+            left_over = self._left_over.pop((offset, length), None)
+            if left_over is not None:
+                return left_over
             if length < MIN_BYTES or not self.has_room:
                 return None
             self._taken_places += 1
             self._begun += 1
             self.rates.note_tried()
-            return self._pool.submit(self._pack, read)
+            return self._pool.submit(self._pack, offset, length, read)
+
+    def leave(self, offset: int, length: int, chunk: PackedChunk) -> None:
+        """The stream that asked for the chunk is lost: it keeps its place until `begin` is asked for it again."""
+        with self._lock:
+            self._left_over[offset, length] = chunk
 
     def end(self, chunk: PackedChunk) -> None:
         """The chunk is sent, or is not to be: its place is free as soon as no worker has it any more."""
@@ -167,13 +187,14 @@ class Packer:
             self._is_closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _pack(self, read: Callable[[], bytes]) -> bytes | None:
-        data = read()
+    def _pack(self, offset: int, length: int, read: Callable[[int, int], bytes]) -> tuple[int, bytes]:
+        data = read(offset, length)
         begun = self._clock()
         packed = pack_floats(data)
-        if packed is not None:
-            self.rates.note_packed(len(data), self._clock() - begun)
-        return packed
+        if packed is None:
+            return RAW_ENCODING, data
+        self.rates.note_packed(len(data), self._clock() - begun)
+        return PACKED_ENCODING, packed
 
     def _free_place(self) -> None:
         with self._lock:

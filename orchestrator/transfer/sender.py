@@ -16,7 +16,6 @@ from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.source import Source
 from remote_payload.wire.chunk_table import ChunkTable, encode_bitmap, manifest_pages
 from remote_payload.wire.stream import (
-    PACKED_ENCODING,
     RAW_ENCODING,
     FinishedFacts,
     FrameKind,
@@ -174,17 +173,17 @@ class Sender:
         self._send_chunk(channel, *following)
         return True
 
-    def _send_chunk(self, channel: FrameChannel, index: int, is_again: bool, packed: bytes | None = None) -> None:
+    def _send_chunk(
+        self, channel: FrameChannel, index: int, is_again: bool, ready: tuple[int, bytes] | None = None
+    ) -> None:
         if self._flight.is_named(index):
             channel.send(FrameKind.COPY, index, self._table.sha256(index))
             return
         offset, left = self._table.offset(index), self._table.length(index)
-        body: tuple[int, bytes] | None = None
+        body = ready
         if is_again:
             body = (RAW_ENCODING, self._read_unchanged(index))
-        elif packed is not None:
-            body = (PACKED_ENCODING, packed)
-        elif not channel.is_filled_there:
+        elif body is None and not channel.is_filled_there:
             body = self._file.body(offset, left)
         if self._is_given_up is not None:
             channel.send(FrameKind.DIGEST, index, self._table.sha256(index))
@@ -219,9 +218,10 @@ class Sender:
             piece = view[: self._pace.bucket.piece_bytes(PIECE_BYTES)]
             self._pace.bucket.take(len(piece))
             channel.send_data(piece)
+            self._sent.add(len(piece), 0)
             self._pace.rates.note_moved(len(piece))
             view = view[len(piece) :]
-        self._sent.add(len(body), self._table.length(index) - len(body))
+        self._sent.add(0, self._table.length(index) - len(body))
 
     def _read_unchanged(self, index: int) -> bytes:
         """A refused chunk is either damaged on its way or no longer what the manifest says: look which."""
@@ -244,12 +244,14 @@ class _Ahead:
         self._table = table
         self._file = file
         self._chunks: list[tuple[int, bool, PackedChunk]] = []
-        self._given: PackedChunk | None = None
+        self._given: tuple[int, PackedChunk] | None = None
 
-    def next_chunk(self) -> tuple[int, bool, bytes | None] | None:
-        """(chunk, whether it was refused before, its packed bytes) to be sent now; None when the lane has no more to
-        do. The one before is taken for sent. Raises what reading a chunk or `Flight.next_chunk` does."""
-        self._let_go()
+    def next_chunk(self) -> tuple[int, bool, tuple[int, bytes] | None] | None:
+        """(chunk, whether it was refused before, what `PackedChunk` tells) to be sent now; None when the lane has no
+        more to do. The one before is taken for sent. Raises what reading a chunk or `Flight.next_chunk` does."""
+        if self._given is not None:
+            self._packer.end(self._given[1])
+            self._given = None
         while not self._chunks or (len(self._chunks) < _CHUNKS_AHEAD and self._packer.has_room):
             following = self._take()
             if following is None:
@@ -266,11 +268,10 @@ class _Ahead:
         return self._give(ready or 0)
 
     def drop(self) -> None:
-        """Give up what was not sent; the flight takes it back when the lane leaves."""
-        self._let_go()
-        for _, _, packed in self._chunks:
-            self._packer.end(packed)
-        self._chunks.clear()
+        """Give up what was not sent: the flight takes it back when the lane leaves, and another stream sends it."""
+        unsent = [(index, packed) for index, _, packed in self._chunks]
+        for index, packed in unsent + ([self._given] if self._given is not None else []):
+            self._packer.leave(self._table.offset(index), self._table.length(index), packed)
 
     def _take(self) -> tuple[int, bool] | None:
         if self._chunks:
@@ -281,18 +282,13 @@ class _Ahead:
     def _begin(self, index: int) -> PackedChunk | None:
         if self._flight.is_named(index):
             return None
-        offset, length = self._table.offset(index), self._table.length(index)
-        return self._packer.begin(length, lambda: self._file.read(offset, length))
+        return self._packer.begin(self._table.offset(index), self._table.length(index), self._file.read)
 
-    def _give(self, number: int) -> tuple[int, bool, bytes | None]:
+    def _give(self, number: int) -> tuple[int, bool, tuple[int, bytes] | None]:
         """A chunk that is packed, or whose packing is not begun or is to be awaited."""
-        index, is_again, self._given = self._chunks.pop(number)
-        return index, is_again, None if self._given.cancel() else self._given.result()
-
-    def _let_go(self) -> None:
-        if self._given is not None:
-            self._packer.end(self._given)
-            self._given = None
+        index, is_again, packed = self._chunks.pop(number)
+        self._given = index, packed
+        return index, is_again, None if packed.cancel() else packed.result()
 
 
 class _Answers:

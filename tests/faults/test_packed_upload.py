@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import concurrent.futures
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from orchestrator.transfer.channel import FrameChannel
+from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
 from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
 from orchestrator.transfer.source import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
 from remote_payload.wire.stream import HEADER_BYTES, PACKED_ENCODING, FrameKind, decode_header
 from tests.support.agent_streams import (
+    CutStream,
     ThreadOpener,
     WatchedStream,
     check_stored,
@@ -48,18 +50,26 @@ class HeaderStream(WatchedStream):
 
 
 class ReadFile(LocalFile):
-    """Counts what is read to be packed."""
+    """Counts what is read to be packed, and all that is read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.reads = 0
+        self.read_bytes = 0
         self.changed_reads = threading.Condition()
 
     def read(self, offset: int, count: int) -> bytes:
         with self.changed_reads:
             self.reads += 1
+            self.read_bytes += count
             self.changed_reads.notify_all()
         return super().read(offset, count)
+
+    def send(self, channel: FrameChannel, offset: int, count: int) -> int:
+        sent = super().send(channel, offset, count)
+        with self.changed_reads:
+            self.read_bytes += sent
+        return sent
 
     def await_reads(self, count: int) -> bool:
         with self.changed_reads:
@@ -96,8 +106,8 @@ def test_what_is_packed_goes_before_another_chunk_as_it_is(
     begun: list[PackedChunk] = []
     begin = Packer.begin
 
-    def noted_begin(self: Packer, length: int, read: Callable[[], bytes]) -> PackedChunk | None:
-        chunk = begin(self, length, read)
+    def noted_begin(self: Packer, offset: int, length: int, read: Callable[[int, int], bytes]) -> PackedChunk | None:
+        chunk = begin(self, offset, length, read)
         if chunk is not None:
             begun.append(chunk)
         return chunk
@@ -117,3 +127,19 @@ def test_what_is_packed_goes_before_another_chunk_as_it_is(
     assert went.count(True) == 2
     # The first goes as it is at most because nothing is packed yet.
     assert not any(went[3:])
+
+
+@pytest.mark.parametrize("content", [CONTENT, random.Random(1).randbytes(len(CONTENT))], ids=["floats", "noise"])
+def test_what_was_read_to_be_packed_is_not_read_again_though_streams_are_lost(
+    tmp_path: Path, local: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackingRates, "pays", lambda self, packers: True)
+    monkeypatch.setattr(PackingRates, "knows_link", True)
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), CHUNK))
+    root, file = make_node_root(tmp_path), ReadFile(local)
+    opener = ThreadOpener(root, [lambda inner: CutStream(inner, 2 * CHUNK + 1, None)] * 3)
+    upload_file(opener, file, manifest, streams=StreamPolicy(fixed=1), retry=ReconnectPolicy(first_wait_s=0.01))
+    check_stored(root, manifest, content)
+    assert opener.opened > 3
+    assert file.read_bytes == len(content)

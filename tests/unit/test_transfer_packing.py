@@ -18,6 +18,7 @@ from orchestrator.transfer.channel import StreamDamagedError
 from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, Unpacker, packing_pays
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, best_planes, pack, pack_floats, unpack
+from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING
 from tests.support.floats import bfloat16, float32
 
 MIB = 1024 * 1024
@@ -206,29 +207,29 @@ def pays(packer: Packer) -> bool:
     return packer.pays
 
 
-def no_read() -> bytes:
+def no_read(offset: int, length: int) -> bytes:
     pytest.fail("the file was read for nothing")
 
 
 def test_chunks_go_packed_only_where_the_link_is_slower_than_packing() -> None:
     data = bfloat16(MIN_BYTES)
-    chunk = over_link(1e6).begin(len(data), lambda: data)
+    chunk = over_link(1e6).begin(0, len(data), lambda offset, length: data)
     assert chunk is not None
-    packed = chunk.result()
-    assert packed is not None
+    encoding, packed = chunk.result()
+    assert encoding == PACKED_ENCODING
     assert unpack(packed, len(data)) == data
     fast = over_link(1e9)
     fast.rates.note_tried()
-    assert fast.begin(len(data), no_read) is None
+    assert fast.begin(0, len(data), no_read) is None
 
 
 def test_until_the_link_is_measured_one_chunk_is_packed_for_each_worker() -> None:
     clock, data = Clock(), bfloat16(MIN_BYTES)
     packer = new_packer(clock, workers=2)
-    begun = [packer.begin(len(data), lambda: data) for _ in range(3)]
+    begun = [packer.begin(0, len(data), lambda offset, length: data) for _ in range(3)]
     assert [chunk is not None for chunk in begun] == [True, True, False]
     send(packer, clock, 1e6, 1, MIB)
-    assert packer.begin(len(data), lambda: data) is not None
+    assert packer.begin(0, len(data), lambda offset, length: data) is not None
 
 
 def test_a_link_is_compared_with_all_packers_together() -> None:
@@ -261,6 +262,27 @@ def test_a_link_that_becomes_slow_gets_packed_chunks_soon(slow: float, pieces: i
     assert not pays(packer)
 
 
+def test_the_time_that_a_lost_stream_stood_still_is_not_the_links() -> None:
+    clock = Clock()
+    packer = new_packer(clock, workers=1)
+    send(packer, clock, 1e9, 4000, MIB)
+    with contextlib.suppress(OSError), packer.rates.moving():
+        clock.now_s += 60.0
+        raise BrokenPipeError
+    send(packer, clock, 1e9, 400, MIB)
+    assert not pays(packer)
+
+
+def test_what_a_lost_stream_had_packed_is_given_to_the_next_one_that_asks() -> None:
+    packer = over_link(1e5)
+    data = bfloat16(MIN_BYTES)
+    chunk = packer.begin(7, len(data), lambda offset, length: data)
+    assert chunk is not None
+    packer.leave(7, len(data), chunk)
+    assert packer.begin(7, len(data), no_read) is chunk
+    assert packer.begin(7, len(data), lambda offset, length: data) is not chunk
+
+
 @pytest.mark.parametrize(
     ("link", "packers", "untried_s", "pays"),
     [
@@ -283,9 +305,9 @@ def test_packers_that_were_slow_for_a_while_are_measured_again_by_one_chunk_afte
     data = bfloat16(MIN_BYTES)
 
     def packs_one() -> bool:
-        chunk = packer.begin(len(data), lambda: data)
+        chunk = packer.begin(0, len(data), lambda offset, length: data)
         if chunk is not None:
-            assert chunk.result() is not None
+            assert chunk.result()[0] == PACKED_ENCODING
             packer.end(chunk)
         return chunk is not None
 
@@ -308,45 +330,46 @@ def test_what_does_not_shrink_is_looked_at_now_and_then_on_a_fast_link() -> None
     data = random.Random(3).randbytes(MIN_BYTES)
     send(packer, clock, 1e9, 4000, MIB)
     for _ in range(2):
-        chunk = packer.begin(len(data), lambda: data)
+        chunk = packer.begin(0, len(data), lambda offset, length: data)
         assert chunk is not None
-        assert chunk.result() is None
+        assert chunk.result() == (RAW_ENCODING, data)
         packer.end(chunk)
-        assert packer.begin(len(data), no_read) is None
+        assert packer.begin(0, len(data), no_read) is None
         clock.now_s += 2.5
 
 
 def test_what_does_not_shrink_goes_as_it_is_on_any_link() -> None:
     data = random.Random(2).randbytes(MIN_BYTES)
-    chunk = over_link(1e5).begin(len(data), lambda: data)
+    chunk = over_link(1e5).begin(0, len(data), lambda offset, length: data)
     assert chunk is not None
-    assert chunk.result() is None
+    assert chunk.result() == (RAW_ENCODING, data)
 
 
 def test_chunks_ahead_are_bounded_and_a_place_is_free_again_once_its_chunk_is_sent() -> None:
     packer = over_link(1e5)
     data = bfloat16(MIN_BYTES)
-    chunks = [packer.begin(len(data), lambda: data) for _ in range(9)]
+    chunks = [packer.begin(0, len(data), lambda offset, length: data) for _ in range(9)]
     held = [chunk for chunk in chunks if chunk is not None]
     assert len(held) == 1 + SPARE_CHUNKS
     for chunk in held:
         chunk.result()
-    assert packer.begin(len(data), no_read) is None
+    assert packer.begin(0, len(data), no_read) is None
     packer.end(held[0])
-    assert packer.begin(len(data), lambda: data) is not None
+    assert packer.begin(0, len(data), lambda offset, length: data) is not None
 
 
 def test_a_closed_packer_reads_nothing_any_more() -> None:
     packer = over_link(1e5)
     go_on, reads = threading.Event(), []
 
-    def read() -> bytes:
+    def read(offset: int, length: int) -> bytes:
         reads.append(1)
         assert go_on.wait(30)
         return bytes(MIN_BYTES)
 
-    begun = [packer.begin(MIN_BYTES, read) for _ in range(2)]
-    while not reads:
+    begun = [packer.begin(0, MIN_BYTES, read) for _ in range(2)]
+    deadline = time.monotonic() + 30
+    while not reads and time.monotonic() < deadline:
         time.sleep(0.001)
     closing = threading.Thread(target=packer.close)
     closing.start()
@@ -354,4 +377,4 @@ def test_a_closed_packer_reads_nothing_any_more() -> None:
     closing.join(30)
     assert not closing.is_alive()
     assert all(chunk is not None and chunk.done() for chunk in begun)
-    assert packer.begin(MIN_BYTES, no_read) is None
+    assert packer.begin(0, MIN_BYTES, no_read) is None
