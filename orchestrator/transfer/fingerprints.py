@@ -31,7 +31,7 @@ from remote_payload.wire.processors import usable_processors
 SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was hashed could change again within one tick of its time stamps
 (2 s on FAT, 1 s on old network file systems), so its manifest is not remembered."""
-_MAX_THREADS = 8
+_MAX_THREADS = 16
 _MAX_REMEMBERED = 1000
 _READ_BYTES = 1024 * 1024
 _NICER = 10

@@ -120,6 +120,7 @@ def _clean_up(layout: NodeLayout, digest: str, table: ChunkTable) -> None:
     """What a crash just after the final rename left undone."""
     if not os.path.exists(layout.checkpoint_manifest(digest)):
         partial_file.write_manifest(layout, digest, table)
+        os.utime(layout.checkpoint_manifest(digest), (0, 0))  # nobody knows whether the file was written to since
     partial_file.remove_if_there(layout.checkpoint_journal(digest))
     partial_file.remove_if_there(layout.checkpoint_readable(digest))
     partial_file.remove_if_there(layout.checkpoint_part(digest))

@@ -1,35 +1,27 @@
 """Chunks that the node has already, in an earlier checkpoint of its store or elsewhere in the file that arrives.
 
-Chunk manifests stand beside the stored files; they only say where to look. What is copied is verified by its SHA-256.
+Chunk manifests stand beside the stored files and say where to look. What is copied is verified by its SHA-256.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import itertools
-import os
-import re
-import stat
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Callable, Optional
 
-from remote_payload.agent import files, store
+from remote_payload.agent import store
 from remote_payload.agent.copying import Copying, Place
 from remote_payload.agent.partial_file import PartialFile, journalled
+from remote_payload.agent.stored_chunks import StoredChunks, manifest_lines
 from remote_payload.wire.chunk_table import ChunkTable
-from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.members import MemberList, check_members
 from remote_payload.wire.processors import usable_processors
 
 MAX_SOURCES = 64
 """So many checkpoints, the latest used first, are looked through."""
 MAX_CANDIDATES = 3
 """How many places a chunk is tried from: a second one matters only where the first is damaged."""
-_MAX_LINE_BYTES = 200
 _TELL_INTERVAL_S = 2.0
-_LINE = re.compile(rb'\{"offset": (\d{1,18}), "length": (\d{1,8}), "sha256": "([0-9a-f]{64})"\}')
 
 
 def reuse_chunks(
@@ -100,10 +92,9 @@ def _places(
     for stored in _stored(layout):
         if stored == digest or all(len(places.get(sha256, ())) >= MAX_CANDIDATES for sha256 in wanted):
             continue
-        found: list[tuple[bytes, int]] = []
-        with contextlib.suppress(OSError):
-            found.extend(_matches(layout.checkpoint_manifest(stored), lengths))
-        holder = _Holder(layout, stored) if found else None
+        manifest = manifest_lines(layout.checkpoint_manifest(stored))
+        found = [(sha256, offset) for offset, length, sha256 in manifest if lengths.get(sha256) == length]
+        holder = StoredChunks(layout, stored) if found else None
         for sha256, offset in found:
             known = places.setdefault(sha256, [])
             if holder is not None and len(known) < MAX_CANDIDATES:
@@ -111,40 +102,7 @@ def _places(
     return places
 
 
-class _Holder:
-    """A stored checkpoint by the offsets of its chunk manifest, which for a folder runs through all of its files."""
-
-    def __init__(self, layout: NodeLayout, digest: str) -> None:
-        self._paths, self._starts = [layout.checkpoint(digest)], [0]
-        with contextlib.suppress(WireError, ValueError, OSError):
-            value = files.read_json(layout.checkpoint_members(digest))
-            members = from_json(MemberList, value).members if value is not None else ()
-            if members:
-                check_members(members)
-                tree = layout.checkpoint_tree(digest)
-                self._paths = [os.path.join(tree, member.path) for member in members]
-                self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
-
-    def place(self, offset: int) -> Place:
-        index = bisect.bisect_right(self._starts, offset) - 1
-        return Place(self._paths[index], offset - self._starts[index])
-
-
 def _stored(layout: NodeLayout) -> list[str]:
     """Digests of the checkpoints in the store, the latest used first."""
     latest_first = sorted(store.stored_files(layout), key=lambda file: file.last_used, reverse=True)
     return [file.digest for file in latest_first[:MAX_SOURCES]]
-
-
-def _matches(path: str, lengths: dict[bytes, int]) -> Iterator[tuple[bytes, int]]:
-    """(sha256, offset) of the wanted chunks that a manifest speaks of, read a line at a time: it may be long."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return
-        while line := file.readline(_MAX_LINE_BYTES):
-            match = _LINE.match(line)
-            if match is not None:
-                sha256 = bytes.fromhex(match.group(3).decode())
-                if lengths.get(sha256) == int(match.group(2)):
-                    yield sha256, int(match.group(1))

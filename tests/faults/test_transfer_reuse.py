@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
 from orchestrator.transfer.source import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
-from remote_payload.agent import reuse
+from remote_payload.agent.stored_chunks import manifest_lines
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.packing import pack
 from remote_payload.wire.stream import PACKED_ENCODING
@@ -188,8 +187,7 @@ def test_twenty_checkpoints_are_looked_through_line_by_line(tmp_path: Path) -> N
     path = tmp_path / "chunks.json"
     line = b'{"offset": 7, "length": 5, "sha256": "' + b"ab" * 32 + b'"}'
     path.write_bytes(b"x" * 10_000_000 + b"\n" + line + b",\n" + line)
-    found = list(itertools.islice(reuse._matches(str(path), {b"\xab" * 32: 5}), 5))
-    assert found == [(b"\xab" * 32, 7)] * 2
+    assert list(manifest_lines(str(path))) == [(7, 5, b"\xab" * 32)] * 2
 
 
 class PackedFile(LocalFile):

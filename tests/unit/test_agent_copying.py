@@ -35,10 +35,15 @@ def opened(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> Iterator[int]:
 
 
 def copy(
-    fd: int, source: Path, shift: int = 0, indices: Sequence[int] = range(len(TABLE)), threads: int = 4
+    fd: int,
+    source: Path,
+    shift: int = 0,
+    indices: Sequence[int] = range(len(TABLE)),
+    threads: int = 4,
+    verified_ns: int = 0,
 ) -> set[int]:
     """Copy the chunks from a file in which the content stands `shift` bytes further on."""
-    work = [(index, [Place(str(source), TABLE.offset(index) + shift)]) for index in indices]
+    work = [(index, [Place(str(source), TABLE.offset(index) + shift, verified_ns)]) for index in indices]
     return {index for index in Copying(TABLE, fd, work).copied(threads, 60.0) if index is not None}
 
 
@@ -76,6 +81,56 @@ def test_blocks_at_the_same_offset_within_a_block_are_shared(
         assert sharing.used_bytes(disk) - before < len(CONTENT) / 4
         assert (disk / "part").read_bytes() == CONTENT
         assert (disk / "source").read_bytes() == CONTENT
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much each `preadv` has read."""
+    counts: list[int] = []
+
+    def read_at(fd: int, views: list[memoryview], offset: int, real: Callable[..., int] = os.preadv) -> int:
+        counts.append(real(fd, views, offset))
+        return counts[-1]
+
+    monkeypatch.setattr(os, "preadv", read_at)
+    return counts
+
+
+@pytest.mark.parametrize("kind", sharing.mountable())
+@pytest.mark.parametrize("shift", [0, 4096])
+def test_what_was_verified_as_it_came_is_shared_and_no_more_read_than_does_not_fill_a_block(
+    kind: str, shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: list[int]
+) -> None:
+    monkeypatch.setattr(copying, "_SETTLED_S", 0.0)
+    with sharing.mounted(kind, tmp_path) as disk:
+        (disk / "source").write_bytes(bytes(shift) + CONTENT)
+        with opened(disk / "part") as fd:
+            os.truncate(fd, len(CONTENT))
+            verified_ns = (disk / "source").stat().st_mtime_ns
+            assert copy(fd, disk / "source", shift, verified_ns=verified_ns) == set(range(len(TABLE)))
+        assert 0 < sum(read_bytes) <= len(TABLE) * 2 * 4095
+        assert (disk / "part").read_bytes() == CONTENT
+
+
+def test_what_was_written_to_since_it_was_verified_is_not_believed(disk: Path) -> None:
+    (disk / "source").write_bytes(CONTENT)
+    verified_ns = (disk / "source").stat().st_mtime_ns
+    with opened(disk / "source") as source:
+        os.pwrite(source, b"damage", 8 * 4096)
+        os.utime(source, ns=(0, verified_ns + 1))
+    (disk / "part").write_bytes(bytes(len(CONTENT)))
+    with opened(disk / "part") as fd:
+        assert copy(fd, disk / "source", verified_ns=verified_ns) == set(range(1, len(TABLE)))
+    assert (disk / "part").read_bytes() == bytes(CHUNK) + CONTENT[CHUNK:]
+
+
+@pytest.mark.parametrize("end", [0, 7, 12 * CHUNK + 5])
+def test_a_verified_file_that_was_cut_short_gives_what_it_still_holds(disk: Path, end: int) -> None:
+    (disk / "source").write_bytes(CONTENT[:end])
+    verified_ns = (disk / "source").stat().st_mtime_ns
+    with opened(disk / "part") as fd:
+        os.truncate(fd, len(CONTENT))
+        assert copy(fd, disk / "source", verified_ns=verified_ns) == set(range(end // CHUNK))
 
 
 def test_what_is_written_to_the_source_between_verifying_and_sharing_does_not_come_along(
