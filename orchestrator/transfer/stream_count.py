@@ -22,6 +22,8 @@ _WINDOW_BYTES = 2 * 1024 * 1024
 _FIRST_GUESS_BYTES_PER_S = 125e6
 _FIRST_GUESS_AT_MOST = 4
 _MANY_PROCESSORS = 8
+_PROCESSORS_LIMIT_BYTES_PER_S = 400e6
+"""No near link of 2.5 Gbit/s carries so much: streams wait for the processors that encrypt, each of them for one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class StreamCount:
     """Tells the number of streams from how many bytes have arrived when.
 
     It doubles while the rate rises, goes back when a step did not pay, and then holds, longer each time; a rate that
-    falls by itself ends the hold. After a hold one step up or one step down is tried in turn.
+    falls by itself ends the hold. After a hold one step up or one step down is tried in turn. Where processors are the
+    limit, the first step takes half of them, and none takes more than three quarters.
     """
 
     def __init__(self, policy: StreamPolicy, bandwidth_limit_bytes_per_s: float | None = None) -> None:
@@ -82,6 +85,7 @@ class StreamCount:
         self._since: tuple[float, int] | None = None
         self._settled_at: float | None = None
         self._times = _FAR
+        self._processors = 0
 
     @property
     def is_far(self) -> bool:
@@ -122,6 +126,7 @@ class StreamCount:
         """The path became known, before anything has arrived: start with what it needs."""
         if round_trip_s is not None and round_trip_s < NEAR_S:
             self._times = _NEAR
+        self._processors = processors
         if self._fixed is None and self._tried_from is None and self._wanted == 1:
             self._go(min(self._most, first_guess(round_trip_s, processors)))
         return self._wanted
@@ -166,8 +171,7 @@ class StreamCount:
         self._hold(now_s)
 
     def _step(self, now_s: float, rate: float) -> None:
-        step = self._wanted if self._doubling else 1
-        target = min(self._most, self._wanted + step) if self._next_step_up else max(1, self._wanted - 1)
+        target = self._one_step_up(rate) if self._next_step_up else max(1, self._wanted - 1)
         if target == self._wanted:
             self._rate_held = rate
             self._next_step_up = not self._next_step_up
@@ -175,6 +179,14 @@ class StreamCount:
             return
         self._tried_from = (self._wanted, rate)
         self._go(target)
+
+    def _one_step_up(self, rate: float) -> int:
+        target = self._wanted + (self._wanted if self._doubling else 1)
+        if self._times is _NEAR and rate >= _PROCESSORS_LIMIT_BYTES_PER_S:
+            if self._doubling:
+                target = max(target, self._processors // 2)
+            target = max(self._wanted, min(target, max(2, 3 * self._processors // 4)))
+        return min(self._most, target)
 
     def _go(self, target: int) -> None:
         self._wanted = target
