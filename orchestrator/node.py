@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from orchestrator import node_script as scripts
+from orchestrator import standby
 from orchestrator.errors import (
     CommandTimeoutError,
     ConnectionLostError,
@@ -203,8 +204,8 @@ class Node:
         """Close the streams of `prepare_streams` and `keep_stream` that nobody asked for."""
         with self._lock:
             standbys, self._standbys = self._standbys, []
-        for standby in standbys:
-            standby.close()
+        for unused in standbys:
+            unused.close()
 
     def connect(self) -> None:
         """Log in unless that is done, within the profile's patience."""
@@ -317,12 +318,12 @@ class Node:
         return stream
 
     def _open_standby(self) -> ByteStream:
-        return self._start_stream("standby", StandbyRequest(), _STANDBY_IDLE_S, is_bulk=True)
+        return self._start_stream("standby", StandbyRequest(standby.AGENT_IDLE_S), _STANDBY_IDLE_S, is_bulk=True)
 
     def _from_standby(self, call: StreamCall) -> ByteStream | None:
         with self._lock:
-            standby = self._standbys.pop(0) if self._standbys else None
-        stream = standby.take(self.profile.command_timeout_s) if standby is not None else None
+            prepared = self._standbys.pop(0) if self._standbys else None
+        stream = prepared.take(self.profile.command_timeout_s) if prepared is not None else None
         if stream is None:
             return None
         try:

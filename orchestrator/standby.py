@@ -7,25 +7,33 @@ from collections.abc import Callable
 
 from orchestrator.errors import RemoteEvalError
 from orchestrator.ssh.transport import ByteStream
+from remote_payload.wire.stream import FrameKind, encode_frame
+
+AGENT_IDLE_S = 60.0
+"""An agent that waits for its client gives up after so long without a word: that one is gone, or its machine sleeps."""
+ALIVE_INTERVAL_S = 15.0
+"""How often a client that has nothing to say yet says that it is there."""
 
 
 class Standby:
-    """Opens a stream in a thread of its own. Whoever needs it takes it; whoever made it closes it."""
+    """Opens a stream in a thread of its own, and keeps its agent waiting. Whoever needs it takes it; whoever made it
+    closes it."""
 
     def __init__(self, open_now: Callable[[], ByteStream]) -> None:
         self._open_now = open_now
-        self._lock = threading.Lock()
+        self._state = threading.Condition()
         self._stream: ByteStream | None = None
+        self._was_opened = False
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="standby", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="standby", daemon=True).start()
 
     def take(self, timeout_s: float) -> ByteStream | None:
-        """The stream, once; None where it did not come up, for whatever reason: the caller then opens one and hears
-        it. A stream that comes too late is closed."""
-        self._thread.join(timeout_s)
-        with self._lock:
+        """The stream, once; None where it did not come up or was lost since, for whatever reason: the caller then opens
+        one and hears it. A stream that comes too late is closed."""
+        with self._state:
+            self._state.wait_for(lambda: self._was_opened, timeout_s)
             self._is_closed = True
+            self._state.notify_all()
             stream, self._stream = self._stream, None
         return stream
 
@@ -36,12 +44,28 @@ class Standby:
             stream.close()
 
     def _run(self) -> None:
+        stream: ByteStream | None = None
+        is_late = False
         try:
             stream = self._open_now()
         except (RemoteEvalError, OSError):
-            return
-        with self._lock:
-            if not self._is_closed:
-                self._stream = stream
-                return
-        stream.close()
+            pass  # whoever needs one opens it, and hears why that fails
+        finally:
+            with self._state:
+                is_late, self._was_opened = self._is_closed, True
+                self._stream = None if is_late else stream
+                self._state.notify_all()
+        if not is_late:
+            self._keep_alive()
+        elif stream is not None:
+            stream.close()
+
+    def _keep_alive(self) -> None:
+        """Until somebody takes the stream, or it is lost."""
+        with self._state:
+            while self._stream is not None and not self._state.wait_for(lambda: self._is_closed, ALIVE_INTERVAL_S):
+                try:
+                    self._stream.write(encode_frame(FrameKind.ALIVE))
+                except (RemoteEvalError, OSError):
+                    self._stream.close()
+                    self._stream = None

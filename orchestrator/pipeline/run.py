@@ -138,6 +138,7 @@ def _advance(context: RunContext, detach: bool, retry: bool) -> RunOutcome | Non
         lost: AttemptLostError | None = following.lost_error(context.plan.run_id, Standing.ABSENT)
     else:
         checkpoint = _ensure_complete(context, checkpoint, attempt)
+        context.node.drop_prepared_streams()  # what is left of them would wait as long as the job runs
         if detach and attempt.fate == "launched":
             context.note_entry("detached", attempt=attempt.number)
             return None

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from orchestrator.errors import UnreachableError
 from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
-from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
+from orchestrator.transfer.channel import IDLE_TIMEOUT_S, ReconnectPolicy, StreamOpener
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.packing import Packer, PackingRates
 from orchestrator.transfer.progress import TokenBucket
@@ -81,6 +81,7 @@ def carry(
     has_begun: Callable[[], bool],
     is_over: Callable[[], bool],
     on_tick: Callable[[int], None],
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
 ) -> None:
     """Have streams serve `flight` until `is_over`, or, where they were asked to stop, until all have left.
 
@@ -102,7 +103,7 @@ def carry(
         request,
         serve_one,
         flight.wake,
-        idle_timeout_s=request.idle_s,
+        idle_timeout_s=idle_timeout_s,
         expected_bytes=expected_bytes,
     )
     pace.count.disregard()

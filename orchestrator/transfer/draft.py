@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from orchestrator import standby
 from orchestrator.errors import RemoteEvalError
 from orchestrator.transfer.carrier import Pace, Sent, carry
 from orchestrator.transfer.channel import StreamOpener
@@ -215,6 +216,7 @@ class Draft:
             len(table),
             secrets.token_hex(16),
             _WAIT_S,
+            standby.AGENT_IDLE_S,
             run_id=self._run_id,
             store_limit_bytes=self._store_limit_bytes,
             is_draft=True,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from orchestrator import standby
 from orchestrator.errors import CommandTimeoutError, RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.carrier import Pace, Sent
@@ -155,15 +156,27 @@ class Sender:
     def _send_chunks(self, channel: FrameChannel, lane: Lane) -> None:
         """Send until the lane has no more to do."""
         if self._pace.packer is None:
-            while (following := self._flight.next_chunk(lane, _NEXT_CHUNK_S)) is not None:
+            while (following := self._next_chunk(channel, lane)) is not None:
                 self._send_chunk(channel, *following)
             return
-        ahead = _Ahead(self._pace.packer, self._flight, lane, self._table, self._file)
+        ahead = _Ahead(
+            self._pace.packer, self._flight, lane, self._table, self._file, lambda: self._next_chunk(channel, lane)
+        )
         try:
             while self._send_next(channel, ahead):
                 pass
         finally:
             ahead.drop()
+
+    def _next_chunk(self, channel: FrameChannel, lane: Lane) -> tuple[int, bool] | None:
+        """As `Flight.next_chunk`. A draft may wait for its file to be read, or for the node, and says that it does."""
+        if self._is_given_up is None:
+            return self._flight.next_chunk(lane, _NEXT_CHUNK_S)
+        while True:
+            try:
+                return self._flight.next_chunk(lane, standby.ALIVE_INTERVAL_S)
+            except TimeoutError:
+                channel.send(FrameKind.ALIVE)
 
     def _send_next(self, channel: FrameChannel, ahead: _Ahead) -> bool:
         """Whether there was a chunk to send. Its bytes are let go of with this call."""
@@ -237,18 +250,27 @@ class _Ahead:
     The link never waits for a worker: while none of them is ready, another chunk goes as it is.
     """
 
-    def __init__(self, packer: Packer, flight: Flight, lane: Lane, table: ChunkTable, file: Source) -> None:
+    def __init__(
+        self,
+        packer: Packer,
+        flight: Flight,
+        lane: Lane,
+        table: ChunkTable,
+        file: Source,
+        await_chunk: Callable[[], tuple[int, bool] | None],
+    ) -> None:
         self._packer = packer
         self._flight = flight
         self._lane = lane
         self._table = table
         self._file = file
+        self._await_chunk = await_chunk
         self._chunks: list[tuple[int, bool, PackedChunk]] = []
         self._given: tuple[int, PackedChunk] | None = None
 
     def next_chunk(self) -> tuple[int, bool, tuple[int, bytes] | None] | None:
         """(chunk, whether it was refused before, what `PackedChunk` tells) to be sent now; None when the lane has no
-        more to do. The one before is taken for sent. Raises what reading a chunk or `Flight.next_chunk` does."""
+        more to do. The one before is taken for sent. Raises what reading a chunk or `await_chunk` does."""
         if self._given is not None:
             self._packer.end(self._given[1])
             self._given = None
@@ -277,7 +299,7 @@ class _Ahead:
         if self._chunks:
             unsent = sum(self._table.length(index) for index, _, _ in self._chunks)
             return self._flight.chunk_ahead(self._lane, unsent)
-        return self._flight.next_chunk(self._lane, _NEXT_CHUNK_S)
+        return self._await_chunk()
 
     def _begin(self, index: int) -> PackedChunk | None:
         if self._flight.is_named(index):

@@ -205,6 +205,7 @@ class _Upload:
             has_begun=lambda: self._has_begun,
             is_over=lambda: sender.finished is not None,
             on_tick=lambda streams: self._report_flight(flight, streams),
+            idle_timeout_s=self._request.idle_s,
         )
         if self.bytes_saved is None:
             self.bytes_saved = self._total_bytes

@@ -46,7 +46,7 @@ from remote_payload.wire.stream import (
 MAX_REFUSALS = 64
 ALIVE_INTERVAL_S = 5.0
 _OF_A_FILE = (FrameKind.FINISH, FrameKind.KEEP)
-_OF_A_DRAFT = (FrameKind.DIGEST, FrameKind.COPY, FrameKind.LEAVE)
+_OF_A_DRAFT = (FrameKind.DIGEST, FrameKind.COPY, FrameKind.ALIVE, FrameKind.LEAVE)
 _BEHIND_POLL_S = 0.01
 
 
@@ -164,6 +164,9 @@ class _Receiver:
             self._part.sync()
             self.was_left, self.is_given_up = True, header.argument == 1
             return True
+        if header.kind is FrameKind.ALIVE:
+            self._say(FrameKind.ALIVE, self._taken_bytes)
+            return False
         if header.argument >= len(table) or len(body) != hashlib.sha256().digest_size:
             raise DamagedStreamError(f"a digest of {len(body)} bytes of chunk {header.argument} is not for the table")
         table.set_sha256(header.argument, body)

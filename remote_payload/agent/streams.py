@@ -84,14 +84,13 @@ def _said(nonce: str, outcome: str) -> bytes:
 
 def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optional[StreamFailure]:
     try:
-        wait_s = StandbyRequest().wait_s
         is_on_standby = request.get("verb") == "standby"
         if is_on_standby:
-            wait_s = from_json(StandbyRequest, request.get("params")).wait_s
+            channel.idle_s = from_json(StandbyRequest, request.get("params")).wait_s
             channel.send(ready)
         while True:
             if is_on_standby:
-                request = {**request, **to_json(_stand_by(channel, wait_s))}
+                request = {**request, **to_json(_stand_by(channel))}
             is_on_standby = bool(_verb(request)(channel, request.get("params")))
             if not is_on_standby:
                 break
@@ -108,13 +107,16 @@ def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optio
     return None
 
 
-def _stand_by(channel: FdChannel, wait_s: float) -> StreamCall:
-    channel.idle_s = wait_s
+def _stand_by(channel: FdChannel) -> StreamCall:
+    """What the client wants, once it says so; until then it says that it is there."""
     reader = FrameReader(channel.fill)
-    header = reader.header()
-    if header.kind is not FrameKind.PERFORM:
-        raise DamagedStreamError(f"a {header.kind.name} frame arrived on a stand-by stream")
-    return decode_json(StreamCall, reader.body(header))
+    while True:
+        header = reader.header()
+        if header.kind not in (FrameKind.ALIVE, FrameKind.PERFORM):
+            raise DamagedStreamError(f"a {header.kind.name} frame arrived on a stand-by stream")
+        body = reader.body(header)
+        if header.kind is FrameKind.PERFORM:
+            return decode_json(StreamCall, body)
 
 
 def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], Optional[bool]]:

@@ -26,6 +26,7 @@ rules ends the stream; nothing it held was used.
                      FINISH    every chunk was sent and acknowledged, on whatever stream
                      KEEP      instead of FINISH: every chunk that is wanted for now was; the rest may follow some day.
                                Bitmap of the wanted chunks; argument: chunk count
+                     ALIVE     of a draft only: the client has nothing to say yet. The agent answers with an ALIVE
                      LEAVE     no more chunks come over this stream; argument 1: nobody needs the draft any more
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
@@ -57,7 +58,8 @@ waiting for earlier answers:
 `standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then,
 as after LEFT,
 
-    client → agent   PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
+    client → agent   ALIVE     again and again: the agent is still wanted. It is not answered
+                     PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
 
 `forward` is in `wire/forward.py`.
 """
@@ -125,9 +127,9 @@ class DamagedStreamError(WireError):
 
 @dataclasses.dataclass(frozen=True)
 class StandbyRequest:
-    """`wait_s`: the agent gives up after so long without being told what for."""
+    """`wait_s`: the agent gives up after so long without a word. After LEFT that is the `idle_s` of the verb before."""
 
-    wait_s: float = 900.0
+    wait_s: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -128,6 +130,46 @@ def test_a_preflight_that_fails_ends_what_went_on_beside_it_and_the_next_try_tak
     slow.world.json("resume", run_id, "--bandwidth-limit", "8000")
     provenance = json.loads((slow.world.run_folder(run_id) / "provenance.json").read_text())
     assert provenance["bytes_sent"] <= slow.local.stat().st_size - there
+
+
+AGENT_IDLE_S = 4.0
+SHORT_WAITS = [sys.executable, "-m", "tests.support.short_waits", str(AGENT_IDLE_S), "0.2", "--"]
+
+
+def logins(world: World) -> int:
+    return world.sshd.log.count("Accepted publickey")
+
+
+def test_streams_wait_for_a_preflight_that_takes_longer_than_agents_wait_for_a_silent_client(slow: SlowNode) -> None:
+    client = slow.world.start(*RUN, cli=SHORT_WAITS)
+    until(lambda: slow.draft_bytes() == slow.local.stat().st_size)
+    time.sleep(2 * AGENT_IDLE_S)  # the agents have the time to end
+    before = logins(slow.world)
+    slow.go.touch()
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode == 0, output
+    assert logins(slow.world) == before
+
+
+def test_a_client_whose_machine_sleeps_is_not_waited_for_and_goes_on_when_it_wakes(slow: SlowNode) -> None:
+    client = slow.world.start(*RUN, cli=SHORT_WAITS)
+    until(lambda: slow.draft_bytes() == slow.local.stat().st_size)
+    assert agents_of(slow.world)
+    client.send_signal(signal.SIGSTOP)
+    until(lambda: not agents_of(slow.world))
+    client.send_signal(signal.SIGCONT)
+    slow.go.touch()
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode == 0, output
+
+
+def test_a_client_that_is_killed_beside_preflight_leaves_no_agent(slow: SlowNode) -> None:
+    client = slow.world.start(*RUN, cli=SHORT_WAITS)
+    until(lambda: slow.draft_bytes() == slow.local.stat().st_size)
+    assert agents_of(slow.world)
+    client.kill()
+    client.communicate(timeout=60)
+    until(lambda: not agents_of(slow.world))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,35 @@ def test_an_agent_that_is_told_nothing_ends(opener: ThreadOpener) -> None:
     with stand_by(opener, wait_s=0.2) as stream:
         assert stream.read(1) == b""
         assert stream.finish(20.0).exit_status == 75
+
+
+def test_a_client_that_says_that_it_is_there_keeps_its_agent_waiting(
+    opener: ThreadOpener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(CONTENT)
+    monkeypatch.setattr("orchestrator.standby.ALIVE_INTERVAL_S", 0.05)
+    standby = Standby(lambda: stand_by(opener, wait_s=1.0))
+    time.sleep(2.5)  # the agent has the time to end
+    stream = standby.take(20.0)
+    assert stream is not None
+    with stream:
+        channel = FrameChannel(stream)
+        channel.send_json(FrameKind.PERFORM, StreamCall("send", to_json(SendRequest(opener.layout.root))))
+        channel.send_json(FrameKind.WANT, Want(str(tmp_path / "file"), 0, len(CONTENT), digest_only=True))
+        channel.receive(FrameKind.SPAN)
+        channel.receive(FrameKind.END)
+
+
+def test_a_stream_that_is_lost_while_it_stands_by_is_none(
+    opener: ThreadOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.standby.ALIVE_INTERVAL_S", 0.05)
+    stream = stand_by(opener, wait_s=0.2)
+    assert stream.read(1) == b""  # the agent has ended
+    lost, closed = Standby(lambda: stream), threading.Event()
+    monkeypatch.setattr(stream, "close", lambda close=stream.close: closed.set() or close())
+    assert closed.wait(20)
+    assert lost.take(20.0) is None
 
 
 def test_a_stream_that_comes_too_late_is_closed(opener: ThreadOpener) -> None:

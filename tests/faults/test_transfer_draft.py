@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator import standby
 from orchestrator.errors import IntegrityError, NoSpaceError, RemoteEvalError
 from orchestrator.transfer import draft as drafts
 from orchestrator.transfer.carrier import Pace
@@ -54,6 +55,13 @@ PATIENCE_S = 30.0
 @pytest.fixture(autouse=True)
 def _always_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "WORTH_S", -1.0)
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agents soon give up waiting for their client, which therefore often says that it is there."""
+    monkeypatch.setattr(standby, "AGENT_IDLE_S", 1.0)
+    monkeypatch.setattr(standby, "ALIVE_INTERVAL_S", 0.05)
 
 
 @pytest.fixture
@@ -191,8 +199,24 @@ def test_what_the_node_has_elsewhere_is_copied_while_the_file_is_still_hashed(ro
     assert (result.bytes_sent, result.bytes_saved, result.bytes_reused) == (CHUNK, 19 * CHUNK, 19 * CHUNK)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_with_nothing_to_carry_is_kept_while_the_file_is_still_hashed(
+    root: Path, packing: bool, short_waits: None
+) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    with make_draft(opener, path, packing=packing) as draft:
+        hash_first(draft, manifest, 12)
+        await_arrival(draft, 12 * CHUNK)
+        time.sleep(2.5 * standby.AGENT_IDLE_S)  # the agent has the time to end
+        for index in range(12, 20):
+            draft.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
+        await_arrival(draft, 20 * CHUNK)
+    assert opener.opened == 1
+
+
 def test_the_node_copies_on_after_all_is_hashed_until_the_draft_ends(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, short_waits: None
 ) -> None:
     content = noise(20 * CHUNK)
     stored_before(root, content[: 19 * CHUNK] + noise(CHUNK, 99))
@@ -210,7 +234,7 @@ def test_the_node_copies_on_after_all_is_hashed_until_the_draft_ends(
         hash_first(draft, manifest, 20)
         draft.hashed_all()
         await_arrival(draft, CHUNK)
-        time.sleep(0.5)  # whoever would end it has the time to
+        time.sleep(2.5 * standby.AGENT_IDLE_S)  # whoever would end it has the time to
         may_copy.set()
         await_copies(root, draft, content, range(20))
         result = upload_file(opener, path, manifest, draft=draft)
