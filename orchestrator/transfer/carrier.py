@@ -11,10 +11,11 @@ from orchestrator.errors import UnreachableError
 from orchestrator.ssh.transport import BulkStream, ByteStream, StreamFacts
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, ReconnectPolicy, StreamOpener
 from orchestrator.transfer.flight import Flight
-from orchestrator.transfer.packing import Packer, PackingRates
+from orchestrator.transfer.packing import Packer
 from orchestrator.transfer.progress import TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamEnd, StreamPool
+from remote_payload.wire.packing_rates import PackingRates
 from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import ReceiveRequest
 

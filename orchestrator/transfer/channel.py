@@ -112,6 +112,7 @@ class FrameChannel:
         self._reader = FrameReader(self._fill)
         self.is_filled_there = isinstance(stream, ForwardedStream)
         """Whether the bytes of chunks are not sent by us: the agent is told where on its disk they are."""
+        self.may_pack_there = isinstance(stream, ForwardedStream) and stream.may_pack
 
     def send(self, kind: FrameKind, argument: int = 0, body: bytes = b"") -> None:
         self._stream.write(encode_frame(kind, argument, body))

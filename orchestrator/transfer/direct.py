@@ -118,7 +118,8 @@ class DirectWay:
             if not self.has_worked:
                 self.has_worked = True
                 self._tell("{} sends to {} itself: no byte of it comes through this machine".format(*self._names))
-            return ForwardedStream(stream, self)
+            may_pack = packs_between(self._source.profile, self._target.profile)
+            return ForwardedStream(stream, self, may_pack=may_pack)
 
     def _refuse(self, why: str) -> None:
         self._refused = why
@@ -150,6 +151,11 @@ class DirectWay:
             stream.close()
             raise
         return stream
+
+
+def packs_between(source: ClusterProfile, target: ClusterProfile) -> bool:
+    """Whether floats may go packed from one to the other."""
+    return source.pack_floats and target.pack_floats
 
 
 def login_between(source: ClusterProfile, target: ClusterProfile) -> SshLogin:

@@ -26,13 +26,14 @@ from orchestrator.transfer.channel import (
     StreamOpener,
     with_reconnects,
 )
-from orchestrator.transfer.packing import MIN_BYTES, PackingRates, Unpacker
+from orchestrator.transfer.packing import Unpacker
 from orchestrator.transfer.partial import SpanFile, sha256_of
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import StreamPool
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
+from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates
 from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import (
     MAX_DATA_BYTES,

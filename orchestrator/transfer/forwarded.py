@@ -27,9 +27,11 @@ class ForwardedStreamOwner(Protocol):
 
 
 class ForwardedStream:
-    """A `ByteStream`. Nothing is told of an end that was asked for, by `close` or `close_write`."""
+    """A `ByteStream`. Nothing is told of an end that was asked for, by `close` or `close_write`. `may_pack`: the node
+    may pack floats, where its own link to the other one is slower than that."""
 
-    def __init__(self, inner: ByteStream, owner: ForwardedStreamOwner) -> None:
+    def __init__(self, inner: ByteStream, owner: ForwardedStreamOwner, *, may_pack: bool) -> None:
+        self.may_pack = may_pack
         self._inner = inner
         self._owner = owner
         self._is_ending = False

@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from orchestrator.errors import IntegrityError, UsageError
 from orchestrator.node import BULK_BYTES, Node
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
-from orchestrator.transfer.direct import DirectWay
+from orchestrator.transfer.direct import DirectWay, packs_between
 from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_folder
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles, changed_on_node
-from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.source import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
@@ -29,6 +28,7 @@ from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member, check_members
 from remote_payload.wire.messages import FileList, FolderManifest, ListRequest, Located, LocateRequest
 from remote_payload.wire.names import printable
+from remote_payload.wire.packing_rates import PackingRates
 
 LIST_TIMEOUT_S = 60.0
 DIGEST_TIMEOUT_S = 900.0
@@ -99,7 +99,7 @@ def copy_checkpoint(
         way or target,
         streams=streams,
         bandwidth_limit_bytes_per_s=min((limit for limit in limits if limit is not None), default=None),
-        packing=source.profile.pack_floats and target.profile.pack_floats,
+        packing=packs_between(source.profile, target.profile),
         run_id=run_id,
         store_limit_bytes=target.profile.store_limit_bytes,
     )

@@ -21,13 +21,13 @@ from orchestrator.transfer.channel import (
     StreamEndedError,
     StreamOpener,
 )
-from orchestrator.transfer.packing import MIN_BYTES, PackingRates
 from orchestrator.transfer.source import LocalFileChangedError
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.forward import Fill
 from remote_payload.wire.members import joined
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
+from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates
 from remote_payload.wire.stream import (
     MAX_DATA_BYTES,
     PACKED_ENCODING,

@@ -1,10 +1,8 @@
-"""Whether a chunk goes packed: where the link is not much faster than all packers. Packing beside the sending, and
-unpacking."""
+"""Packing chunks beside the sending, where the link is not much faster than all packers, and unpacking."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,116 +11,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from orchestrator.transfer.channel import damaged
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import pack_floats, unpack
+from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates
 from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING
 
-MIN_BYTES = 256 * 1024
-"""Smaller chunks are not worth a look."""
 MAX_WORKERS = 4
 """zlib lets go of the interpreter; splitting into planes does not, and takes a tenth of the time."""
 SPARE_CHUNKS = 4
 """Chunks that are packed, are being sent or wait for a worker, beyond one a worker: what all streams together hold in
 memory."""
-_FIRST_GUESS_BYTES_PER_S = 80e6
-_NEWEST = 0.3
-"""Weight of the newest measurement in a rate."""
-_MEASURE_S = 0.25
-"""A link is measured over so much time: what one chunk leaves in buffers would tell a faster one."""
 _PART_PACKED = 0.7
 """Of a link's rate. Where what the packers do not get to goes as it is, it still pays with packers so much slower than
 the link. Where they are slower yet, the processors are what the link waits for."""
-_RETRY_S = 2.0
-"""Packers that were too slow are measured anew, with one chunk, after so long."""
 
 PackedChunk = Future[tuple[int, bytes]]
 """(encoding, body) of a chunk's DATA frame: in fewer bytes, or as it was read where it had better go so."""
-
-
-class PackingRates:
-    """Measures what tells whether packing pays, as a transfer goes on. For several threads.
-
-    Until the link's rate is known, chunks go as they are; the packers' is a guess until they have packed one.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._packer_bytes_per_s = _FIRST_GUESS_BYTES_PER_S
-        self._unpacker_bytes_per_s = math.inf
-        self._link_bytes_per_s: float | None = None
-        self._tried_at = clock()
-        self._movers = 0
-        self._looked_at = clock()
-        self._moving_s = 0.0
-        self._moved_bytes = 0
-
-    @property
-    def knows_link(self) -> bool:
-        with self._lock:
-            return self._link_bytes_per_s is not None
-
-    @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """Around moving a chunk that is ready: what all streams carry is measured while any of them moves one. The time
-        that a lost stream stood still tells nothing of the link."""
-        self._change_movers(1)
-        try:
-            yield
-        except BaseException:
-            self._forget_moment()
-            raise
-        finally:
-            self._change_movers(-1)
-
-    def note_moved(self, count: int) -> None:
-        """So many bytes more went over a stream, packed or not."""
-        with self._lock:
-            self._look_at_clock()
-            self._moved_bytes += count
-            if self._moving_s >= _MEASURE_S:
-                # A piece that a slow link takes long for counts for as long.
-                spans = self._moving_s / _MEASURE_S
-                self._link_bytes_per_s = _mean(self._link_bytes_per_s, self._moved_bytes / self._moving_s, spans)
-                self._moving_s, self._moved_bytes = 0.0, 0
-
-    def note_packed(self, count: int, seconds: float) -> None:
-        """One packer took so long for a chunk of `count` bytes."""
-        with self._lock:
-            self._packer_bytes_per_s = _mean(self._packer_bytes_per_s, count / max(seconds, 1e-6))
-
-    def note_unpacked(self, count: int, seconds: float) -> None:
-        """Unpacking took so long for a chunk of `count` bytes, where that is done here."""
-        with self._lock:
-            rate = count / max(seconds, 1e-6)
-            before = self._unpacker_bytes_per_s
-            self._unpacker_bytes_per_s = _mean(before if math.isfinite(before) else None, rate)
-
-    def pays(self, packers: float) -> bool:
-        """Whether the next chunk is to be packed, as far as the rates of the link and of so many packers tell."""
-        with self._lock:
-            rate = min(self._packer_bytes_per_s, self._unpacker_bytes_per_s) * packers
-            return packing_pays(self._link_bytes_per_s, rate, self._clock() - self._tried_at)
-
-    def note_tried(self) -> None:
-        """A chunk is given to a packer."""
-        with self._lock:
-            self._tried_at = self._clock()
-
-    def _change_movers(self, change: int) -> None:
-        with self._lock:
-            self._look_at_clock()
-            self._movers += change
-
-    def _forget_moment(self) -> None:
-        with self._lock:
-            self._looked_at = self._clock()
-            self._moving_s, self._moved_bytes = 0.0, 0
-
-    def _look_at_clock(self) -> None:
-        now = self._clock()
-        if self._movers:
-            self._moving_s += now - self._looked_at
-        self._looked_at = now
 
 
 class Packer:
@@ -230,14 +133,3 @@ class Unpacker:
                     yield data
             finally:
                 self._spare.append(memory)
-
-
-def packing_pays(link: float | None, packers: float, untried_s: float) -> bool:
-    """Whether to pack a chunk, by rates in bytes/s, the link's now and all packers' as last measured, and by how long
-    ago a chunk was last given to them."""
-    return link is not None and (link < packers or untried_s >= _RETRY_S)
-
-
-def _mean(before: float | None, newest: float, times: float = 1.0) -> float:
-    """The rate after `newest` was measured so many times in a row."""
-    return newest if before is None else newest + (1.0 - _NEWEST) ** times * (before - newest)

@@ -17,6 +17,7 @@ from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.source import Source
 from remote_payload.wire.chunk_table import ChunkTable, encode_bitmap, manifest_pages
 from remote_payload.wire.stream import (
+    PACKED_ENCODING,
     RAW_ENCODING,
     FinishedFacts,
     FrameKind,
@@ -35,6 +36,7 @@ _CHUNKS_AHEAD = 3
 """One that is packed, to be sent next, and two that are being packed meanwhile."""
 
 Outcome = FinishedFacts | KeptFacts
+_NEWS = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.PACKED, FrameKind.HAVE)
 _LAST_ANSWERS: dict[FrameKind, type[Outcome | LeftFacts]] = {
     FrameKind.FINISHED: FinishedFacts,
     FrameKind.KEPT: KeptFacts,
@@ -88,7 +90,7 @@ class Sender:
             return False
         self._on_have(have)
         lane = self._flight.join(have)
-        answers = _Answers(channel, self._flight, lane, self._table)
+        answers = _Answers(channel, self._flight, lane, self._table, self._sent)
         is_kept = False
         try:
             is_kept = self._fly(channel, stream, lane, answers)
@@ -202,7 +204,7 @@ class Sender:
             channel.send(FrameKind.DIGEST, index, self._table.sha256(index))
         if channel.is_filled_there:
             # Tells nothing of a link from here.
-            self._send_bytes(channel, index)
+            self._send_bytes(channel, index, may_pack_there=not is_again)
             return
         with self._pace.rates.moving():
             if body is not None:
@@ -210,9 +212,12 @@ class Sender:
             else:
                 self._send_bytes(channel, index)
 
-    def _send_bytes(self, channel: FrameChannel, index: int) -> None:
+    def _send_bytes(self, channel: FrameChannel, index: int, *, may_pack_there: bool = False) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
-        channel.send_data_header(index, left)
+        # To pack it, the node waits until it knows the whole chunk: not where the limit tells it bit by bit.
+        is_told_at_once = self._pace.bucket.piece_bytes(left) == left
+        may_pack = may_pack_there and channel.may_pack_there and is_told_at_once
+        channel.send_data_header(index, left, PACKED_ENCODING if may_pack else RAW_ENCODING)
         while left:
             count = min(left, self._pace.bucket.piece_bytes(PIECE_BYTES))
             self._pace.bucket.take(count)
@@ -316,12 +321,13 @@ class _Ahead:
 class _Answers:
     """A thread that takes in everything that a stream's agent says, until it ends."""
 
-    def __init__(self, channel: FrameChannel, flight: Flight, lane: Lane, table: ChunkTable) -> None:
+    def __init__(self, channel: FrameChannel, flight: Flight, lane: Lane, table: ChunkTable, sent: Sent) -> None:
         self.error: RemoteEvalError | None = None
         self._channel = channel
         self._flight = flight
         self._lane = lane
         self._table = table
+        self._sent = sent
         self._answer: Outcome | LeftFacts | bytearray | None = None
         self._said = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="upload-answers", daemon=True)
@@ -359,7 +365,7 @@ class _Answers:
 
     def _take(self) -> bool:
         """Take in one frame; True for the last one."""
-        expected = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.HAVE, *_LAST_ANSWERS)
+        expected = (*_NEWS, *_LAST_ANSWERS)
         header, body = self._channel.receive(*expected)
         if header.kind is FrameKind.ACK:
             self._flight.acknowledge(self._lane, header.argument)
@@ -367,6 +373,9 @@ class _Answers:
             self._flight.refuse(self._lane, header.argument)
         elif header.kind is FrameKind.ALIVE:
             self._flight.take_note(self._lane, header.argument)
+        elif header.kind is FrameKind.PACKED:
+            # It was counted as it is when it was asked for.
+            self._sent.add(-header.argument, header.argument)
         else:
             last = _LAST_ANSWERS.get(header.kind)
             answer = self._channel.decode(last, body) if last else bitmap(body, len(self._table))

@@ -25,13 +25,13 @@ from orchestrator.transfer.channel import (
 )
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.flight import Flight
-from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import Outcome, Sender
 from orchestrator.transfer.source import LocalFile, LocalFileChangedError, Source
 from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.wire.chunk_table import MAX_CHUNKS, ChunkTable, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.packing_rates import PackingRates
 from remote_payload.wire.stream import FinishedFacts, ReceiveRequest
 
 __all__ = ["LocalFileChangedError", "UploadResult", "upload_file"]

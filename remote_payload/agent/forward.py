@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
+from collections.abc import Iterator
 from typing import Optional, Union
 
 from remote_payload.agent import root
 from remote_payload.agent.channel import FarEndGoneError, FdChannel, PeerGoneError
 from remote_payload.agent.failure import AgentError
+from remote_payload.agent.far_chunks import FarChunks
 from remote_payload.agent.far_node import FarNode
-from remote_payload.agent.send import PIECE_BYTES, open_wanted, read_exactly
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.forward import Fill, ForwardRequest
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.stream import (
-    RAW_ENCODING,
+    PACKED_ENCODING,
     DamagedStreamError,
     FrameHeader,
     FrameKind,
     FrameReader,
     decode_json,
-    encode_data_header,
-    encode_frame,
 )
 
 _LOOK_S = 0.25
 _FAR_IDLE_S = 120.0
 """The other agent says that it is alive far more often, and may take so long to journal what it has at the end."""
+_OF_A_CHUNK = (FrameKind.ACK, FrameKind.REFUSED)
 _LAST_WORDS = (FrameKind.FINISHED, FrameKind.KEPT, FrameKind.FAILURE)
 
 
@@ -55,7 +54,7 @@ class _Forward:
     def __init__(self, channel: FdChannel, far: FarNode, layout: NodeLayout) -> None:
         self._channel = channel
         self._far = far
-        self._files = _Files(layout)
+        self._chunks = FarChunks(far.channel, layout)
         self._failure: Union[AgentError, WireError, OSError, None] = None
         self._client_left = False
         self._is_over = threading.Event()
@@ -73,6 +72,8 @@ class _Forward:
         while (answer := _next_answer(reader)) is not None:
             header, body = answer
             last = header.kind
+            if last in _OF_A_CHUNK and (saved := self._chunks.saved_in(header.argument)):
+                self._channel.send_frame(FrameKind.PACKED, saved)
             self._channel.send_frame(header.kind, header.argument, body)
         if self._failure is not None:
             raise self._failure
@@ -92,7 +93,7 @@ class _Forward:
         except (AgentError, WireError, OSError) as error:
             self._failure = error
         finally:
-            self._files.close()
+            self._chunks.close()
             self._far.close_write()
 
     def _fill(self, view: memoryview) -> None:
@@ -111,57 +112,24 @@ class _Forward:
     def _feed_frame(self, reader: FrameReader) -> None:
         header = reader.header()
         if header.kind is not FrameKind.DATA:
-            self._far.channel.send(encode_frame(header.kind, header.argument, reader.body(header)))
+            self._chunks.send_frame(header.kind, header.argument, reader.body(header))
             return
-        if header.encoding != RAW_ENCODING:
-            raise DamagedStreamError("a chunk that is read here cannot come packed")
-        self._far.channel.send(encode_data_header(header.argument, header.length))
-        left = header.length
-        while left:
-            following = reader.header()
-            if following.kind is not FrameKind.FILL:
-                raise DamagedStreamError(f"a {following.kind.name} frame arrived amid a chunk")
-            fill = decode_json(Fill, reader.body(following))
-            if not 0 < fill.length <= left:
-                raise DamagedStreamError(f"{fill.length} bytes are to fill a chunk that lacks {left}")
-            self._files.send(self._far.channel, fill)
-            left -= fill.length
+        fills = _fills(reader, header.length)
+        may_pack = header.encoding == PACKED_ENCODING
+        self._chunks.send_chunk(header.argument, header.length, fills, may_pack=may_pack)
 
 
-class _Files:
-    """What is read here, one file open at a time."""
-
-    def __init__(self, layout: NodeLayout) -> None:
-        self._layout = layout
-        self._path = ""
-        self._fd: Optional[int] = None
-        self._buffer = memoryview(bytearray(PIECE_BYTES))
-
-    def send(self, channel: FdChannel, fill: Fill) -> None:
-        """Raises `AgentError`: the file is not there, or no longer the one that was described."""
-        fd = self._open(fill.path)
-        facts = os.fstat(fd)
-        if (facts.st_size, facts.st_mtime_ns, facts.st_ino) != (fill.size, fill.mtime_ns, fill.inode):
-            raise AgentError(
-                "integrity", f"{fill.path} changed while it was copied", "Copy it again when it is complete."
-            )
-        if fill.offset < 0 or fill.offset + fill.length > fill.size:
-            raise AgentError("usage", f"{fill.length} bytes at {fill.offset} are not in {fill.path}")
-        for offset in range(fill.offset, fill.offset + fill.length, PIECE_BYTES):
-            piece = self._buffer[: min(PIECE_BYTES, fill.offset + fill.length - offset)]
-            read_exactly(fd, piece, offset, fill.path)
-            channel.send(piece)
-
-    def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-
-    def _open(self, path: str) -> int:
-        if self._fd is None or path != self._path:
-            self.close()
-            self._fd, self._path = open_wanted(self._layout, path), path
-        return self._fd
+def _fills(reader: FrameReader, length: int) -> Iterator[Fill]:
+    """Those of a chunk of so many bytes."""
+    while length:
+        following = reader.header()
+        if following.kind is not FrameKind.FILL:
+            raise DamagedStreamError(f"a {following.kind.name} frame arrived amid a chunk")
+        fill = decode_json(Fill, reader.body(following))
+        if not 0 < fill.length <= length:
+            raise DamagedStreamError(f"{fill.length} bytes are to fill a chunk that lacks {length}")
+        yield fill
+        length -= fill.length
 
 
 def _next_answer(reader: FrameReader) -> Optional[tuple[FrameHeader, bytes]]:

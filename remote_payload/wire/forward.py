@@ -7,8 +7,10 @@ It stands between the client and the other node's `receive` (`wire/stream.py`). 
 
 and then frames go to that agent and back as they are, but for the bytes of chunks, which come from the disk:
 
-    client → agent   DATA      the header alone, raw
+    client → agent   DATA      the header alone, with the length of the chunk as it is. Encoding 1: it may go packed,
+                               where that pays
                      FILL      JSON `Fill`: the chunk's next bytes; as many as its length takes, in order
+    agent → client   PACKED    before ACK or REFUSED of a chunk; argument: how many bytes packing took off it
 
 The agent ends with `FAR_END_GONE_STATUS` where the way to the other one was lost in the middle.
 """

@@ -119,6 +119,7 @@ class FrameKind(enum.IntEnum):
     LEAVE = 21
     LEFT = 22
     COPY = 23
+    PACKED = 24
 
 
 class DamagedStreamError(WireError):

@@ -76,6 +76,27 @@ def edit_profile(world: World, name: str, **changes: Any) -> None:
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
 
 
+@pytest.fixture
+def slow_way(world: World, servers: tuple[Sshd, Sshd], own_ssh: OwnSsh) -> Iterator[Relay]:
+    """Between the nodes. What this machine says to the second one goes there too."""
+    (world.node / "data" / "small.pt").write_bytes(b"small")
+    world.json("fetch", "lab:small.pt", "other:")  # installs the payload
+    relay = Relay(servers[1].port, bytes_per_s=8e6)
+    servers[1].also_known_at(relay.port)
+    own_ssh.may_log_in_to(servers[1])
+    edit_profile(world, "other", port=relay.port)
+    yield relay
+    relay.close()
+
+
+def save_bf16(world: World, tensors: int) -> bytes:
+    """Of 8 MiB each."""
+    torch.manual_seed(5)
+    state = {str(n): torch.randn(2048, 2048, dtype=torch.bfloat16) * 0.02 for n in range(tensors)}
+    torch.save({"model": state}, world.node / "data" / "best.pt")
+    return (world.node / "data" / "best.pt").read_bytes()
+
+
 def far_path(done: dict[str, str]) -> Path:
     return Path(done["checkpoint"].partition(":")[2])
 
@@ -99,6 +120,31 @@ def test_no_byte_of_the_file_comes_through_this_machine(
     assert own_ssh.calls
     *_, last = (json.loads(line) for line in ran.stderr.splitlines())
     assert (last["event"], last["bytes_done"], last["bytes_total"]) == ("transfer", len(CONTENT), len(CONTENT))
+
+
+def test_floats_go_packed_where_the_link_between_the_nodes_is_slow(
+    world: World, near_link: Relay, slow_way: Relay
+) -> None:
+    content = save_bf16(world, tensors=6)
+    before = near_link.bytes_carried
+    ran = world.cli(*COPY, "--json")
+    assert ran.returncode == 0, ran.stderr
+    done = json.loads(ran.stdout)
+    assert done["direct"]
+    assert far_path(done).read_bytes() == content
+    assert near_link.bytes_carried - before < len(content) / 10
+    assert slow_way.bytes_carried < 0.85 * len(content)
+    assert done["bytes_sent"] < slow_way.bytes_carried
+    *_, last = (json.loads(line) for line in ran.stderr.splitlines())
+    assert last["saved"]["packed"] == len(content) - done["bytes_sent"]
+
+
+def test_a_profile_can_say_that_floats_go_as_they_are(world: World, slow_way: Relay) -> None:
+    content = save_bf16(world, tensors=4)
+    edit_profile(world, "lab", pack_floats=False)
+    done = world.json(*COPY)
+    assert (done["direct"], done["bytes_sent"]) == (True, len(content))
+    assert slow_way.bytes_carried > len(content)
 
 
 def test_the_way_that_was_taken_is_said_in_a_line(world: World) -> None:

@@ -23,8 +23,9 @@ from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy, StreamDamagedError, StreamEndedError
 from orchestrator.transfer.forwarded import ForwardedStream
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles
-from orchestrator.transfer.packing import PackingRates
-from orchestrator.transfer.upload import upload_file
+from orchestrator.transfer.stream_count import StreamPolicy
+from orchestrator.transfer.upload import UploadResult, upload_file
+from remote_payload.agent import far_chunks
 from remote_payload.agent.machine import machine_id
 from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.chunk_table import pack_chunks
@@ -32,10 +33,15 @@ from remote_payload.wire.codec import to_json
 from remote_payload.wire.forward import FAR_END_GONE_STATUS, Fill, ForwardRequest, SshLogin
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import ListedFile
-from remote_payload.wire.stream import FrameKind, ReceiveRequest, SendRequest
+from remote_payload.wire.packing import pack_floats
+from remote_payload.wire.packing_rates import PackingRates
+from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING, FrameKind, ReceiveRequest, SendRequest
 from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
+from tests.support.floats import bfloat16
 
-CONTENT = random.Random(4).randbytes(3_000_000)
+FLOATS = 1
+"""The chunk of weights; the others do not shrink."""
+CONTENT = random.Random(4).randbytes(1_000_000) + bfloat16(500_000) + random.Random(5).randbytes(1_000_000)
 MANIFEST = manifest_of(CONTENT, even_cuts(len(CONTENT), 1_000_000))
 LOGIN = SshLogin("far.example.org", "someone", 22, 5.0)
 
@@ -85,8 +91,28 @@ def forward_request(near: ThreadOpener, far: NodeLayout, machine: str | None = N
     return dataclasses.replace(request, **changes)
 
 
+class Clock:
+    """Moves by `step_s` each time that somebody looks at it: handing over a piece seems to take so long."""
+
+    def __init__(self) -> None:
+        self.step_s = 1e-6
+        self._now_s = 0.0
+
+    def __call__(self) -> float:
+        self._now_s += self.step_s
+        return self._now_s
+
+
 @pytest.fixture
-def forwarded(near: ThreadOpener, far: NodeLayout, logins: Path) -> Iterator[ByteStream]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which the first node measures its link to the other one, which seems to be a fast one."""
+    made = Clock()
+    monkeypatch.setattr(far_chunks, "PackingRates", lambda: PackingRates(made))
+    return made
+
+
+@pytest.fixture
+def forwarded(near: ThreadOpener, far: NodeLayout, logins: Path, clock: Clock) -> Iterator[ByteStream]:
     """A stream on which the other agent has said what it has: nothing."""
     with near.open_agent_stream("forward", forward_request(near, far), idle_timeout_s=20) as stream:
         channel = FrameChannel(stream)
@@ -101,9 +127,9 @@ def fill_of(path: Path, offset: int, length: int) -> Fill:
     return Fill(str(path), offset, length, facts.st_size, facts.st_mtime_ns, facts.st_ino)
 
 
-def send_chunk(channel: FrameChannel, path: Path, index: int, pieces: int = 1) -> None:
+def send_chunk(channel: FrameChannel, path: Path, index: int, pieces: int = 1, encoding: int = RAW_ENCODING) -> None:
     chunk = MANIFEST.chunks[index]
-    channel.send_data_header(index, chunk.length)
+    channel.send_data_header(index, chunk.length, encoding)
     for number in range(pieces):
         first, end = (chunk.length * n // pieces for n in (number, number + 1))
         channel.send_json(FrameKind.FILL, fill_of(path, chunk.offset + first, end - first))
@@ -137,6 +163,52 @@ def test_chunks_come_from_the_disk_of_the_node_and_the_other_one_finishes_the_fi
     until_gone(logins)
 
 
+def bytes_saved(channel: FrameChannel, index: int) -> int:
+    """What the nodes say of a chunk that has arrived: how much packing took off it."""
+    header, _ = channel.receive(FrameKind.PACKED, FrameKind.ACK)
+    saved = 0
+    if header.kind is FrameKind.PACKED:
+        saved = header.argument
+        header, _ = channel.receive(FrameKind.ACK)
+    assert header.argument == index
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("piece_s", "index", "encoding", "is_packed"),
+    [
+        (1.0, FLOATS, PACKED_ENCODING, True),
+        (1.0, FLOATS, RAW_ENCODING, False),
+        (1.0, 0, PACKED_ENCODING, False),
+        (1e-6, FLOATS, PACKED_ENCODING, False),
+    ],
+)
+def test_floats_that_may_go_packed_do_where_the_link_between_the_nodes_is_slow(
+    tmp_path: Path, clock: Clock, forwarded: ByteStream, piece_s: float, index: int, encoding: int, is_packed: bool
+) -> None:
+    clock.step_s = piece_s
+    channel = FrameChannel(forwarded)
+    send_chunk(channel, tmp_path / "file", 2, encoding=PACKED_ENCODING)
+    assert bytes_saved(channel, 2) == 0  # nothing is known of the link yet
+    send_chunk(channel, tmp_path / "file", index, pieces=3, encoding=encoding)
+    saved = bytes_saved(channel, index)
+    assert saved > 0.2 * MANIFEST.chunks[index].length if is_packed else saved == 0
+
+
+def test_a_frame_that_follows_a_packed_chunk_does_not_overtake_it(
+    tmp_path: Path, clock: Clock, forwarded: ByteStream, far: NodeLayout
+) -> None:
+    clock.step_s = 1.0
+    channel = FrameChannel(forwarded)
+    order = (2, 0, FLOATS)
+    for index in order:
+        send_chunk(channel, tmp_path / "file", index, encoding=PACKED_ENCODING)
+    channel.send(FrameKind.FINISH)
+    assert [bytes_saved(channel, index) > 0 for index in order] == [False, False, True]
+    channel.receive(FrameKind.FINISHED)
+    assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+
+
 class ForwardingOpener(ThreadOpener):
     """Opens every stream by way of another node."""
 
@@ -149,7 +221,7 @@ class ForwardingOpener(ThreadOpener):
     ) -> ByteStream:
         stream = self.near.open_agent_stream("forward", forward_request(self.near, self.layout))
         FrameChannel(stream).receive(FrameKind.FORWARDING)
-        return ForwardedStream(stream, self)
+        return ForwardedStream(stream, self, may_pack=True)
 
     def ended(self) -> None:
         return
@@ -161,17 +233,51 @@ class ForwardingOpener(ThreadOpener):
         raise AssertionError
 
 
+def copy(near: ThreadOpener, far: NodeLayout, path: Path, rates: PackingRates, **changes: Any) -> UploadResult:
+    facts = path.stat()
+    listed = ListedFile("file", facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    files = NodeFiles(near, [DescribedFile(str(path), listed, MANIFEST)], ReconnectPolicy(), rates, packing=True)
+    done = upload_file(ForwardingOpener(near, far), files, MANIFEST, packing=False, rates=rates, **changes)
+    assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+    return done
+
+
 def test_what_goes_from_node_to_node_tells_nothing_of_the_link_from_here(
     tmp_path: Path, near: ThreadOpener, far: NodeLayout, logins: Path
 ) -> None:
-    path = tmp_path / "file"
-    facts = path.stat()
-    listed = ListedFile("file", facts.st_size, facts.st_mtime_ns, facts.st_ino)
     rates = PackingRates(itertools.count().__next__)
-    files = NodeFiles(near, [DescribedFile(str(path), listed, MANIFEST)], ReconnectPolicy(), rates, packing=True)
-    upload_file(ForwardingOpener(near, far), files, MANIFEST, packing=False, rates=rates)
-    assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+    copy(near, far, tmp_path / "file", rates)
     assert not rates.knows_link
+
+
+@pytest.mark.parametrize(("limit", "is_packed"), [(100e6, True), (3.9e6, False)])
+def test_a_chunk_that_a_limit_lets_go_in_pieces_only_goes_as_it_is(
+    tmp_path: Path, near: ThreadOpener, far: NodeLayout, logins: Path, clock: Clock, limit: float, is_packed: bool
+) -> None:
+    """The other node hears nothing while the first one waits for a whole chunk."""
+    clock.step_s = 1.0
+    limits: dict[str, Any] = {"order": [2, FLOATS, 0], "bandwidth_limit_bytes_per_s": limit}
+    done = copy(near, far, tmp_path / "file", PackingRates(), streams=StreamPolicy(fixed=1), **limits)
+    assert (done.bytes_packed > 0) == is_packed
+    assert done.bytes_sent + done.bytes_packed == len(CONTENT)
+
+
+def test_a_chunk_that_the_node_packed_wrongly_is_sent_again_as_it_is(
+    tmp_path: Path, near: ThreadOpener, far: NodeLayout, logins: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    packed: list[int] = []
+
+    def packed_wrongly(data: bytearray) -> bytes | None:
+        body = pack_floats(data)
+        packed.append(len(body or data))
+        return body and body[:-1] + bytes((body[-1] ^ 1,))
+
+    clock.step_s = 1.0
+    monkeypatch.setattr(far_chunks, "pack_floats", packed_wrongly)
+    order = [2, FLOATS, 0]
+    done = copy(near, far, tmp_path / "file", PackingRates(), order=order, streams=StreamPolicy(fixed=1))
+    spared = 1_000_000 - packed[0]
+    assert (done.bytes_sent, done.bytes_packed) == (len(CONTENT) + 1_000_000 - spared, spared)
 
 
 @pytest.mark.parametrize(
@@ -236,15 +342,17 @@ def test_an_agent_that_does_not_start_is_said_in_a_line(
     until_gone(logins)
 
 
+@pytest.mark.parametrize("encoding", [RAW_ENCODING, PACKED_ENCODING])
 def test_a_file_that_is_another_than_was_described_is_refused_and_what_went_before_is_kept(
-    tmp_path: Path, forwarded: ByteStream, far: NodeLayout
+    tmp_path: Path, forwarded: ByteStream, far: NodeLayout, clock: Clock, encoding: int
 ) -> None:
+    clock.step_s = 1.0
     channel = FrameChannel(forwarded)
     send_chunk(channel, tmp_path / "file", 0)
     channel.receive(FrameKind.ACK)
     fill = fill_of(tmp_path / "file", 1_000_000, 1_000_000)
     (tmp_path / "file").write_bytes(CONTENT + b"more")
-    channel.send_data_header(1, 1_000_000)
+    channel.send_data_header(1, 1_000_000, encoding)
     channel.send_json(FrameKind.FILL, fill)
     with pytest.raises(IntegrityError, match="changed while it was copied"):
         channel.receive(FrameKind.ACK)

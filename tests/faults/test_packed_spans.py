@@ -16,13 +16,13 @@ from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.fetch import FetchResult, fetch_file
 from orchestrator.transfer.node_copy import NodeCopy
 from orchestrator.transfer.node_files import DescribedFile
-from orchestrator.transfer.packing import PackingRates
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult
 from remote_payload.agent import send
 from remote_payload.agent.listing import list_files
 from remote_payload.wire.messages import ListRequest
 from remote_payload.wire.packing import pack_floats
+from remote_payload.wire.packing_rates import PackingRates
 from tests.support.agent_streams import (
     CutStream,
     FlipStream,
@@ -158,7 +158,7 @@ def test_packing_takes_neither_side_much_memory(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from orchestrator.transfer.fetch import fetch_file\n"
-        "from orchestrator.transfer.packing import PackingRates\n"
+        "from remote_payload.wire.packing_rates import PackingRates\n"
         "from orchestrator.transfer.stream_count import StreamPolicy\n"
         "from remote_payload.agent.listing import list_files\n"
         "from remote_payload.wire.messages import ListRequest\n"

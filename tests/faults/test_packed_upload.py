@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
-from orchestrator.transfer.packing import PackedChunk, Packer, PackingRates
+from orchestrator.transfer.packing import PackedChunk, Packer
 from orchestrator.transfer.source import LocalFile
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.wire.packing_rates import PackingRates
 from remote_payload.wire.stream import HEADER_BYTES, PACKED_ENCODING, FrameKind, decode_header
 from tests.support.agent_streams import (
     CutStream,

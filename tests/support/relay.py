@@ -8,18 +8,21 @@ import socket
 import threading
 from collections.abc import Iterator
 
+from orchestrator.transfer.progress import TokenBucket
+
 _BUFFER_BYTES = 64 * 1024
 
 
 class Relay:
-    """Carries connections from `port` to `target_port` on loopback.
+    """Carries connections from `port` to `target_port` on loopback, all together at `bytes_per_s` if it is given.
 
     `cut()` resets every connection now; `refuse()` also refuses new ones until `mend()`; `hold()` lets nothing through
     without a sign to either side, a black hole, until `mend()`.
     """
 
-    def __init__(self, target_port: int) -> None:
+    def __init__(self, target_port: int, bytes_per_s: float | None = None) -> None:
         self._target_port = target_port
+        self._bucket = TokenBucket(bytes_per_s)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.bytes_carried = 0
@@ -105,6 +108,7 @@ class Relay:
                         with contextlib.suppress(OSError):
                             key.data.shutdown(socket.SHUT_WR)
                         continue
+                    self._bucket.take(len(data))
                     key.data.sendall(data)
                     self.bytes_carried += len(data)
         except OSError:

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.transfer.channel import StreamDamagedError
-from orchestrator.transfer.packing import MIN_BYTES, SPARE_CHUNKS, Packer, PackingRates, Unpacker, packing_pays
+from orchestrator.transfer.packing import SPARE_CHUNKS, Packer, Unpacker
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.packing import WIDTHS, best_planes, pack, pack_floats, unpack
+from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates, packing_pays
 from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING
 from tests.support.floats import bfloat16, float32
 
