@@ -14,7 +14,7 @@ from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.packing import Packer
 from orchestrator.transfer.progress import TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
-from orchestrator.transfer.streams import StreamEnd, StreamPool
+from orchestrator.transfer.streams import MAX_LOGINS_AT_ONCE, MAX_NEAR_LOGINS_AT_ONCE, StreamEnd, StreamPool
 from remote_payload.wire.packing_rates import PackingRates
 from remote_payload.wire.processors import usable_processors
 from remote_payload.wire.stream import ReceiveRequest
@@ -120,7 +120,7 @@ def carry(
             is_needed = pool.count == 0 or (has_begun() and flight.has_work)
             # Looked at behind the count: the last stream ends it before it leaves.
             if now >= open_again_at and is_needed and not (is_over() or flight.is_stopped):
-                pool.open_up_to(wanted)
+                pool.open_up_to(wanted, MAX_LOGINS_AT_ONCE if pace.count.is_far else MAX_NEAR_LOGINS_AT_ONCE)
             seen = flight.await_change(seen, _TICK_S)
             on_tick(pool.open_count)
             for end in pool.ended():

@@ -24,6 +24,8 @@ _FIRST_GUESS_AT_MOST = 4
 _MANY_PROCESSORS = 8
 _PROCESSORS_LIMIT_BYTES_PER_S = 400e6
 """No near link of 2.5 Gbit/s carries so much: streams wait for the processors that encrypt, each of them for one."""
+_FIRST_LOOK_S = 0.1
+_FIRST_LOOK_BYTES = MANY_BYTES // 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class StreamCount:
 
     It doubles while the rate rises, goes back when a step did not pay, and then holds, longer each time; a rate that
     falls by itself ends the hold. After a hold one step up or one step down is tried in turn. Where processors are the
-    limit, the first step takes half of them, and none takes more than three quarters.
+    limit, which the first bytes tell, the first step takes half of them, and none takes more than three quarters.
     """
 
     def __init__(self, policy: StreamPolicy, bandwidth_limit_bytes_per_s: float | None = None) -> None:
@@ -86,6 +88,8 @@ class StreamCount:
         self._settled_at: float | None = None
         self._times = _FAR
         self._processors = 0
+        self._first_seen: tuple[float, int] | None = None
+        self._has_looked = False
 
     @property
     def is_far(self) -> bool:
@@ -99,6 +103,7 @@ class StreamCount:
         """`bytes_arrived` grows from the start of the transfer. Returns how many streams there should be."""
         if self._fixed is not None or bytes_arrived <= 0:
             return self._wanted
+        self._look_first(now_s, bytes_arrived)
         if open_streams != self._wanted:
             self._settled_at = self._since = None
             return self._wanted
@@ -119,7 +124,7 @@ class StreamCount:
 
     def disregard(self) -> int:
         """What arrives now tells nothing of the streams: measure anew from the next observation on."""
-        self._tried_from = self._settled_at = self._since = None
+        self._tried_from = self._settled_at = self._since = self._first_seen = None
         return self._wanted
 
     def path_is(self, round_trip_s: float | None, processors: int) -> int:
@@ -139,6 +144,18 @@ class StreamCount:
             self._tried_from = None
             self._hold(now_s)
         return self._wanted
+
+    def _look_first(self, now_s: float, bytes_arrived: int) -> None:
+        """Step up at once where processors are the limit, however many streams are open yet."""
+        if self._has_looked or self.is_far:
+            return
+        if self._first_seen is None:
+            self._first_seen = now_s, bytes_arrived
+        seconds, count = now_s - self._first_seen[0], bytes_arrived - self._first_seen[1]
+        if seconds >= _FIRST_LOOK_S and count >= _FIRST_LOOK_BYTES:
+            self._has_looked = True
+            if count / seconds >= _PROCESSORS_LIMIT_BYTES_PER_S and self._tried_from is None:
+                self._step(now_s, count / seconds)
 
     def _judge(self, now_s: float, rate: float) -> None:
         if self._tried_from is not None:
@@ -182,7 +199,7 @@ class StreamCount:
 
     def _one_step_up(self, rate: float) -> int:
         target = self._wanted + (self._wanted if self._doubling else 1)
-        if self._times is _NEAR and rate >= _PROCESSORS_LIMIT_BYTES_PER_S:
+        if not self.is_far and rate >= _PROCESSORS_LIMIT_BYTES_PER_S:
             if self._doubling:
                 target = max(target, self._processors // 2)
             target = max(self._wanted, min(target, max(2, 3 * self._processors // 4)))

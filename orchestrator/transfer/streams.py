@@ -14,6 +14,8 @@ from orchestrator.transfer.channel import StreamDamagedError, StreamOpener
 LOGIN_SPACING_S = 0.05
 """Between two logins; servers count those that are not through yet (MaxStartups) and turn away the next."""
 MAX_LOGINS_AT_ONCE = 3
+MAX_NEAR_LOGINS_AT_ONCE = 6
+"""A near node is through with one before the third after it begins."""
 _JOIN_S = 30.0
 
 
@@ -77,13 +79,13 @@ class StreamPool:
         with self._lock:
             return len(self._streams) + self._opening
 
-    def open_up_to(self, wanted: int) -> None:
+    def open_up_to(self, wanted: int, logins_at_once: int = MAX_LOGINS_AT_ONCE) -> None:
         """Begin to open one more stream if there are fewer than `wanted`, and the last login was long enough ago."""
         with self._lock:
             now = time.monotonic()
             if self._is_closed or len(self._streams) + self._opening >= wanted:
                 return
-            if self._opening >= MAX_LOGINS_AT_ONCE or now - self._last_login < LOGIN_SPACING_S:
+            if self._opening >= logins_at_once or now - self._last_login < LOGIN_SPACING_S:
                 return
             self._opening += 1
             self._last_login = now

@@ -80,6 +80,20 @@ def test_a_near_node_that_is_as_fast_as_processors_are_gets_half_of_them_with_th
     assert max(link.seen) == 12
 
 
+def test_the_first_bytes_tell_that_processors_are_the_limit_before_all_streams_are_open() -> None:
+    count = StreamCount(StreamPolicy())
+    assert count.path_is(0.0001, 16) == 2
+    seen = [count.observe(tick * 0.05, tick * 30 * MB, 1) for tick in range(1, 5)]
+    assert seen == [2, 2, 8, 8]
+
+
+def test_the_first_bytes_of_a_slower_link_or_of_a_far_one_tell_nothing() -> None:
+    for round_trip_s, rate in ((0.0001, 300 * MB), (0.02, 900 * MB)):
+        count = StreamCount(StreamPolicy())
+        before = count.path_is(round_trip_s, 16)
+        assert [count.observe(tick * 0.05, int(tick * 0.05 * rate), 1) for tick in range(1, 9)][-1] == before
+
+
 def test_a_machine_of_two_processors_sends_over_no_more_than_two_streams_where_these_are_the_limit() -> None:
     link = Link(StreamCount(StreamPolicy()), lambda n, _: 420 * MB if n <= 2 else 450 * MB)
     link.count.path_is(0.0001, 2)
