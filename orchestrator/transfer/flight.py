@@ -33,8 +33,8 @@ class Lane:
 class Flight:
     """Chunks to lanes and back. All methods may be called from several threads.
 
-    An acknowledgement wakes its own lane alone, unless it was the last that was awaited: at hundreds in a second, more
-    would cost more than the sending.
+    An acknowledgement wakes its own lane alone, unless it was the last that was awaited, and a chunk more in a queue in
+    which others wait wakes nobody: at hundreds in a second, more would cost more than the sending.
     """
 
     def __init__(self, table: ChunkTable, order: Sequence[int] | None = None, *, is_growing: bool = False) -> None:
@@ -75,7 +75,8 @@ class Flight:
         """A chunk more is to be sent, behind all others."""
         with self._changed:
             self._to_send.append(index)
-            self._tell()
+            if len(self._to_send) == 1:
+                self._tell()
 
     def name(self, index: int) -> None:
         """The node is told to copy a chunk that it has elsewhere: before others, and over one stream as long as that
@@ -83,7 +84,8 @@ class Flight:
         with self._changed:
             self._named.add(index)
             self._to_name.append(index)
-            self._tell()
+            if len(self._to_name) == 1:
+                self._tell()
 
     def is_named(self, index: int) -> bool:
         """Whether the chunk is one that the node is told to copy, and is not sent."""

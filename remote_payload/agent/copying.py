@@ -12,6 +12,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import mmap
 import os
 import queue
 import stat
@@ -96,7 +97,8 @@ class Copying:
 
     def _work(self, go_on: Callable[[], bool]) -> None:
         try:
-            buffer = memoryview(bytearray(min(CHUNK_BYTES, self._table.size)))
+            # Takes memory only where it is filled, which what is shared hardly does.
+            buffer = memoryview(mmap.mmap(-1, max(1, min(CHUNK_BYTES, self._table.size))))
             with contextlib.closing(_Source()) as source:
                 while go_on() and not self._is_over.is_set():
                     try:

@@ -18,6 +18,9 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import SessionLock
 from remote_payload.wire.layout import NodeLayout
 
+_GATHER_S = 0.05
+"""Chunks that are named within it are copied together: manifests are read anew each time."""
+
 
 def adopt(layout: NodeLayout, draft: str, digest: Optional[str], session: str) -> bool:
     """Make what arrived as `draft` the part of `digest`, whose folder the caller holds; None: it is of no use. True
@@ -81,6 +84,7 @@ class Copier:
             while True:
                 with self._state:
                     self._state.wait_for(lambda: self._named or self._is_over)
+                    self._state.wait_for(lambda: self._is_over, _GATHER_S)
                     if self._is_over:
                         return
                     named, self._named = self._named, []

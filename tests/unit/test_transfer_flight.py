@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.transfer.flight import WINDOW_BYTES, Flight
+from orchestrator.transfer.flight import WINDOW_BYTES, Flight, Lane
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk
 
@@ -13,9 +14,9 @@ PATIENCE_S = 20.0
 IN_WINDOW = WINDOW_BYTES // CHUNK_BYTES
 
 
-def new_flight() -> Flight:
+def new_flight(order: Sequence[int] | None = None, *, is_growing: bool = False) -> Flight:
     chunks = tuple(Chunk(number * CHUNK_BYTES, CHUNK_BYTES, f"{number:064x}") for number in range(COUNT))
-    return Flight(ChunkTable(pack_chunks(chunks), COUNT * CHUNK_BYTES))
+    return Flight(ChunkTable(pack_chunks(chunks), COUNT * CHUNK_BYTES), order, is_growing=is_growing)
 
 
 def test_a_lane_takes_no_more_than_its_window_and_goes_on_with_what_is_acknowledged() -> None:
@@ -84,3 +85,37 @@ def test_a_lane_that_waits_for_room_in_its_window_goes_on_with_its_own_acknowled
         flight.acknowledge(other, IN_WINDOW)
         flight.acknowledge(lane, 0)
         assert waiting.result(PATIENCE_S / 2) == (IN_WINDOW + 1, False)
+
+
+def test_a_chunk_more_in_a_queue_in_which_others_wait_wakes_nobody() -> None:
+    flight = new_flight((), is_growing=True)
+    flight.join(bytearray(COUNT))
+    flight.add(0)
+    flight.name(1)
+    seen = flight.await_change(0, 0.0)
+    for index in range(2, COUNT, 2):
+        flight.add(index)
+        flight.name(index + 1)
+    assert flight.await_change(seen, 0.0) == seen
+
+
+def test_lanes_that_wait_get_every_chunk_that_is_added_and_named() -> None:
+    flight = new_flight((), is_growing=True)
+    lanes = [flight.join(bytearray(COUNT)) for _ in range(3)]
+
+    def take_all(lane: Lane) -> list[int]:
+        taken = []
+        while (following := flight.next_chunk(lane, PATIENCE_S)) is not None:
+            taken.append(following[0])
+            if not flight.is_named(following[0]):
+                flight.acknowledge(lane, following[0])
+        return taken
+
+    with ThreadPoolExecutor(3) as pool:
+        taking = [pool.submit(take_all, lane) for lane in lanes]
+        for index in range(COUNT):
+            (flight.name if index % 3 else flight.add)(index)
+        while flight.has_work:
+            flight.await_change(0, 0.01)
+        flight.stop()
+        assert sorted(index for lane in taking for index in lane.result()) == list(range(COUNT))
