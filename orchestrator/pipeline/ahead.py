@@ -15,11 +15,12 @@ from pathlib import Path
 from orchestrator.errors import InternalError, RemoteEvalError
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.send import ask_known, draft_to_node, prepare_streams
+from orchestrator.pipeline.send import ask_known, draft_to_node
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.progress import ProgressListener
-from remote_payload.wire.messages import PREFIX_BYTES
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
 
 Order = Callable[[Sequence[tuple[int, int]]], Sequence[int]]
 
@@ -42,6 +43,7 @@ class Ahead:
         self._order = order
         self._on_progress = on_progress
         self._draft: Draft | None = None
+        self._known: KnownChunks | None = None
         self._refuse: Callable[[int], None] | None = None
         self._refusal: RemoteEvalError | None = None
         self._has_answer = threading.Event()
@@ -84,9 +86,7 @@ class Ahead:
     def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
         """For `digest_local_file`."""
         draft = self._unless_broken_off()
-        if self._refuse is not None:
-            asking = threading.Thread(target=self._ask, args=(self._refuse, spans), name="refuse", daemon=True)
-            asking.start()
+        self._begin_asking(sum(length for _, length in spans))
         return draft.begun(spans)
 
     def hashed(self, index: int, sha256: bytes, /) -> None:
@@ -105,42 +105,50 @@ class Ahead:
             path,
             self._order,
             self._on_progress,
-            await_leave=self._await_leave,
+            ask_known=self._ask_known,
             is_awaited=lambda: not self._is_preflight_over.is_set(),
         )
         self._reading = self._pool.submit(self._read, path)
 
     def _read(self, path: Path) -> LocalFile:
         file = digest_local_file(path, self._context.services.layout, self)
+        if file.was_remembered and self._is_lacking(file.manifest):
+            self._begin_asking(file.manifest.size)
+            self._unless_broken_off().remembered(file.manifest)
+            self.has_streams = True
         self._unless_broken_off().hashed_all()
-        if file.was_remembered:
-            self._prepare_streams(file)
         return file
 
-    def _prepare_streams(self, file: LocalFile) -> None:
-        """For a file that is known here, and of which the node seems to lack something."""
+    def _is_lacking(self, manifest: ChunkManifest) -> bool:
+        """Whether the node seems to lack something that is to be sent; False once nobody waits for preflight."""
         if self._is_preflight_over.is_set():
-            return
+            return False
         try:
-            known = ask_known(self._context, file.manifest.size)
+            self._known = ask_known(self._context, manifest.size)
         except RemoteEvalError:
-            return
-        prefixes = known.as_set()
-        if known.is_size_there or all(bytes.fromhex(c.sha256)[:PREFIX_BYTES] in prefixes for c in file.manifest.chunks):
-            return
-        self._unless_broken_off()
-        prepare_streams(self._context, file.manifest.size)
-        self.has_streams = True
+            return False
+        prefixes = self._known.as_set()
+        wanted = (manifest.chunks[index] for index in self._order(manifest.spans))
+        return not self._known.is_size_there and any(
+            bytes.fromhex(chunk.sha256)[:PREFIX_BYTES] not in prefixes for chunk in wanted
+        )
 
-    def _ask(self, refuse: Callable[[int], None], spans: Sequence[tuple[int, int]]) -> None:
+    def _begin_asking(self, size: int) -> None:
+        if self._refuse is not None:
+            asking = threading.Thread(target=self._ask, args=(self._refuse, size), name="refuse", daemon=True)
+            asking.start()
+
+    def _ask(self, refuse: Callable[[int], None], size: int) -> None:
         try:
-            refuse(sum(length for _, length in spans))
+            refuse(size)
         except RemoteEvalError as error:
             self._refusal = error
         self._has_answer.set()
 
-    def _await_leave(self) -> None:
-        """Return once the file may go; raises why it may not."""
+    def _ask_known(self, size: int) -> KnownChunks:
+        """What the node has, once the file may go; raises why it may not."""
+        known = self._known if self._known is not None else ask_known(self._context, size)
         self._has_answer.wait()
         if self._refusal is not None and not self._is_preflight_over.is_set():
             raise self._refusal
+        return known

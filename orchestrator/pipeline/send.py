@@ -48,28 +48,23 @@ def draft_to_node(
     order: Callable[[Sequence[tuple[int, int]]], Sequence[int]],
     on_progress: ProgressListener,
     *,
-    await_leave: Callable[[], None],
+    ask_known: Callable[[int], KnownChunks],
     is_awaited: Callable[[], bool],
 ) -> Draft:
-    """A draft of a local file for this run. Streams come up as soon as the file is read: it is likely to be sent.
-    Nothing of it goes before `await_leave` returns, which raises where nothing may."""
+    """A draft of a local file for this run. Streams come up as soon as the draft begins: the file is likely to be sent.
+    Nothing of it goes before `ask_known` returns, which raises where nothing may."""
     profile, node = context.profile, context.node
 
     def begin(spans: Sequence[tuple[int, int]]) -> Sequence[int]:
         prepare_streams(context, sum(length for _, length in spans))
         return order(spans)
 
-    def ask(size: int) -> KnownChunks:
-        known = ask_known(context, size)
-        await_leave()
-        return known
-
     return Draft(
         node,
         path,
         Pace(bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s, packing=profile.pack_floats),
         order=begin,
-        ask_known=ask,
+        ask_known=ask_known,
         on_progress=on_progress,
         run_id=context.plan.run_id,
         store_limit_bytes=profile.store_limit_bytes,

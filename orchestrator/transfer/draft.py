@@ -1,8 +1,8 @@
-"""Sending a file while it is still being hashed: what the node lacks goes before the file's digest is known, and what
-it has elsewhere it copies meanwhile.
+"""Sending a file while it is still being hashed, or before it may take the place of others on the node: what the node
+lacks goes, and what it has elsewhere it copies meanwhile.
 
-The node keeps it as a part under a digest that stands for the file, and the upload proper adopts that part. Nothing
-depends on a draft: whatever goes wrong with one is left to the upload to meet.
+The node keeps it as a part, under a digest that stands for the file as long as its own is not known, and the upload
+proper adopts that part. Nothing depends on a draft: whatever goes wrong with one is left to the upload to meet.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import Sender
 from orchestrator.transfer.source import LocalFile
-from remote_payload.wire.chunk_table import MAX_CHUNKS, DraftTable, pack_unknown
+from remote_payload.wire.chunk_table import MAX_CHUNKS, DraftTable, pack_chunks, pack_unknown
+from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
 from remote_payload.wire.names import FILE_DIGEST_PREFIX
 from remote_payload.wire.stream import ReceiveRequest
@@ -35,6 +36,7 @@ _WAIT_S = 5.0
 class Draft:
     """Hears of chunks as they are hashed (a `HashListener`), sends those that the node lacks and names the others.
 
+    Of a file that need not be hashed it hears at once: `remembered`.
     `order` says which chunks are to go, and in which order. `ask_known` asks the node what it has. While something else
     `is_awaited` a draft pays however soon the file will have been hashed.
     """
@@ -59,6 +61,7 @@ class Draft:
         self._opener = opener
         self._path = path
         self._digest = ""
+        self._known_digest = ""
         self._order_of = order
         self._ask_known = ask_known
         self._on_progress = on_progress
@@ -86,7 +89,8 @@ class Draft:
 
     @property
     def digest(self) -> str:
-        """What stands for the file's digest on the node, where an earlier client's draft may be as well."""
+        """What stands for the file's digest on the node, where an earlier draft may be, of a client that did not know
+        it."""
         return self._digest or draft_digest(self._path)
 
     @property
@@ -94,17 +98,15 @@ class Draft:
         return self._flight.arrived_bytes if self._flight is not None else 0
 
     def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:
-        order = self._order_of(spans)
-        self._wanted = frozenset(order)
-        self._began_at = time.monotonic()
-        if len(spans) <= MAX_CHUNKS:
-            lengths = [length for _, length in spans]
-            self._packed = pack_unknown(lengths)
-            self._table = DraftTable(self._packed, sum(lengths))
-            self._flight = Flight(self._table, (), is_growing=True)
-            self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
-            self._thread.start()
+        order = self._begin(spans, pack_unknown(length for _, length in spans))
         return [*order, *(index for index in range(len(spans)) if index not in self._wanted)]
+
+    def remembered(self, manifest: ChunkManifest) -> None:
+        """Instead of all that is heard of a file while it is hashed. What goes of it goes into the part of its own
+        digest."""
+        self._known_digest = manifest.digest
+        for index in self._begin(manifest.spans, pack_chunks(manifest.chunks)):
+            self.hashed(index, bytes.fromhex(manifest.chunks[index].sha256))
 
     def hashed(self, index: int, sha256: bytes, /) -> None:
         if self._table is None:
@@ -123,9 +125,10 @@ class Draft:
 
     def end(self, *, is_given_up: bool = False) -> None:
         """Send nothing more, and wait for what is under way; the streams are the opener's then. `is_given_up`: nobody
-        will ever adopt it, and the node deletes it."""
+        will ever adopt it, and the node deletes it, unless it is the part of the file's own digest."""
         with self._state:
-            self._is_over, self._is_given_up = True, is_given_up
+            # What stands under the file's own digest may be more than what came as a draft.
+            self._is_over, self._is_given_up = True, is_given_up and not self._known_digest
             self._state.notify_all()
         if self._flight is not None:
             self._flight.stop()
@@ -147,6 +150,19 @@ class Draft:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _begin(self, spans: Sequence[tuple[int, int]], packed: bytes) -> Sequence[int]:
+        """The chunks that are to go, in their order."""
+        order = self._order_of(spans)
+        self._wanted = frozenset(order)
+        self._began_at = time.monotonic()
+        if len(spans) <= MAX_CHUNKS:
+            self._packed = packed
+            self._table = DraftTable(packed, sum(length for _, length in spans))
+            self._flight = Flight(self._table, (), is_growing=True)
+            self._thread = threading.Thread(target=self._run, name="draft", daemon=True)
+            self._thread.start()
+        return order
 
     def _offer(self) -> None:
         """Hand over what the node lacks, each content once, and name what it has, which waits for something that it
@@ -211,7 +227,7 @@ class Draft:
         is_here = threading.Event()
         request = ReceiveRequest(
             self._opener.layout.root,
-            self._digest,
+            self._known_digest or self._digest,
             table.size,
             len(table),
             secrets.token_hex(16),
@@ -220,6 +236,7 @@ class Draft:
             run_id=self._run_id,
             store_limit_bytes=self._store_limit_bytes,
             is_draft=True,
+            adopts=self._digest if self._known_digest else "",
         )
         sender = Sender(
             self._file,
@@ -248,7 +265,7 @@ class Draft:
             self.sent,
             expected_bytes=total_bytes,
             has_begun=is_here.is_set,
-            is_over=lambda: self._is_broken_off,
+            is_over=lambda: self._is_broken_off or sender.finished is not None,
             on_tick=tell,
         )
 

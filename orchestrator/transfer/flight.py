@@ -67,6 +67,9 @@ class Flight:
                 self._is_begun = True
                 self._here[:] = have
                 self._to_send.extend(index for index in self._order if not have[index])
+                named, self._named, self._to_name = self._to_name, set(), collections.deque()
+                for index in named:
+                    self.name(index)
             self._lanes.append(lane)
             self._tell()
         return lane
@@ -80,8 +83,10 @@ class Flight:
 
     def name(self, index: int) -> None:
         """The node is told to copy a chunk that it has elsewhere: before others, and over one stream as long as that
-        lasts. Nothing is heard of it again."""
+        lasts. Nothing is heard of it again. One that is in its place already is not named."""
         with self._changed:
+            if self._here[index]:
+                return
             self._named.add(index)
             self._to_name.append(index)
             if len(self._to_name) == 1:

@@ -66,16 +66,18 @@ def _try_hold(
         _clean_up(layout, digest, table)
         store.note_use(layout, digest, request.run_id)
         return None
+    # What could not be adopted is not needed any more once the upload proper has what it holds.
+    left_over = request.adopts if not request.is_draft else ""
     try:
         part = _prepare(channel, layout, request, table)
     except AgentError as error:
         # A draft beside the part takes room that the part may need.
         is_full = error.failure.kind == "no_space"
-        if not (is_full and request.adopts and drafts.discard(layout, request.adopts, request.session)):
+        if not (is_full and left_over and drafts.discard(layout, left_over, request.session)):
             raise
         part = _prepare(channel, layout, request, table)
-    if request.adopts:
-        drafts.discard(layout, request.adopts, request.session)
+    if left_over:
+        drafts.discard(layout, left_over, request.session)
     # Changing the lock's kind lets go of it for a moment: whoever took it meanwhile goes first.
     if lock.try_shared():
         return part

@@ -38,8 +38,9 @@ rules ends the stream; nothing it held was used.
                                stand-by now
                      FAILURE   JSON `StreamFailure`; the stream ends
 
-A draft is a file whose digest is not known yet: its request names another one that stands for it, the table's digests
-are zeros, and it is never finished. The file's own request says later which draft it `adopts`.
+A draft is what goes of a file before it may take the place of others, or before its digest is known: then its request
+names another one that stands for it, and the table's digests are zeros. It is never finished. The file's own request
+says later which draft it `adopts`, and so does a draft that goes by the file's digest, of an earlier one.
 
 Several streams may carry one file at once: those with the same `session` share the folder, those of other sessions
 wait. A stream that ends, for whatever reason, first makes durable and journals what it acknowledged; so one stream
@@ -148,7 +149,7 @@ class ReceiveRequest:
     `session`: 32 hex digits, the same on all streams of one upload. `wait_s`: how long to stand by while another
     session holds the file and does not get on. `idle_s`: the agent gives up after so long without a byte. `run_id`: for
     whom, if for a run. `store_limit_bytes`: the store is kept below that by freeing what nobody needs. `is_draft`:
-    `digest` only stands for the file's own. `adopts`: the digest that stood for this file, if one did.
+    nothing is freed for it or copied before it begins. `adopts`: the digest that stood for this file, if one did.
     """
 
     root: str

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from orchestrator.pipeline.world import make_services
 from orchestrator.ssh.settings import Prompt
 from orchestrator.transfer import fingerprints
 from orchestrator.transfer.draft import draft_digest
-from orchestrator.transfer.fingerprints import SETTLED_NS
+from orchestrator.transfer.fingerprints import SETTLED_NS, digest_local_file
 from remote_payload.wire.chunks import chunk_spans
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.results import Finding
@@ -44,6 +45,10 @@ class cuda:
     @staticmethod
     def is_available(): return False
 """
+
+
+def layout_of(world: World) -> LocalLayout:
+    return LocalLayout(world.home / "data", world.home / "config", world.home / "cache")
 
 
 class SlowNode:
@@ -69,9 +74,14 @@ class SlowNode:
     def torch_does(self, what: str) -> None:
         (self.packages / "torch" / "__init__.py").write_text(SLOW_TORCH.format(go=str(self.go), then=what))
 
-    def draft_bytes(self) -> int:
-        """What of the draft is on the node's disk, and in its journal."""
-        journal = Path(self.layout.checkpoint_journal(draft_digest(self.local)))
+    def remember(self) -> str:
+        """Have the client know the checkpoint's digest, which it is."""
+        time.sleep(SETTLED_NS / 1e9)
+        return digest_local_file(self.local, layout_of(self.world)).manifest.digest
+
+    def draft_bytes(self, digest: str | None = None) -> int:
+        """What of the draft, or of the part of a digest, is on the node's disk, and in its journal."""
+        journal = Path(self.layout.checkpoint_journal(digest or draft_digest(self.local)))
         lines = journal.read_text().splitlines()[1:] if journal.exists() else []
         return sum(self.lengths[int(line.split()[0])] for line in lines if line.endswith("."))
 
@@ -79,6 +89,14 @@ class SlowNode:
 @pytest.fixture
 def slow(world: World, tmp_path: Path, torchless_python: str) -> SlowNode:
     return SlowNode(world, tmp_path, torchless_python)
+
+
+def provenance_of(world: World, run_id: str) -> dict[str, Any]:
+    return dict(json.loads((world.run_folder(run_id) / "provenance.json").read_text()))
+
+
+def logins(world: World) -> int:
+    return world.sshd.log.count("Accepted publickey")
 
 
 RUN = ("--checkpoint", "large.pt", "--jobs", "count")
@@ -92,7 +110,7 @@ def test_a_file_goes_while_the_node_imports_torch_and_not_a_byte_twice(slow: Slo
     output, _ = client.communicate(timeout=100)
     assert client.returncode == 0, output
     (run_id,) = slow.world.run_ids()
-    provenance = json.loads((slow.world.run_folder(run_id) / "provenance.json").read_text())
+    provenance = provenance_of(slow.world, run_id)
     assert provenance["bytes_sent"] == slow.local.stat().st_size
     stored = Path(slow.layout.checkpoint(provenance["checkpoint"]["digest"]))
     assert stored.read_bytes() == slow.local.read_bytes()
@@ -128,16 +146,81 @@ def test_a_preflight_that_fails_ends_what_went_on_beside_it_and_the_next_try_tak
     slow.torch_does("")
     (run_id,) = slow.world.run_ids()
     slow.world.json("resume", run_id, "--bandwidth-limit", "8000")
-    provenance = json.loads((slow.world.run_folder(run_id) / "provenance.json").read_text())
+    provenance = provenance_of(slow.world, run_id)
     assert provenance["bytes_sent"] <= slow.local.stat().st_size - there
+
+
+def test_a_file_that_is_known_here_goes_as_a_new_one_does_to_a_node_that_lacks_it(slow: SlowNode) -> None:
+    time.sleep(SETTLED_NS / 1e9)
+    slow.go.touch()
+    first = slow.world.json(*RUN)
+    digest = provenance_of(slow.world, first["run_id"])["checkpoint"]["digest"]
+    shutil.rmtree(slow.layout.checkpoint_folder(digest))
+    slow.go.unlink()
+    client = slow.world.start(*RUN)
+    until(lambda: slow.draft_bytes(digest) >= BULK_BYTES)
+    before = logins(slow.world)
+    slow.go.touch()
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode == 0, output
+    assert provenance_of(slow.world, slow.world.run_ids()[-1])["bytes_sent"] == slow.local.stat().st_size
+    assert Path(slow.layout.checkpoint(digest)).read_bytes() == slow.local.read_bytes()
+    assert logins(slow.world) == before
+
+
+def test_where_a_file_that_is_known_here_is_there_as_well_no_stream_logs_in(slow: SlowNode) -> None:
+    time.sleep(SETTLED_NS / 1e9)
+    slow.go.touch()
+    slow.world.json(*RUN)
+    before = logins(slow.world)
+    slow.world.json(*RUN)
+    assert logins(slow.world) == before + 1
+
+
+def test_of_a_file_that_is_known_here_a_preflight_that_fails_leaves_a_part_that_the_next_try_goes_on_with(
+    slow: SlowNode,
+) -> None:
+    digest = slow.remember()
+    slow.torch_does("raise ImportError('libcudart.so.12: cannot open')")
+    slow.world.edit_profile(bandwidth_limit_mbps=80)
+    client = slow.world.start(*RUN)
+    until(lambda: slow.draft_bytes(digest) > 0)
+    slow.go.touch()
+    output, _ = client.communicate(timeout=60)
+    assert client.returncode == 5, output
+    assert "torch is installed on this node and cannot be imported" in output
+    until(lambda: not agents_of(slow.world))
+    there = slow.draft_bytes(digest)
+    assert 0 < there < FILE_BYTES
+    slow.torch_does("")
+    (run_id,) = slow.world.run_ids()
+    slow.world.json("resume", run_id, "--bandwidth-limit", "8000")
+    provenance = provenance_of(slow.world, run_id)
+    assert provenance["bytes_sent"] <= slow.local.stat().st_size - there
+
+
+def test_for_a_file_that_is_known_here_nothing_is_freed_where_preflight_fails(slow: SlowNode) -> None:
+    other = slow.world.project / "other.pt"
+    torch.save({"w": torch.zeros(FILE_BYTES // 4)}, other)
+    slow.go.touch()
+    slow.world.json("--checkpoint", "other.pt", "--jobs", "count")
+    stored = sorted(Path(slow.layout.checkpoints).glob("*/file"))
+    slow.go.unlink()
+    digest = slow.remember()
+    slow.torch_does("raise ImportError('libcudart.so.12: cannot open')")
+    slow.world.edit_profile(store_limit_gb=1.5 * FILE_BYTES / 1e9)
+    client = slow.world.start(*RUN)
+    until(lambda: Path(slow.layout.checkpoint_part(digest)).exists())  # room is looked for next
+    slow.go.touch()
+    output, _ = client.communicate(timeout=60)
+    assert client.returncode == 5, output
+    assert "torch is installed on this node and cannot be imported" in output
+    assert stored
+    assert sorted(Path(slow.layout.checkpoints).glob("*/file")) == stored
 
 
 AGENT_IDLE_S = 4.0
 SHORT_WAITS = [sys.executable, "-m", "tests.support.short_waits", str(AGENT_IDLE_S), "0.2", "--"]
-
-
-def logins(world: World) -> int:
-    return world.sshd.log.count("Accepted publickey")
 
 
 def test_streams_wait_for_a_preflight_that_takes_longer_than_agents_wait_for_a_silent_client(slow: SlowNode) -> None:
@@ -196,8 +279,7 @@ def test_what_the_node_can_refuse_at_once_is_refused_before_a_byte_of_the_file_g
 
 
 def services_of(world: World, reporter: ConsoleReporter, prompt: Prompt) -> Services:
-    base = world.home
-    return make_services(LocalLayout(base / "data", base / "config", base / "cache"), reporter, prompt)
+    return make_services(layout_of(world), reporter, prompt)
 
 
 class UntilFound(ConsoleReporter):

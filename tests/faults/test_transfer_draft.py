@@ -33,6 +33,7 @@ from remote_payload.wire.chunk_table import ChunkTable, manifest_pages, pack_unk
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import KnownChunks, KnownRequest
+from remote_payload.wire.parts import parse_readable
 from remote_payload.wire.stream import FrameKind, ReceiveRequest
 from tests.support.agent_streams import (
     ChunkLedger,
@@ -382,6 +383,7 @@ def test_an_agent_that_is_killed_while_it_copies_costs_nothing_but_time(root: Pa
     seed=st.integers(0, 3),
     damaged=st.none() | st.integers(0, 12_000),
     is_given_up=st.booleans(),
+    is_remembered=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
@@ -394,6 +396,7 @@ def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
     seed: int,
     damaged: int | None,
     is_given_up: bool,
+    is_remembered: bool,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = make_node_root(Path(folder))
@@ -409,7 +412,10 @@ def test_whatever_is_there_and_wherever_it_breaks_off_the_file_is_the_same(
         wraps = [] if cut_at is None else [lambda inner: CutStream(inner, cut_at, None)]
         opener = ThreadOpener(root, wraps)
         with make_draft(opener, path, streams=streams) as draft:
-            hash_first(draft, manifest, hashed)
+            if is_remembered:
+                draft.remembered(manifest)
+            else:
+                hash_first(draft, manifest, hashed)
             if is_waited_for:
                 time.sleep(0.05)
             if is_given_up:
@@ -491,6 +497,120 @@ def test_where_the_file_has_a_part_already_that_is_gone_on_with_and_takes_what_t
     assert folders(root) == [manifest.digest]
 
 
+def test_a_file_whose_digest_is_known_goes_on_with_its_own_part(
+    root: Path, with_part: tuple[Path, ChunkManifest]
+) -> None:
+    path, manifest = with_part
+    there = journalled(root, manifest)
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 4)
+    with make_draft(opener, path) as draft:
+        draft.remembered(manifest)
+        draft.hashed_all()
+        await_arrival(draft, CHUNK * (20 - len(there)))
+        assert folders(root) == [manifest.digest]
+        await_that(lambda: len(opener.kept) > 0)  # nobody else is kept from the part meanwhile
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert sorted(ledger.sent) == sorted(set(range(20)) - there)
+    assert (result.bytes_sent, result.bytes_reused) == (CHUNK * (20 - len(there)), 0)
+
+
+def test_a_file_whose_digest_is_known_takes_up_the_draft_of_a_client_that_did_not_know_it(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    first, second = ChunkLedger(), ChunkLedger()
+    abandoned = make_draft(ThreadOpener(root, [first.around]), path)
+    hash_first(abandoned, manifest, 9)
+    await_arrival(abandoned, 9 * CHUNK)
+    abandoned.close()  # breaks off: no LEAVE goes
+    opener = ThreadOpener(root, [second.around] * 4)
+    with make_draft(opener, path) as draft:
+        draft.remembered(manifest)
+        await_arrival(draft, 11 * CHUNK)
+        assert folders(root) == [manifest.digest]
+        result = upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert sorted(first.sent + second.sent) == list(range(20))
+    assert result.bytes_reused == 0
+
+
+def test_where_a_file_whose_digest_is_known_has_a_part_its_draft_stays_until_the_upload_takes_it(
+    root: Path, with_part: tuple[Path, ChunkManifest]
+) -> None:
+    path, manifest = with_part
+    there = journalled(root, manifest)
+    abandoned = make_draft(ThreadOpener(root), path)
+    hash_first(abandoned, manifest, 18)
+    drafted = set(range(18)) - there
+    await_arrival(abandoned, CHUNK * len(drafted))
+    abandoned.close()  # breaks off: no LEAVE goes
+    ledger = ChunkLedger()
+    opener = ThreadOpener(root, [ledger.around] * 4)
+    with make_draft(opener, path) as draft:
+        draft.remembered(manifest)
+        await_arrival(draft, CHUNK)
+        upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+    assert sorted(ledger.sent) == sorted(set(range(20)) - there - drafted)
+    assert folders(root) == [manifest.digest]
+
+
+def test_a_part_of_the_files_own_digest_stays_where_it_turns_out_that_nobody_needs_more_of_it(
+    root: Path, with_part: tuple[Path, ChunkManifest]
+) -> None:
+    path, manifest = with_part
+    there = journalled(root, manifest)
+    with make_draft(ThreadOpener(root), path) as draft:
+        draft.remembered(manifest)
+        await_arrival(draft, CHUNK)
+        draft.end(is_given_up=True)
+        assert folders(root) == [manifest.digest]
+        assert journalled(root, manifest) > there
+
+
+def test_what_jobs_read_of_a_part_stays_readable_while_the_rest_comes_before_it_may(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    upload_file(opener, path, manifest, order=range(12))
+    readable = Path(NodeLayout(str(root)).checkpoint_readable(manifest.digest))
+    assert parse_readable(readable.read_bytes()).hold(0, 12 * CHUNK)
+    with make_draft(opener, path) as draft:
+        draft.remembered(manifest)
+        await_arrival(draft, 8 * CHUNK)
+        assert parse_readable(readable.read_bytes()).hold(0, 12 * CHUNK)
+        upload_file(opener, path, manifest, draft=draft)
+    check_stored(root, manifest, path.read_bytes())
+
+
+def test_a_file_that_somebody_finished_meanwhile_is_neither_sent_nor_given_up(root: Path) -> None:
+    path, manifest = local_file(root, noise(20 * CHUNK))
+    opener = ThreadOpener(root)
+    may_go = threading.Event()
+
+    def ask_before_it_was_there(size: int) -> KnownChunks:
+        known = known_chunks(KnownRequest(opener.layout.root, size, ()))
+        assert may_go.wait(PATIENCE_S)
+        return known
+
+    pace = Pace(streams=StreamPolicy(fixed=1), packing=False, retry=AT_ONCE)
+    with Draft(
+        opener,
+        path,
+        pace,
+        order=lambda spans: range(len(spans)),
+        ask_known=ask_before_it_was_there,
+        on_progress=lambda _: None,
+    ) as draft:
+        draft.remembered(manifest)
+        upload_file(ThreadOpener(root), path, manifest)
+        may_go.set()
+        await_that(lambda: opener.opened > 0)
+        time.sleep(0.5)  # whoever would ask again has the time to
+        draft.end(is_given_up=True)
+        assert (draft.error, draft.sent.bytes_sent, opener.opened) == (None, 0, 1)
+    check_stored(root, manifest, path.read_bytes())
+
+
 def test_where_there_is_no_room_for_a_part_and_a_draft_the_draft_goes(
     root: Path, with_part: tuple[Path, ChunkManifest]
 ) -> None:
@@ -522,13 +642,17 @@ def test_a_client_that_was_killed_comes_back_to_its_draft(root: Path) -> None:
     assert sorted(first.sent + second.sent) == list(range(20))
 
 
-def test_a_draft_frees_nothing_in_the_store(root: Path) -> None:
+@pytest.mark.parametrize("is_remembered", [False, True])
+def test_a_draft_frees_nothing_in_the_store(root: Path, is_remembered: bool) -> None:
     earlier, manifest_before = local_file(root, noise(30 * CHUNK, 9), "earlier")
     upload_file(ThreadOpener(root), earlier, manifest_before)
     path, manifest = local_file(root, noise(20 * CHUNK))
     opener = ThreadOpener(root)
     with make_draft(opener, path, limit=40 * CHUNK) as draft:
-        hash_first(draft, manifest, 20)
+        if is_remembered:
+            draft.remembered(manifest)
+        else:
+            hash_first(draft, manifest, 20)
         await_that(lambda: isinstance(draft.error, NoSpaceError))
         check_stored(root, manifest_before, earlier.read_bytes())
 
