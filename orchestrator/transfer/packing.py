@@ -20,9 +20,6 @@ MAX_WORKERS = 4
 SPARE_CHUNKS = 4
 """Chunks that are packed, are being sent or wait for a worker, beyond one a worker: what all streams together hold in
 memory."""
-_PART_PACKED = 0.7
-"""Of a link's rate. Where what the packers do not get to goes as it is, it still pays with packers so much slower than
-the link. Where they are slower yet, the processors are what the link waits for."""
 
 PackedChunk = Future[tuple[int, bytes]]
 """(encoding, body) of a chunk's DATA frame: in fewer bytes, or as it was read where it had better go so."""
@@ -52,7 +49,7 @@ class Packer:
     @property
     def pays(self) -> bool:
         """Whether the next chunk is to be packed, as far as the rates tell."""
-        return self.rates.pays(self._workers / _PART_PACKED)
+        return self.rates.pays_beside(self._workers)
 
     @property
     def has_room(self) -> bool:

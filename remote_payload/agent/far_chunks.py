@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterable
 from typing import Optional
 
 from remote_payload.agent.background import Background
-from remote_payload.agent.channel import FdChannel, PeerGoneError
+from remote_payload.agent.channel import FdChannel
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.send import PIECE_BYTES, open_wanted, read_exactly
 from remote_payload.wire.forward import Fill
@@ -19,9 +19,19 @@ from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates
 from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING, Buffer, FrameKind, encode_data_header
 
 
+@dataclasses.dataclass(frozen=True)
+class _Body:
+    """Of the DATA frame of the chunk."""
+
+    index: int
+    encoding: int
+    data: Buffer
+
+
 class FarChunks:
-    """Frames to the other node's agent, in their order. The thread that calls reads and packs a chunk while the one
-    before is being sent: no other one packs.
+    """Frames to the other node's agent. One chunk is packed, in a thread of its own, beside those that are sent: the
+    link never waits for it while there is another one. For one thread, which calls `send_ready` before it waits for
+    more as long as it `has_unsent`.
 
     Its methods raise `AgentError` for files, `PeerGoneError` where the other node is gone, `OSError`.
     """
@@ -31,20 +41,69 @@ class FarChunks:
         self._files = _Files(layout)
         self._buffer = memoryview(bytearray(PIECE_BYTES))
         self._rates = PackingRates()
-        self._sending = Background()
+        self._packing = Background()
+        self._ready: Optional[_Body] = None
         self._saved: dict[int, int] = {}
 
     def send_frame(self, kind: FrameKind, argument: int, body: bytes) -> None:
-        self._sending.wait()
+        """Behind every chunk that came before it."""
+        self._flush()
         self._channel.send_frame(kind, argument, body)
 
     def send_chunk(self, index: int, length: int, fills: Iterable[Fill], *, may_pack: bool) -> None:
-        """Send the chunk of `length` bytes that `fills` name, in their order."""
-        if may_pack and length >= MIN_BYTES and self._rates.pays(1):
-            self._rates.note_tried()
-            self._send_whole(index, length, list(fills))
+        """Take the chunk of `length` bytes that `fills` name, in their order: it is sent, or packed and sent later."""
+        if self._packing.is_busy or not (may_pack and length >= MIN_BYTES and self._rates.pays_beside(1)):
+            self.send_ready()
+            self._send_as_it_is(index, length, fills)
             return
-        self._sending.wait()
+        data = self._read(length, fills)
+        ready, self._ready = self._ready, None
+        self._rates.note_tried()
+        self._packing.start(lambda: self._pack(index, data))
+        self._send(ready)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether a chunk is packed, or being packed, and not sent."""
+        return self._packing.is_busy or self._ready is not None
+
+    def send_ready(self) -> None:
+        """Send the chunk that is packed, if one is."""
+        if not self._packing.is_busy:
+            self._flush()
+
+    def saved_in(self, index: int) -> int:
+        """How many bytes packing took off the chunk, told once. For any thread, once the chunk has arrived."""
+        return self._saved.pop(index, 0)
+
+    def close(self) -> None:
+        self._packing.wait()
+        self._files.close()
+
+    def _read(self, length: int, fills: Iterable[Fill]) -> bytearray:
+        data = bytearray(length)
+        view = memoryview(data)
+        for fill in fills:
+            self._files.read(fill, 0, view[: fill.length])
+            view = view[fill.length :]
+        return data
+
+    def _pack(self, index: int, data: bytearray) -> None:
+        begun = time.monotonic()
+        packed = pack_floats(data)
+        if packed is None:
+            self._ready = _Body(index, RAW_ENCODING, data)
+            return
+        self._rates.note_packed(len(data), time.monotonic() - begun)
+        self._saved[index] = len(data) - len(packed)
+        self._ready = _Body(index, PACKED_ENCODING, packed)
+
+    def _flush(self) -> None:
+        self._packing.wait()
+        ready, self._ready = self._ready, None
+        self._send(ready)
+
+    def _send_as_it_is(self, index: int, length: int, fills: Iterable[Fill]) -> None:
         self._channel.send(encode_data_header(index, length))
         for fill in fills:
             for begin in range(0, fill.length, PIECE_BYTES):
@@ -52,36 +111,12 @@ class FarChunks:
                 self._files.read(fill, begin, piece)
                 self._move(piece)
 
-    def saved_in(self, index: int) -> int:
-        """How many bytes packing took off the chunk, told once. For any thread, once the chunk has arrived."""
-        return self._saved.pop(index, 0)
-
-    def close(self) -> None:
-        """What is being sent goes to its end, or as far as the other node takes it."""
-        with contextlib.suppress(PeerGoneError, OSError):
-            self._sending.wait()
-        self._files.close()
-
-    def _send_whole(self, index: int, length: int, fills: list[Fill]) -> None:
-        """Packed, where that makes it smaller."""
-        begun = time.monotonic()
-        data = bytearray(length)
-        view = memoryview(data)
-        for fill in fills:
-            self._files.read(fill, 0, view[: fill.length])
-            view = view[fill.length :]
-        packed = pack_floats(data)
-        if packed is None:
-            self._sending.start(lambda: self._send_body(index, RAW_ENCODING, data))
+    def _send(self, body: Optional[_Body]) -> None:
+        if body is None:
             return
-        self._rates.note_packed(length, time.monotonic() - begun)
-        self._saved[index] = length - len(packed)
-        self._sending.start(lambda: self._send_body(index, PACKED_ENCODING, packed))
-
-    def _send_body(self, index: int, encoding: int, body: Buffer) -> None:
-        self._channel.send(encode_data_header(index, len(body), encoding))
-        view = memoryview(body)
-        for begin in range(0, len(body), PIECE_BYTES):
+        self._channel.send(encode_data_header(body.index, len(body.data), body.encoding))
+        view = memoryview(body.data)
+        for begin in range(0, len(view), PIECE_BYTES):
             self._move(view[begin : begin + PIECE_BYTES])
 
     def _move(self, piece: memoryview) -> None:

@@ -26,6 +26,7 @@ from remote_payload.wire.stream import (
 )
 
 _LOOK_S = 0.25
+_PROMPT_S = 0.001
 _FAR_IDLE_S = 120.0
 """The other agent says that it is alive far more often, and may take so long to journal what it has at the end."""
 _OF_A_CHUNK = (FrameKind.ACK, FrameKind.REFUSED)
@@ -110,6 +111,8 @@ class _Forward:
             raise
 
     def _feed_frame(self, reader: FrameReader) -> None:
+        while self._chunks.has_unsent and not self._channel.wait_readable(_PROMPT_S):
+            self._chunks.send_ready()
         header = reader.header()
         if header.kind is not FrameKind.DATA:
             self._chunks.send_frame(header.kind, header.argument, reader.body(header))

@@ -16,6 +16,9 @@ _NEWEST = 0.3
 """Weight of the newest measurement in a rate."""
 _MEASURE_S = 0.25
 """A link is measured over so much time: what one chunk leaves in buffers would tell a faster one."""
+_PART_PACKED = 0.7
+"""Of a link's rate. Where what the packers do not get to goes as it is, it still pays with packers so much slower than
+the link. Where they are slower yet, the processors are what the link waits for."""
 _RETRY_S = 2.0
 """Packers that were too slow are measured anew, with one chunk, after so long."""
 
@@ -84,6 +87,10 @@ class PackingRates:
         with self._lock:
             rate = min(self._packer_bytes_per_s, self._unpacker_bytes_per_s) * packers
             return packing_pays(self._link_bytes_per_s, rate, self._clock() - self._tried_at)
+
+    def pays_beside(self, packers: float) -> bool:
+        """The same where the link does not wait for the packers."""
+        return self.pays(packers / _PART_PACKED)
 
     def note_tried(self) -> None:
         """A chunk is given to a packer."""

@@ -81,7 +81,7 @@ def slow_way(world: World, servers: tuple[Sshd, Sshd], own_ssh: OwnSsh) -> Itera
     """Between the nodes. What this machine says to the second one goes there too."""
     (world.node / "data" / "small.pt").write_bytes(b"small")
     world.json("fetch", "lab:small.pt", "other:")  # installs the payload
-    relay = Relay(servers[1].port, bytes_per_s=8e6)
+    relay = Relay(servers[1].port, bytes_per_s=6e6)
     servers[1].also_known_at(relay.port)
     own_ssh.may_log_in_to(servers[1])
     edit_profile(world, "other", port=relay.port)
@@ -133,7 +133,7 @@ def test_floats_go_packed_where_the_link_between_the_nodes_is_slow(
     assert done["direct"]
     assert far_path(done).read_bytes() == content
     assert near_link.bytes_carried - before < len(content) / 10
-    assert slow_way.bytes_carried < 0.85 * len(content)
+    assert slow_way.bytes_carried < 0.9 * len(content)
     assert done["bytes_sent"] < slow_way.bytes_carried
     *_, last = (json.loads(line) for line in ran.stderr.splitlines())
     assert last["saved"]["packed"] == len(content) - done["bytes_sent"]

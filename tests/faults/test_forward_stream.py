@@ -200,13 +200,33 @@ def test_a_frame_that_follows_a_packed_chunk_does_not_overtake_it(
 ) -> None:
     clock.step_s = 1.0
     channel = FrameChannel(forwarded)
-    order = (2, 0, FLOATS)
-    for index in order:
-        send_chunk(channel, tmp_path / "file", index, encoding=PACKED_ENCODING)
+    for index, encoding in ((2, RAW_ENCODING), (0, RAW_ENCODING), (FLOATS, PACKED_ENCODING)):
+        send_chunk(channel, tmp_path / "file", index, encoding=encoding)
     channel.send(FrameKind.FINISH)
-    assert [bytes_saved(channel, index) > 0 for index in order] == [False, False, True]
+    assert [bytes_saved(channel, index) > 0 for index in (2, 0, FLOATS)] == [False, False, True]
     channel.receive(FrameKind.FINISHED)
     assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
+
+
+def test_while_a_chunk_is_being_packed_others_go_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, forwarded: ByteStream
+) -> None:
+    others_are_there = threading.Event()
+
+    def packed_late(data: bytearray) -> bytes | None:
+        assert others_are_there.wait(20)
+        return pack_floats(data)
+
+    monkeypatch.setattr(far_chunks, "pack_floats", packed_late)
+    clock.step_s = 1.0
+    channel = FrameChannel(forwarded)
+    send_chunk(channel, tmp_path / "file", 2)
+    assert bytes_saved(channel, 2) == 0
+    for index in (FLOATS, 0):
+        send_chunk(channel, tmp_path / "file", index, encoding=PACKED_ENCODING)
+    assert bytes_saved(channel, 0) == 0
+    others_are_there.set()
+    assert bytes_saved(channel, FLOATS) > 0
 
 
 class ForwardingOpener(ThreadOpener):
