@@ -89,7 +89,7 @@ class StreamCount:
         self._times = _FAR
         self._processors = 0
         self._first_seen: tuple[float, int] | None = None
-        self._has_looked = False
+        self._is_judged = False
 
     @property
     def is_far(self) -> bool:
@@ -147,17 +147,18 @@ class StreamCount:
 
     def _look_first(self, now_s: float, bytes_arrived: int) -> None:
         """Step up at once where processors are the limit, however many streams are open yet."""
-        if self._has_looked or self.is_far:
+        if self._is_judged or self.is_far:
             return
         if self._first_seen is None:
             self._first_seen = now_s, bytes_arrived
         seconds, count = now_s - self._first_seen[0], bytes_arrived - self._first_seen[1]
         if seconds >= _FIRST_LOOK_S and count >= _FIRST_LOOK_BYTES:
-            self._has_looked = True
-            if count / seconds >= _PROCESSORS_LIMIT_BYTES_PER_S and self._tried_from is None:
-                self._step(now_s, count / seconds)
+            self._first_seen = None
+            if count / seconds >= _PROCESSORS_LIMIT_BYTES_PER_S:
+                self._judge(now_s, count / seconds)
 
     def _judge(self, now_s: float, rate: float) -> None:
+        self._is_judged = True
         if self._tried_from is not None:
             self._judge_step(now_s, rate)
         elif now_s >= self._hold_until or rate < _FELL * self._rate_held:

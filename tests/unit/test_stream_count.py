@@ -87,6 +87,13 @@ def test_the_first_bytes_tell_that_processors_are_the_limit_before_all_streams_a
     assert seen == [2, 2, 8, 8]
 
 
+def test_processors_that_were_slow_to_begin_are_seen_to_be_the_limit_a_little_later() -> None:
+    count = StreamCount(StreamPolicy())
+    count.path_is(0.0001, 16)
+    arrived = [300, 315, 330, 345, 400, 450, 500, 550]
+    assert [count.observe(tick * 0.05, mb * MB, 1) for tick, mb in enumerate(arrived)][-2:] == [8, 8]
+
+
 def test_the_first_bytes_of_a_slower_link_or_of_a_far_one_tell_nothing() -> None:
     for round_trip_s, rate in ((0.0001, 300 * MB), (0.02, 900 * MB)):
         count = StreamCount(StreamPolicy())

@@ -103,6 +103,26 @@ def test_chunks_are_read_in_the_order_that_is_asked_for_and_told_with_their_dige
     assert [listener.digests[index] for index in range(4)] == [chunk.sha256 for chunk in manifest.chunks]
 
 
+def test_what_one_thread_does_not_get_to_another_one_hashes(
+    tmp_path: Path, layout: LocalLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "usable_processors", lambda: 2)
+    path = tmp_path / "file"
+    path.write_bytes(random.Random(1).randbytes(6 * CHUNK_BYTES))
+    told: list[int] = []
+    others_are_done = threading.Event()
+
+    def hear(index: int) -> None:
+        told.append(index)
+        if index == 0:
+            assert others_are_done.wait(30)
+        elif len(told) == 6:
+            others_are_done.set()
+
+    digest_local_file(path, layout, Listener(hear))
+    assert sorted(told) == list(range(6))
+
+
 def test_an_unchanged_file_is_not_hashed_again(tmp_path: Path, layout: LocalLayout) -> None:
     path = tmp_path / "file"
     path.write_bytes(random.Random(1).randbytes(CHUNK_BYTES + 5))
