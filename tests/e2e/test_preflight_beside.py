@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -339,3 +340,24 @@ def test_where_the_login_asks_a_person_it_asks_once_and_all_goes_over_that_one(s
         threading.Thread(target=lambda: until(slow.draft_bytes) or slow.go.touch(), daemon=True).start()
         assert advance(plan, services) is not None
     assert len(asked) == 1
+
+
+def test_while_a_job_runs_no_stream_waits_any_more(slow: SlowNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.pipeline.send.first_guess", lambda *_: 3)  # one finishes what the draft sent
+    services = services_of(slow.world, ConsoleReporter(quiet=True), lambda *_: None)
+    request = Request("lab", str(slow.local), jobs=["wait"], start_folder=slow.world.project)
+    plan = resolve(request, services)
+    stored, waited = Path(slow.layout.checkpoints), []
+
+    def watch() -> None:
+        until(lambda: slow.draft_bytes() == slow.local.stat().st_size and len(agents_of(slow.world)) >= 3)
+        slow.go.touch()
+        until(lambda: list(stored.glob("*/launches.txt")))
+        with contextlib.suppress(AssertionError):
+            until(lambda: not agents_of(slow.world), 20.0)
+            waited.append("till none was left")
+        next(stored.glob("*/launches.txt")).with_name("go").touch()
+
+    threading.Thread(target=watch, daemon=True).start()
+    assert advance(plan, services) is not None
+    assert waited == ["till none was left"]
