@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.transfer_bench import Bench
 from benchmarks.transfer_run import Goal
-from benchmarks.transfer_scenarios import SCENARIOS, Bench
+from benchmarks.transfer_scenarios import SCENARIOS
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
