@@ -32,7 +32,7 @@ from remote_payload.wire.failures import RemoteFailure
 from remote_payload.wire.layout import MARKER_NAME, NodeLayout
 from remote_payload.wire.messages import Hello, HelloRequest
 from remote_payload.wire.names import printable
-from remote_payload.wire.stream import FrameKind, StandbyRequest, StreamCall, encode_json_frame
+from remote_payload.wire.stream import StandbyRequest
 
 T = TypeVar("T")
 _SHOWN_BYTES = 2000
@@ -156,12 +156,8 @@ class Node:
 
         For `expected_bytes` that are worth a login, or unknown, on a connection of its own where one can be had.
         """
-        is_bulk = expected_bytes is None or expected_bytes >= BULK_BYTES
-        if is_bulk and idle_timeout_s == _STANDBY_IDLE_S:
-            stream = self._from_standby(StreamCall(verb, to_json(request)))
-            if stream is not None:
-                return stream
         self._ensure_payload()
+        is_bulk = expected_bytes is None or expected_bytes >= BULK_BYTES
         return self._start_stream(verb, request, idle_timeout_s, is_bulk)
 
     def script_for_another(self, verb: str, request: object) -> tuple[str, str]:
@@ -173,9 +169,9 @@ class Node:
         return scripts.stream_script(python, root, self.payload.sha256, nonce, text), nonce
 
     def prepare_streams(self, how_many: Callable[[float | None], int]) -> None:
-        """Begin to open, in the background, the bulk streams that will be asked for next: as many as `how_many` says of
-        the path's round trip, which the connection tells, or else the first of them. Where that fails, whoever asks
-        opens one and hears why. For a node that is connected, so that no login asks a person from a thread."""
+        """Begin to open, in the background, bulk streams for `prepared_stream`: as many as `how_many` says of the round
+        trip, which the connection tells, or else the first of them. For a node that is connected, so that no login asks
+        a person from a thread."""
         self.drop_prepared_streams()
         standbys: list[Standby] = []
         begun = how_many(self._ensure_transport().round_trip_s)
@@ -195,13 +191,15 @@ class Node:
             standbys.extend(Standby(self._open_standby) for _ in range(begun - 1))
         threading.Thread(target=self._learn, name="hello", daemon=True).start()
 
-    def keep_stream(self, stream: ByteStream) -> None:
-        """Take a stream whose agent is on stand-by, for whoever opens one next."""
+    def prepared_stream(self) -> ByteStream | None:
+        """The next stream of `prepare_streams`, whose agent is on stand-by. None where there is none, or it did not
+        come up: whoever asks then opens one and hears why."""
         with self._lock:
-            self._standbys.insert(0, Standby(lambda: stream))
+            prepared = self._standbys.pop(0) if self._standbys else None
+        return prepared.take(self.profile.command_timeout_s) if prepared is not None else None
 
     def drop_prepared_streams(self) -> None:
-        """Close the streams of `prepare_streams` and `keep_stream` that nobody asked for."""
+        """Close the streams of `prepare_streams` that nobody asked for."""
         with self._lock:
             standbys, self._standbys = self._standbys, []
         for unused in standbys:
@@ -310,8 +308,6 @@ class Node:
         stream = start(script, idle_timeout_s=idle_timeout_s)
         try:
             self._await_ready(stream, nonce)
-            if verb == "standby":
-                self._await_ready(stream, nonce)  # said once more by an agent that knows the verb
         except BaseException:
             stream.close()
             raise
@@ -319,19 +315,6 @@ class Node:
 
     def _open_standby(self) -> ByteStream:
         return self._start_stream("standby", StandbyRequest(standby.AGENT_IDLE_S), _STANDBY_IDLE_S, is_bulk=True)
-
-    def _from_standby(self, call: StreamCall) -> ByteStream | None:
-        with self._lock:
-            prepared = self._standbys.pop(0) if self._standbys else None
-        stream = prepared.take(self.profile.command_timeout_s) if prepared is not None else None
-        if stream is None:
-            return None
-        try:
-            stream.write(encode_json_frame(FrameKind.PERFORM, call))
-        except UnreachableError:
-            stream.close()
-            return None
-        return stream
 
     def _ensure_payload(self) -> None:
         """A stream cannot install the payload on its way: make sure by the first call."""

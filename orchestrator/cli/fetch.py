@@ -38,6 +38,7 @@ def fetch(
     from orchestrator.pipeline.resolve import resolve_profile
     from orchestrator.plan import CheckpointReference, node_path
     from orchestrator.project import find_project
+    from orchestrator.transfer.carrier import Carrier
     from orchestrator.transfer.fetch import fetch_file
     from orchestrator.transfer.small_files import SMALL_BYTES, RemoteFile, fetch_small_files
     from orchestrator.transfer.stream_count import StreamPolicy
@@ -75,19 +76,22 @@ def fetch(
                 bandwidth_limit_bytes_per_s=limit,
                 on_progress=functools.partial(world.reporter.transfer, f"{len(small)} small files"),
             )
-        for file in (file for file in files if file not in small):
-            done = fetch_file(
-                node,
-                file.path,
-                file.listed,
-                file.target,
-                overwrite=force,
-                streams=StreamPolicy(fixed=streams),
-                bandwidth_limit_bytes_per_s=limit,
-                packing=named.profile.pack_floats,
-                on_progress=functools.partial(world.reporter.transfer, file.target.name),
-            )
-            results.append(done)
+        large = [file for file in files if file not in small]
+        with Carrier(
+            node, bandwidth_limit_bytes_per_s=limit, streams=StreamPolicy(fixed=streams), packing=False
+        ) as carrier:
+            carrier.expect(sum(file.listed.size for file in large))
+            for file in large:
+                done = fetch_file(
+                    carrier,
+                    file.path,
+                    file.listed,
+                    file.target,
+                    overwrite=force,
+                    packing=named.profile.pack_floats,
+                    on_progress=functools.partial(world.reporter.transfer, file.target.name),
+                )
+                results.append(done)
     _show(base, results, as_json=as_json)
     return int(ExitCode.DONE)
 

@@ -14,6 +14,7 @@ from orchestrator.journal import AttemptRecord
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.launch import read_status, reference
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.download import Download, download_files
 from orchestrator.transfer.fetch import fetch_file
 from remote_payload.wire.codec import WireError, to_json
@@ -48,9 +49,12 @@ def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> M
             on_progress=lambda progress: context.reporter.transfer("artifacts", progress),
             bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         )
-    for path, target, entry in wanted:
-        if entry.size >= BULK_BYTES:
-            _fetch_large(context, path, target, entry)
+    large = [(path, target, entry) for path, target, entry in wanted if entry.size >= BULK_BYTES]
+    limit = context.profile.bandwidth_limit_bytes_per_s
+    with Carrier(context.node, bandwidth_limit_bytes_per_s=limit, packing=False) as carrier:
+        carrier.expect(sum(entry.size for _, _, entry in large))
+        for path, target, entry in large:
+            _fetch_large(context, carrier, path, target, entry)
     _replace_folder(incoming, context.run.artifacts)
     write_atomically(context.run.manifest, (json.dumps(to_json(manifest), indent=1, sort_keys=True) + "\n").encode())
     if is_final:
@@ -58,7 +62,7 @@ def collect(context: RunContext, attempt: AttemptRecord, *, is_final: bool) -> M
     return manifest
 
 
-def _fetch_large(context: RunContext, path: str, target: Path, entry: ManifestEntry) -> None:
+def _fetch_large(context: RunContext, carrier: Carrier, path: str, target: Path, entry: ManifestEntry) -> None:
     """One artifact over several streams, gone on with where an earlier client was killed."""
     listed = context.node.call("list_files", ListRequest(context.node.root, path), FileList)
     if listed.is_folder or [file.size for file in listed.files] != [entry.size]:
@@ -67,13 +71,12 @@ def _fetch_large(context: RunContext, path: str, target: Path, entry: ManifestEn
             action="It changed after the manifest was written: look at it there.",
         )
     fetch_file(
-        context.node,
+        carrier,
         path,
         listed.files[0],
         target,
         overwrite=True,
         sha256=entry.sha256,
-        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
         packing=context.profile.pack_floats,
         on_progress=functools.partial(context.reporter.transfer, printable(entry.path)),
     )

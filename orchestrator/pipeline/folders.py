@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.room import gc_offered
-from orchestrator.pipeline.send import send_to_node
+from orchestrator.pipeline.send import carrier_to_node, send_to_node
 from orchestrator.plan import SyncedCheckpoint
 from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
 from orchestrator.transfer.progress import ProgressListener
@@ -35,8 +35,8 @@ def send_local_folder(context: RunContext, path: Path) -> SyncedCheckpoint:
 
 def _send(context: RunContext, local: LocalFolder) -> SentFolder:
     def upload(files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener) -> UploadResult:
-        return send_to_node(context, local.open(files), manifest, on_progress)
+        return send_to_node(context, local.open(files), manifest, on_progress, carrier=carrier)
 
     report = functools.partial(context.reporter.transfer, "checkpoint")
-    with gc_offered(context.node, context.journal, context.plan.cluster):
-        return send_folder(context.node, local.folder, upload, report, run_id=context.plan.run_id)
+    with gc_offered(context.node, context.journal, context.plan.cluster), carrier_to_node(context) as carrier:
+        return send_folder(context.node, local.folder, carrier, upload, report, run_id=context.plan.run_id)

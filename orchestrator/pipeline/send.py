@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.errors import UnreachableError
 from orchestrator.node import BULK_BYTES
 from orchestrator.pipeline.context import RunContext
-from orchestrator.transfer.carrier import Pace
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.source import Source
@@ -19,6 +19,15 @@ from remote_payload.wire.messages import KnownChunks, KnownRequest
 from remote_payload.wire.processors import usable_processors
 
 
+def carrier_to_node(context: RunContext) -> Carrier:
+    """Carries files within the limits of this run's profile."""
+    return Carrier(
+        context.node,
+        bandwidth_limit_bytes_per_s=context.profile.bandwidth_limit_bytes_per_s,
+        packing=context.profile.pack_floats,
+    )
+
+
 def send_to_node(
     context: RunContext,
     local: Path | Source,
@@ -26,10 +35,11 @@ def send_to_node(
     on_progress: ProgressListener,
     order: Sequence[int] | None = None,
     draft: Draft | None = None,
+    carrier: Carrier | None = None,
 ) -> UploadResult:
-    """`upload_file` for this run."""
+    """`upload_file` for this run, by a carrier of its own unless there is one for several files."""
     return upload_file(
-        context.node,
+        carrier or context.node,
         local,
         manifest,
         on_progress=on_progress,
@@ -53,21 +63,19 @@ def draft_to_node(
 ) -> Draft:
     """A draft of a local file for this run. Streams come up as soon as the draft begins: the file is likely to be sent.
     Nothing of it goes before `ask_known` returns, which raises where nothing may."""
-    profile, node = context.profile, context.node
 
     def begin(spans: Sequence[tuple[int, int]]) -> Sequence[int]:
         prepare_streams(context, sum(length for _, length in spans))
         return order(spans)
 
     return Draft(
-        node,
+        carrier_to_node(context),
         path,
-        Pace(bandwidth_limit_bytes_per_s=profile.bandwidth_limit_bytes_per_s, packing=profile.pack_floats),
         order=begin,
         ask_known=ask_known,
         on_progress=on_progress,
         run_id=context.plan.run_id,
-        store_limit_bytes=profile.store_limit_bytes,
+        store_limit_bytes=context.profile.store_limit_bytes,
         is_awaited=is_awaited,
     )
 

@@ -65,6 +65,7 @@ def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool 
     found = find_by_content(context, local.manifest)
     if found is not None:
         draft.end(is_given_up=True)
+        draft.close()
         context.node.drop_prepared_streams()
         return found
     if local.was_remembered and not ahead.has_streams:

@@ -28,8 +28,7 @@ _CONNECT_LIMIT_S = 10.0
 
 
 class DirectWay:
-    """A `StreamOpener` for `target` whose `receive` streams `source` opens, as long as it can. Usable from several
-    threads.
+    """A `StreamOpener` for `target` whose streams `source` opens, as long as it can. Usable from several threads.
 
     `names`: how the two are called. `tell` is told in a sentence which way the bytes take and why, and once more if the
     direct one is lost.
@@ -64,15 +63,15 @@ class DirectWay:
     def open_agent_stream(
         self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
     ) -> ByteStream:
-        stream = self._open(request, idle_timeout_s) if verb == "receive" else None
+        stream = self._open(verb, request, idle_timeout_s)
         if stream is not None:
             return stream
         return self._target.open_agent_stream(
             verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes
         )
 
-    def keep_stream(self, stream: ByteStream) -> None:
-        stream.close()
+    def prepared_stream(self) -> ByteStream | None:
+        return None
 
     def reconnect(self) -> None:
         with self._lock:
@@ -91,7 +90,7 @@ class DirectWay:
         with self._lock:
             self._source_lost = True
 
-    def _open(self, request: object, idle_timeout_s: float) -> ByteStream | None:
+    def _open(self, verb: str, request: object, idle_timeout_s: float) -> ByteStream | None:
         """A stream that `source` opened; None where that is not to be. Raises `UnreachableError` where others are open,
         or the connection to `source` is at fault."""
         with self._opening:
@@ -104,7 +103,7 @@ class DirectWay:
                 self._refuse(self._far_end_lost)
                 return None
             try:
-                stream = self._start(request, idle_timeout_s)
+                stream = self._start(verb, request, idle_timeout_s)
             except RemoteEvalError as error:
                 if others:
                     raise ConnectionLostError(f"a further login did not come up: {error}") from error
@@ -131,10 +130,10 @@ class DirectWay:
         self.said = what
         self._tell_user(what)
 
-    def _start(self, request: object, idle_timeout_s: float) -> ByteStream:
+    def _start(self, verb: str, request: object, idle_timeout_s: float) -> ByteStream:
         if self._login is None:
             self._login = login_between(self._source.profile, self._target.profile)
-        script, nonce = self._target.script_for_another("receive", request)
+        script, nonce = self._target.script_for_another(verb, request)
         forward = ForwardRequest(
             self._source.layout.root,
             self._login,

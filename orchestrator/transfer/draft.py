@@ -16,8 +16,7 @@ from pathlib import Path
 
 from orchestrator import standby
 from orchestrator.errors import RemoteEvalError
-from orchestrator.transfer.carrier import Pace, Sent, carry
-from orchestrator.transfer.channel import StreamOpener
+from orchestrator.transfer.carrier import Carrier, Sent
 from orchestrator.transfer.flight import Flight
 from orchestrator.transfer.progress import ProgressListener, ProgressMeter
 from orchestrator.transfer.sender import Sender
@@ -43,9 +42,8 @@ class Draft:
 
     def __init__(
         self,
-        opener: StreamOpener,
+        carrier: Carrier,
         path: Path,
-        pace: Pace,
         *,
         order: Callable[[Sequence[tuple[int, int]]], Sequence[int]],
         ask_known: Callable[[int], KnownChunks],
@@ -54,11 +52,10 @@ class Draft:
         store_limit_bytes: int | None = None,
         is_awaited: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.pace = pace
+        self.carrier = carrier
         self.sent = Sent()
         self.bytes_reused = 0
         self.error: RemoteEvalError | OSError | None = None
-        self._opener = opener
         self._path = path
         self._digest = ""
         self._known_digest = ""
@@ -124,8 +121,8 @@ class Draft:
         self._is_all_hashed = True
 
     def end(self, *, is_given_up: bool = False) -> None:
-        """Send nothing more, and wait for what is under way; the streams are the opener's then. `is_given_up`: nobody
-        will ever adopt it, and the node deletes it, unless it is the part of the file's own digest."""
+        """Send nothing more, and wait for what is under way; the streams stand by then. `is_given_up`: nobody will ever
+        adopt it, and the node deletes it, unless it is the part of the file's own digest."""
         with self._state:
             # What stands under the file's own digest may be more than what came as a draft.
             self._is_over, self._is_given_up = True, is_given_up and not self._known_digest
@@ -139,8 +136,10 @@ class Draft:
         """Give back what it holds here; one that has not ended is broken off."""
         with self._state:
             self._is_broken_off = not self._is_over
+        if self._is_broken_off:
+            self.carrier.end_streams()
         self.end()
-        self.pace.close()
+        self.carrier.close()
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -226,7 +225,7 @@ class Draft:
         meter = ProgressMeter(total_bytes)
         is_here = threading.Event()
         request = ReceiveRequest(
-            self._opener.layout.root,
+            self.carrier.opener.layout.root,
             self._known_digest or self._digest,
             table.size,
             len(table),
@@ -243,7 +242,7 @@ class Draft:
             self._packed,
             table,
             flight,
-            self.pace,
+            self.carrier,
             self.sent,
             lambda _have: is_here.set(),
             self._add_reused,
@@ -256,14 +255,12 @@ class Draft:
                 flight.stop()
             self._on_progress(meter.measure(moved, 0, streams, bytes_packed=self.sent.bytes_packed))
 
-        carry(
-            self._opener,
+        self.carrier.expect(total_bytes)
+        self.carrier.carry(
             request,
             flight,
             sender.serve,
-            self.pace,
             self.sent,
-            expected_bytes=total_bytes,
             has_begun=is_here.is_set,
             is_over=lambda: self._is_broken_off or sender.finished is not None,
             on_tick=tell,

@@ -15,8 +15,9 @@ import threading
 import time
 from pathlib import Path
 
-from orchestrator.errors import IntegrityError, UnreachableError, UsageError
-from orchestrator.ssh.transport import BulkStream, ByteStream
+from orchestrator.errors import IntegrityError, UsageError
+from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
     FrameChannel,
@@ -28,13 +29,11 @@ from orchestrator.transfer.channel import (
 )
 from orchestrator.transfer.packing import Unpacker
 from orchestrator.transfer.partial import SpanFile, sha256_of
-from orchestrator.transfer.progress import ProgressListener, ProgressMeter, TokenBucket
-from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
-from orchestrator.transfer.streams import StreamPool
+from orchestrator.transfer.progress import ProgressListener, ProgressMeter
+from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.names import printable
-from remote_payload.wire.packing_rates import MIN_BYTES, PackingRates
-from remote_payload.wire.processors import usable_processors
+from remote_payload.wire.packing_rates import MIN_BYTES
 from remote_payload.wire.stream import (
     MAX_DATA_BYTES,
     PACKED_ENCODING,
@@ -71,7 +70,7 @@ class FetchResult:
 
 
 def fetch_file(
-    opener: StreamOpener,
+    node: StreamOpener | Carrier,
     path: str,
     listed: ListedFile,
     target: Path,
@@ -88,6 +87,7 @@ def fetch_file(
 ) -> FetchResult:
     """Bring the file at the absolute `path` on the node, as it was `listed`, to `target`, whose folder exists.
 
+    `node`: or what carries several files from it, whose limits hold then and whose streams are left to the next.
     `sha256`: what the whole must have. `packing`: floats come in fewer bytes where the link is slower than that takes.
     Raises `UsageError` (another file is at the target and `overwrite` is not set; this disk refuses), `IntegrityError`
     (it changed on the node, or is not what `sha256` says), `LockedError`, and the `UnreachableError` family once
@@ -96,17 +96,26 @@ def fetch_file(
     if not 0 <= listed.size <= MAX_FILE_BYTES:
         raise IntegrityError(f"the node says that {printable(path)} has {listed.size} bytes")
     began = time.monotonic()
-    policy = retry or ReconnectPolicy()
 
-    def new_work(listener: ProgressListener | None) -> _Work:
-        count = StreamCount(streams or StreamPolicy(), bandwidth_limit_bytes_per_s)
-        bucket = TokenBucket(bandwidth_limit_bytes_per_s)
-        return _Work(opener, path, listed, count, bucket, packing, listener, idle_timeout_s)
+    def new_carrier(opener: StreamOpener) -> Carrier:
+        return Carrier(
+            opener,
+            bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
+            streams=streams,
+            packing=False,
+            retry=retry,
+            idle_timeout_s=idle_timeout_s,
+        )
 
     if target.is_symlink() or target.exists():
-        if _is_known(target, listed.size, sha256) or (
-            sha256 is None and _is_the_same(new_work(None), target, policy, on_reconnect)
-        ):
+        if _is_known(target, listed.size, sha256):
+            return FetchResult(target, "unchanged", listed.size, 0, listed.size, time.monotonic() - began)
+        # Digests take no login: none of the streams that are for the files themselves.
+        with new_carrier(node.opener if isinstance(node, Carrier) else node) as carrier:
+            is_the_same = sha256 is None and _is_the_same(
+                _Work(carrier, path, listed, packing, None), target, on_reconnect
+            )
+        if is_the_same:
             return FetchResult(target, "unchanged", listed.size, 0, listed.size, time.monotonic() - began)
         if not overwrite:
             raise UsageError(f"another file is at {target}", action="Name another place, or overwrite it with --force.")
@@ -115,14 +124,18 @@ def fetch_file(
     identity = json.dumps([path, listed.size, listed.mtime_ns, listed.inode, SPAN_BYTES])
     file = SpanFile(target, identity, span_count(listed.size))
 
-    def bring() -> tuple[_Work, int]:
-        work = new_work(on_progress)
+    def bring(carrier: Carrier) -> tuple[_Work, int]:
+        work = _Work(carrier, path, listed, packing, on_progress)
         saved = work.begin(file)
-        with_reconnects(opener, work.attempt, lambda: work.done_bytes, policy, on_reconnect)
+        if carrier is not node:
+            carrier.expect(listed.size - saved)
+        with_reconnects(carrier.opener, work.attempt, lambda: work.done_bytes, carrier.retry, on_reconnect)
         return work, saved
 
-    try:
-        work, saved = bring()
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(file.close)
+        carrier = node if isinstance(node, Carrier) else at_end.enter_context(new_carrier(node))
+        work, saved = bring(carrier)
         while sha256 is not None and file.sha256() != sha256:
             file.start_over()
             if not saved:
@@ -131,10 +144,8 @@ def fetch_file(
                     action="It changed after that was written, or the node's disk is damaged: look at it there.",
                 )
             # What an earlier fetch had left here may be what is damaged.
-            work, saved = bring()
+            work, saved = bring(carrier)
         file.finish(listed.mtime_ns)
-    finally:
-        file.close()
     seconds = time.monotonic() - began
     return FetchResult(target, "fetched", listed.size, work.bytes_received, saved, seconds, work.bytes_packed)
 
@@ -151,29 +162,23 @@ class _Work:
 
     def __init__(
         self,
-        opener: StreamOpener,
+        carrier: Carrier,
         path: str,
         listed: ListedFile,
-        count: StreamCount,
-        bucket: TokenBucket,
         packing: bool,
         on_progress: ProgressListener | None,
-        idle_timeout_s: float,
     ) -> None:
         self.bytes_received = 0
         self.bytes_packed = 0
         self.done_bytes = 0
         self.digests: dict[int, str] = {}
-        self.opener = opener
+        self.carrier = carrier
         self.listed = listed
         self._path = path
-        self._bucket = bucket
         self._packing = packing
-        self._rates = PackingRates()
+        self._rates = carrier.rates
         self._unpacker = Unpacker(self._rates)
         self._on_progress = on_progress
-        self._idle_timeout_s = idle_timeout_s
-        self._count = count
         self._file: SpanFile | None = None
         self._changed = threading.Condition()
         self._queue: collections.deque[int] = collections.deque()
@@ -194,19 +199,13 @@ class _Work:
 
     def attempt(self) -> None:
         """Fetch what is missing over new streams. Raises when none is left, or one met what no other would survive."""
-        request = SendRequest(self.opener.layout.root, self._idle_timeout_s)
-        with StreamPool(
-            self.opener,
-            "send",
-            request,
-            self._serve,
-            self._wake,
-            idle_timeout_s=self._idle_timeout_s,
-            expected_bytes=self.listed.size - self.done_bytes if self._file is not None else 0,
-        ) as pool:
+        carrier, pool, count = self.carrier, self.carrier.pool, self.carrier.count
+        request = SendRequest(carrier.opener.layout.root, carrier.idle_timeout_s)
+        count.disregard()
+        with pool.work("send", request, self._serve, self._wake):
             while self._missing:
                 now = time.monotonic()
-                wanted = self._count.observe(now, self.done_bytes - self._saved, pool.open_count)
+                wanted = count.observe(now, self.done_bytes - self._saved, pool.open_count)
                 with self._changed:
                     self._allowed = wanted
                     has_work = bool(self._queue)
@@ -217,18 +216,12 @@ class _Work:
                         self._changed.wait(_TICK_S)
                 self._report(pool.open_count)
                 for end in pool.ended():
-                    if end.error is None or not self._missing:
-                        continue
-                    if not end.is_local or pool.count == 0:
-                        raise end.error
-                    if not end.was_open and isinstance(end.error, UnreachableError):
-                        self._count.refused(now, pool.open_count)
+                    if self._missing:
+                        carrier.was_lost(end)
         self._report(0)
 
     def _serve(self, stream: ByteStream) -> None:
-        if isinstance(stream, BulkStream):
-            with self._changed:
-                self._count.path_is(stream.facts.round_trip_s, usable_processors())
+        self.carrier.learn(stream)
         channel = FrameChannel(stream)
         buffer = memoryview(bytearray(min(MAX_DATA_BYTES, max(1, self.listed.size))))
         due: collections.deque[int] = collections.deque()
@@ -241,6 +234,7 @@ class _Work:
                     due.append(index)
                     channel.send_json(FrameKind.WANT, self._want(index))
                 if not due:
+                    channel.send(FrameKind.LEAVE)
                     return
                 self._receive(channel, due[0], buffer)
                 due.popleft()
@@ -315,8 +309,8 @@ class _Work:
         """Fill `view` from a DATA frame's body, as fast as the limit allows."""
         with self._rates.moving():
             while view:
-                piece = view[: self._bucket.piece_bytes(PIECE_BYTES)]
-                self._bucket.take(len(piece))
+                piece = view[: self.carrier.bucket.piece_bytes(PIECE_BYTES)]
+                self.carrier.bucket.take(len(piece))
                 channel.read_data(piece)
                 self._rates.note_moved(len(piece))
                 view = view[len(piece) :]
@@ -344,7 +338,7 @@ def _is_known(target: Path, size: int, sha256: str | None) -> bool:
         raise UsageError(f"{target} cannot be read: {error.strerror}") from error
 
 
-def _is_the_same(work: _Work, target: Path, policy: ReconnectPolicy, on_reconnect: ReconnectListener | None) -> bool:
+def _is_the_same(work: _Work, target: Path, on_reconnect: ReconnectListener | None) -> bool:
     """Whether the target has the node's content: by a sample where size and time stamp agree, else by every span."""
     listed = work.listed
     if target.is_symlink() or not target.is_file() or target.stat().st_size != listed.size:
@@ -354,7 +348,8 @@ def _is_the_same(work: _Work, target: Path, policy: ReconnectPolicy, on_reconnec
         step = max(1, len(spans) // _SAMPLES)
         spans = sorted({*spans[::step], *spans[-1:]})
     work.begin(None, spans)
-    with_reconnects(work.opener, work.attempt, lambda: work.done_bytes, policy, on_reconnect)
+    carrier = work.carrier
+    with_reconnects(carrier.opener, work.attempt, lambda: work.done_bytes, carrier.retry, on_reconnect)
     try:
         with target.open("rb") as file:
             for index in spans:

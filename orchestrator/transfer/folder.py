@@ -17,6 +17,7 @@ from typing import Protocol
 from orchestrator.errors import CheckpointError, IntegrityError, UsageError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import FrameChannel
 from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
@@ -61,7 +62,7 @@ class Folder:
 
 
 class Upload(Protocol):
-    """Puts a file, or some that stand one behind the other, into the node's store."""
+    """Has a folder's carrier put a file of it, or some that stand one behind the other, into the node's store."""
 
     def __call__(
         self, files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener
@@ -77,9 +78,16 @@ class SentFolder:
 
 
 def send_folder(
-    node: Node, folder: Folder, upload: Upload, on_progress: ProgressListener | None = None, *, run_id: str = ""
+    node: Node,
+    folder: Folder,
+    carrier: Carrier,
+    upload: Upload,
+    on_progress: ProgressListener | None = None,
+    *,
+    run_id: str = "",
 ) -> SentFolder:
-    """Have the folder complete in the node's store. Nothing is sent where it is; what lacks is given to `upload`.
+    """Have the folder complete in the node's store. Nothing is sent where it is; what lacks is given to `upload`, whose
+    streams come up once for all files.
 
     Raises what that and `Node.call` raise. What has arrived is kept.
     """
@@ -88,8 +96,10 @@ def send_folder(
     request = AssembleRequest(node.layout.root, folder.members, pack.digest, run_id)
     answer = _assemble(node, request)
     large = {file.member.digest: [file] for file in folder.files if not file.member.is_packed}
+    missing = sum(large[digest][0].member.size if digest in large else pack.size for digest in answer.missing)
+    carrier.expect(missing)
     meter = _Overall(folder.size, on_progress)
-    meter.begin(folder.size - sum(large[d][0].member.size if d in large else pack.size for d in answer.missing))
+    meter.begin(folder.size - missing)
     sent = 0
     for digest in answer.missing:
         files = large.get(digest, packed)

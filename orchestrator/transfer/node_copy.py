@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from orchestrator.errors import IntegrityError, UsageError
 from orchestrator.node import BULK_BYTES, Node
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
 from orchestrator.transfer.direct import DirectWay, packs_between
 from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_folder
@@ -143,22 +144,29 @@ class NodeCopy:
         self,
         files: Sequence[DescribedFile],
         manifest: ChunkManifest,
+        carrier: Carrier,
         on_progress: ProgressListener | None = None,
         order: Sequence[int] | None = None,
     ) -> UploadResult:
         return upload_file(
-            self.target,
+            carrier,
             NodeFiles(self.source, files, self.retry or ReconnectPolicy(), self._rates, packing=self.packing),
             manifest,
-            streams=self.streams,
-            bandwidth_limit_bytes_per_s=self.bandwidth_limit_bytes_per_s,
             on_progress=on_progress,
-            retry=self.retry,
-            packing=False,
-            rates=self._rates,
             order=order,
             run_id=self.run_id,
             store_limit_bytes=self.store_limit_bytes,
+        )
+
+    def carrier(self) -> Carrier:
+        """For calls, one after the other."""
+        return Carrier(
+            self.target,
+            streams=self.streams,
+            bandwidth_limit_bytes_per_s=self.bandwidth_limit_bytes_per_s,
+            retry=self.retry,
+            packing=False,
+            rates=self._rates,
         )
 
 
@@ -170,7 +178,9 @@ def _copy_file(
     order: Sequence[int] | None,
 ) -> UploadResult:
     try:
-        return copy([described], described.manifest, on_progress, order)
+        with copy.carrier() as carrier:
+            carrier.expect(described.manifest.size)
+            return copy([described], described.manifest, carrier, on_progress, order)
     except LocalFileChangedError:
         raise
     except (UsageError, IntegrityError):
@@ -205,10 +215,11 @@ def _copy_folder(
     by_name = {file.listed.name: file for file in described.files}
 
     def upload(files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener) -> UploadResult:
-        return copy([by_name[file.member.path] for file in files], manifest, on_progress)
+        return copy([by_name[file.member.path] for file in files], manifest, carrier, on_progress)
 
     try:
-        sent = send_folder(target, described.folder, upload, on_progress, run_id=run_id)
+        with copy.carrier() as carrier:
+            sent = send_folder(target, described.folder, carrier, upload, on_progress, run_id=run_id)
     except (UsageError, IntegrityError):
         # A file that is gone is a folder that has changed.
         _check_unchanged(source, described)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from orchestrator import standby
 from orchestrator.errors import CommandTimeoutError, RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
-from orchestrator.transfer.carrier import Pace, Sent
+from orchestrator.transfer.carrier import Carrier, Sent
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
 from orchestrator.transfer.packing import PackedChunk, Packer
@@ -58,7 +58,7 @@ class Sender:
         packed: bytes,
         table: ChunkTable,
         flight: Flight,
-        pace: Pace,
+        carrier: Carrier,
         sent: Sent,
         on_have: Callable[[bytearray], None],
         on_reused: Callable[[int], None],
@@ -70,30 +70,30 @@ class Sender:
         self._packed = packed
         self._table = table
         self._flight = flight
-        self._pace = pace
+        self._carrier = carrier
         self._sent = sent
         self._on_have = on_have
         self._on_reused = on_reused
         self._kept = kept
         self._is_given_up = is_given_up
 
-    def serve(self, stream: ByteStream) -> bool:
-        """Carry chunks until none is left or this stream is to retire. Closes the stream when its answers have ended,
-        or answers True where its agent is on stand-by.
+    def serve(self, stream: ByteStream) -> None:
+        """Carry chunks until none is left or this stream is to retire; its agent is on stand-by then.
 
-        Raises `LocalFileChangedError`, what the agent's FAILURE says, and what the stream raises.
+        Raises `LocalFileChangedError`, what the agent's FAILURE says, and what the stream raises; it is closed then.
         """
         channel = FrameChannel(stream)
         have = self._begin(channel)
         if isinstance(have, FinishedFacts):
             self.finished = have
-            return False
+            return
         self._on_have(have)
         lane = self._flight.join(have)
         answers = _Answers(channel, self._flight, lane, self._table, self._sent)
-        is_kept = False
+        is_on_standby = False
         try:
-            is_kept = self._fly(channel, stream, lane, answers)
+            self._fly(channel, lane, answers)
+            is_on_standby = True
         except UnreachableError as error:
             # Why the agent left may be among its last words, which came before the end that we ran into.
             answers.join(_LAST_WORDS_S)
@@ -102,39 +102,36 @@ class Sender:
             raise
         finally:
             self._flight.leave(lane)
-            if not is_kept:
+            if not is_on_standby:
                 stream.close()
             answers.join(_ANSWERS_END_S)
-        return is_kept
 
-    def _fly(self, channel: FrameChannel, stream: ByteStream, lane: Lane, answers: _Answers) -> bool:
-        """Whether the stream's agent is on stand-by at the end."""
-        if self._is_given_up is not None:
-            self._send_chunks(channel, lane)
-            channel.send(FrameKind.LEAVE, int(self._is_given_up()))
-            left = answers.await_answer()
-            if not isinstance(left, LeftFacts):
-                return False
-            self._on_reused(left.bytes_reused)
-            return True
+    def _fly(self, channel: FrameChannel, lane: Lane, answers: _Answers) -> None:
         for _ in range(_MAX_FINISH_ROUNDS):
             self._send_chunks(channel, lane)
-            if not self._flight.is_last(lane):
-                # The agent makes durable and journals what it acknowledged when its input ends.
-                stream.close_write()
-                answers.join(_ANSWERS_END_S)
-                return False
+            if self._is_given_up is not None or not self._flight.is_last(lane):
+                self._leave(channel, answers)
+                return
             self._flight.await_alone(lane, _ANSWERS_END_S)
             wanted = encode_bitmap(self._kept) if self._kept is not None else b""
             channel.send(FrameKind.FINISH if self._kept is None else FrameKind.KEEP, len(self._kept or ()), wanted)
             answer = answers.await_answer()
             if isinstance(answer, (FinishedFacts, KeptFacts)):
                 self.finished = answer
-                return False
+                return
             if isinstance(answer, LeftFacts):
                 break
             self._flight.send_missing(answer)
         raise StreamDamagedError("the node acknowledged chunks and then did not have them")
+
+    def _leave(self, channel: FrameChannel, answers: _Answers) -> None:
+        """Leave the file to others: the agent makes durable and journals what it acknowledged, and says so."""
+        is_given_up = self._is_given_up is not None and self._is_given_up()
+        channel.send(FrameKind.LEAVE, int(is_given_up))
+        left = answers.await_answer()
+        if not isinstance(left, LeftFacts):
+            raise StreamDamagedError("the node does not let go of the file")
+        self._on_reused(left.bytes_reused)
 
     def _begin(self, channel: FrameChannel) -> bytearray | FinishedFacts:
         try:
@@ -157,12 +154,12 @@ class Sender:
 
     def _send_chunks(self, channel: FrameChannel, lane: Lane) -> None:
         """Send until the lane has no more to do."""
-        if self._pace.packer is None:
+        if self._carrier.packer is None:
             while (following := self._next_chunk(channel, lane)) is not None:
                 self._send_chunk(channel, *following)
             return
         ahead = _Ahead(
-            self._pace.packer, self._flight, lane, self._table, self._file, lambda: self._next_chunk(channel, lane)
+            self._carrier.packer, self._flight, lane, self._table, self._file, lambda: self._next_chunk(channel, lane)
         )
         try:
             while self._send_next(channel, ahead):
@@ -206,7 +203,7 @@ class Sender:
             # Tells nothing of a link from here.
             self._send_bytes(channel, index, may_pack_there=not is_again)
             return
-        with self._pace.rates.moving():
+        with self._carrier.rates.moving():
             if body is not None:
                 self._send_body(channel, index, *body)
             else:
@@ -215,29 +212,29 @@ class Sender:
     def _send_bytes(self, channel: FrameChannel, index: int, *, may_pack_there: bool = False) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
         # To pack it, the node waits until it knows the whole chunk: not where the limit tells it bit by bit.
-        is_told_at_once = self._pace.bucket.piece_bytes(left) == left
+        is_told_at_once = self._carrier.bucket.piece_bytes(left) == left
         may_pack = may_pack_there and channel.may_pack_there and is_told_at_once
         channel.send_data_header(index, left, PACKED_ENCODING if may_pack else RAW_ENCODING)
         while left:
-            count = min(left, self._pace.bucket.piece_bytes(PIECE_BYTES))
-            self._pace.bucket.take(count)
+            count = min(left, self._carrier.bucket.piece_bytes(PIECE_BYTES))
+            self._carrier.bucket.take(count)
             # What was asked of the bucket and not sent is sent now: the limit counts it once.
             while count:
                 sent = self._file.send(channel, offset, count)
                 self._sent.add(sent, 0)
                 if not channel.is_filled_there:
-                    self._pace.rates.note_moved(sent)
+                    self._carrier.rates.note_moved(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
     def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:
         channel.send_data_header(index, len(body), encoding)
         view = memoryview(body)
         while view:
-            piece = view[: self._pace.bucket.piece_bytes(PIECE_BYTES)]
-            self._pace.bucket.take(len(piece))
+            piece = view[: self._carrier.bucket.piece_bytes(PIECE_BYTES)]
+            self._carrier.bucket.take(len(piece))
             channel.send_data(piece)
             self._sent.add(len(piece), 0)
-            self._pace.rates.note_moved(len(piece))
+            self._carrier.rates.note_moved(len(piece))
             view = view[len(piece) :]
         self._sent.add(0, self._table.length(index) - len(body))
 

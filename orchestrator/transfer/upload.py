@@ -6,6 +6,7 @@ what a lost one had under way goes back to it. How many there are is `stream_cou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import secrets
 import threading
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from orchestrator.errors import IntegrityError, InternalError, UsageError
 from orchestrator.ssh.transport import StreamFacts
-from orchestrator.transfer.carrier import Pace, Sent, carry
+from orchestrator.transfer.carrier import Carrier, Sent
 from orchestrator.transfer.channel import (
     IDLE_TIMEOUT_S,
     ReconnectListener,
@@ -56,7 +57,7 @@ class UploadResult:
 
 
 def upload_file(
-    opener: StreamOpener,
+    to: StreamOpener | Carrier,
     local: Path | Source,
     manifest: ChunkManifest,
     *,
@@ -76,6 +77,7 @@ def upload_file(
 ) -> UploadResult:
     """Put `local` into the node's store, verified, and return where it stands. A `Source` is closed at the end.
 
+    `to`: the node, or what carries several files to it, whose limits hold then and whose streams are left to the next.
     `packing`: floats go in fewer bytes where the link is slower than that takes, which `rates`, if given, comes to
     tell. `order` holds the chunks' indices in the order in which they go; where it lacks some, these are not sent, and
     jobs may read the others out of the part that is kept of the file. `draft`: what went of the file before its digest
@@ -91,9 +93,26 @@ def upload_file(
         raise UsageError("the order of chunks names one twice, or one that is not there")
     begun = time.monotonic()
     file = LocalFile(local) if isinstance(local, Path) else local
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(file.close)
         if draft is not None:
+            at_end.callback(draft.close)
             draft.end()
+            carrier = draft.carrier
+        elif isinstance(to, Carrier):
+            carrier = to
+        else:
+            carrier = Carrier(
+                to,
+                bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
+                streams=streams,
+                packing=packing,
+                rates=rates,
+                retry=retry,
+                idle_timeout_s=idle_timeout_s,
+            )
+            at_end.callback(carrier.close)
+        opener = carrier.opener
         request = ReceiveRequest(
             opener.layout.root,
             manifest.digest,
@@ -101,31 +120,15 @@ def upload_file(
             len(manifest.chunks),
             secrets.token_hex(16),
             wait_s,
-            idle_timeout_s,
+            carrier.idle_timeout_s,
             run_id,
             store_limit_bytes,
             adopts=draft.digest if draft is not None else "",
         )
-        pace = (
-            draft.pace
-            if draft is not None
-            else Pace(
-                bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s,
-                streams=streams,
-                packing=packing,
-                rates=rates,
-                retry=retry,
-            )
-        )
-        upload = _Upload(opener, file, manifest, request, pace, order, draft, on_progress)
-        try:
-            finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, pace.retry, on_reconnect)
-        finally:
-            pace.close()
-    finally:
-        if draft is not None:
-            draft.close()
-        file.close()
+        upload = _Upload(carrier, file, manifest, request, order, draft, on_progress)
+        if carrier is not to:
+            carrier.expect(upload.total_bytes)
+        finished = with_reconnects(opener, upload.attempt, lambda: upload.durable_bytes, carrier.retry, on_reconnect)
     path = opener.layout.checkpoint(manifest.digest)
     if (finished.path, finished.digest, finished.size) != (path, manifest.digest, manifest.size):
         raise IntegrityError(f"the node put the file at {finished.path!r}, not at {path!r}")
@@ -148,11 +151,10 @@ class _Upload:
 
     def __init__(
         self,
-        opener: StreamOpener,
+        carrier: Carrier,
         file: Source,
         manifest: ChunkManifest,
         request: ReceiveRequest,
-        pace: Pace,
         order: Sequence[int] | None,
         draft: Draft | None,
         on_progress: ProgressListener | None,
@@ -162,17 +164,16 @@ class _Upload:
         self.durable_bytes = 0
         self.sent = draft.sent if draft is not None else Sent()
         self._bytes_of_draft = draft.bytes_arrived if draft is not None else 0
-        self._opener = opener
+        self._carrier = carrier
         self._file = file
         self._packed = pack_chunks(manifest.chunks)
         self._table = ChunkTable(self._packed, manifest.size)
         self._request = request
-        self._pace = pace
         named = range(len(self._table)) if order is None else order
         self._order = _first_of_each(named, self._table)
         self._kept = _flagged(named, len(self._table)) if len(named) < len(self._table) else None
-        self._total_bytes = sum(map(self._table.length, named))
-        self._meter = ProgressMeter(self._total_bytes)
+        self.total_bytes = sum(map(self._table.length, named))
+        self._meter = ProgressMeter(self.total_bytes)
         self._on_progress = on_progress
         self._most_moved = self._bytes_of_draft
         self._lock = threading.Lock()
@@ -187,34 +188,30 @@ class _Upload:
             self._packed,
             self._table,
             flight,
-            self._pace,
+            self._carrier,
             self.sent,
             self._see_have,
             self._add_reused,
             self._kept,
         )
         self._has_begun = False
-        carry(
-            self._opener,
+        self._carrier.carry(
             self._request,
             flight,
             sender.serve,
-            self._pace,
             self.sent,
-            expected_bytes=self._total_bytes,
             has_begun=lambda: self._has_begun,
             is_over=lambda: sender.finished is not None,
             on_tick=lambda streams: self._report_flight(flight, streams),
-            idle_timeout_s=self._request.idle_s,
         )
         if self.bytes_saved is None:
-            self.bytes_saved = self._total_bytes
+            self.bytes_saved = self.total_bytes
         if sender.finished is None:
             raise InternalError("an upload was over before its file was finished")
         return sender.finished
 
     def report_done(self) -> None:
-        self._report(self._total_bytes - (self.bytes_saved or 0), 0)
+        self._report(self.total_bytes - (self.bytes_saved or 0), 0)
 
     def _see_have(self, have: bytearray) -> None:
         """Take in what the node has, as its first stream of this attempt tells."""
@@ -224,7 +221,7 @@ class _Upload:
             self._has_begun = True
             sent = (index for index in self._order if not have[index])
             # What the file repeats comes with the one of its kind that is sent.
-            self.durable_bytes = self._total_bytes - sum(self._table.length(index) for index in sent)
+            self.durable_bytes = self.total_bytes - sum(self._table.length(index) for index in sent)
             if self.bytes_saved is None:
                 self.bytes_saved = max(0, self.durable_bytes - self._bytes_of_draft)
 
@@ -237,7 +234,7 @@ class _Upload:
 
     def _report(self, bytes_moved: int, streams: int) -> None:
         """What a cut took back is not told as a step back: it comes again before anything new does."""
-        self._most_moved = max(self._most_moved, min(bytes_moved, self._total_bytes - (self.bytes_saved or 0)))
+        self._most_moved = max(self._most_moved, min(bytes_moved, self.total_bytes - (self.bytes_saved or 0)))
         if self._on_progress is not None:
             saved = self.bytes_saved or 0
             reused = min(self.bytes_reused, saved)

@@ -27,10 +27,11 @@ from remote_payload.wire.stream import (
 
 _LOOK_S = 0.25
 _PROMPT_S = 0.001
-_FAR_IDLE_S = 120.0
-"""The other agent says that it is alive far more often, and may take so long to journal what it has at the end."""
+_FAR_IDLE_S = 900.0
+"""On stand-by the other agent says nothing, however long; at work it says every few seconds that it is alive, and the
+client listens for that."""
 _OF_A_CHUNK = (FrameKind.ACK, FrameKind.REFUSED)
-_LAST_WORDS = (FrameKind.FINISHED, FrameKind.KEPT, FrameKind.FAILURE)
+_LAST_WORDS = (FrameKind.FINISHED, FrameKind.KEPT, FrameKind.LEFT, FrameKind.FAILURE)
 
 
 def serve_forward(channel: FdChannel, request: ForwardRequest) -> None:

@@ -45,13 +45,13 @@ from remote_payload.wire.stream import (
 
 MAX_REFUSALS = 64
 ALIVE_INTERVAL_S = 5.0
-_OF_A_FILE = (FrameKind.FINISH, FrameKind.KEEP)
+_OF_A_FILE = (FrameKind.FINISH, FrameKind.KEEP, FrameKind.LEAVE)
 _OF_A_DRAFT = (FrameKind.DIGEST, FrameKind.COPY, FrameKind.ALIVE, FrameKind.LEAVE)
 _BEHIND_POLL_S = 0.01
 
 
-def serve_receive(channel: FdChannel, request: ReceiveRequest) -> bool:
-    """Receive the file of `request` until the client is done or gone. True where it left the stream for another verb.
+def serve_receive(channel: FdChannel, request: ReceiveRequest) -> None:
+    """Receive the file of `request` until the client is done with it, or gone.
 
     However it ends, what was acknowledged is durable and journalled first, unless the disk refuses. Raises
     `AgentError`, `WireError`, `PeerGoneError`, `OSError`.
@@ -65,7 +65,7 @@ def serve_receive(channel: FdChannel, request: ReceiveRequest) -> bool:
         part = take_hold(channel, layout, request, table, lock)
         if part is None:
             channel.send_json(FrameKind.FINISHED, _finished(layout, request))
-            return False
+            return
         try:
             receiver = _Receiver(channel, reader, layout, request, table, part)
             receiver.run()
@@ -79,7 +79,6 @@ def serve_receive(channel: FdChannel, request: ReceiveRequest) -> bool:
         drafts.discard(layout, request.digest, request.session)
     if receiver.was_left:
         channel.send_json(FrameKind.LEFT, LeftFacts(bytes_here, receiver.bytes_reused))
-    return receiver.was_left
 
 
 class _Receiver:
@@ -142,8 +141,15 @@ class _Receiver:
         if header.kind not in (_OF_A_FILE if draft is None else _OF_A_DRAFT):
             raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
         body = self._reader.body(header)
+        if header.kind is FrameKind.LEAVE:
+            self._unpacking.wait()
+            self._stop_copying()
+            self._part.sync()
+            self.was_left, self.is_given_up = True, draft is not None and header.argument == 1
+            return True
         if draft is not None:
-            return self._serve_draft(draft, header, body)
+            self._serve_draft(draft, header, body)
+            return False
         self._unpacking.wait()
         if self._part.finish():
             store.note_use(self._layout, self._request.digest, self._request.run_id)
@@ -157,16 +163,10 @@ class _Receiver:
         self._send_have()
         return False
 
-    def _serve_draft(self, table: DraftTable, header: FrameHeader, body: bytes) -> bool:
-        if header.kind is FrameKind.LEAVE:
-            self._unpacking.wait()
-            self._stop_copying()
-            self._part.sync()
-            self.was_left, self.is_given_up = True, header.argument == 1
-            return True
+    def _serve_draft(self, table: DraftTable, header: FrameHeader, body: bytes) -> None:
         if header.kind is FrameKind.ALIVE:
             self._say(FrameKind.ALIVE, self._taken_bytes)
-            return False
+            return
         if header.argument >= len(table) or len(body) != hashlib.sha256().digest_size:
             raise DamagedStreamError(f"a digest of {len(body)} bytes of chunk {header.argument} is not for the table")
         table.set_sha256(header.argument, body)
@@ -174,7 +174,6 @@ class _Receiver:
             if self._copier is None:
                 self._copier = drafts.Copier(self._copy_chunks)
             self._copier.copy(header.argument)
-        return False
 
     def _copy_chunks(self, indices: Sequence[int], go_on: Callable[[], bool]) -> None:
         """Runs beside everything else, with one processor less than there are."""

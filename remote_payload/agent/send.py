@@ -42,7 +42,7 @@ _NO_SUCH = (errno.ENOENT, errno.ENOTDIR)
 
 
 def serve_send(channel: FdChannel, request: SendRequest) -> None:
-    """Answer wants until the client closes its end (`PeerGoneError`). A want that fails does not end the stream."""
+    """Answer wants until the client leaves, or closes its end (`PeerGoneError`). One that fails ends nothing."""
     channel.idle_s = request.idle_s
     layout = root.open_root(request.root)
     reader = FrameReader(channel.fill)
@@ -50,9 +50,12 @@ def serve_send(channel: FdChannel, request: SendRequest) -> None:
     try:
         while True:
             header = reader.header()
-            if header.kind is not FrameKind.WANT:
+            if header.kind not in (FrameKind.WANT, FrameKind.LEAVE):
                 raise DamagedStreamError(f"a {header.kind.name} frame arrived out of turn")
-            want = decode_json(Want, reader.body(header))
+            body = reader.body(header)
+            if header.kind is FrameKind.LEAVE:
+                return
+            want = decode_json(Want, body)
             try:
                 sender.serve(want)
             except AgentError as error:

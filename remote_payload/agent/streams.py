@@ -55,9 +55,8 @@ def serve_stream(channel: FdChannel, request: dict[str, Any], nonce: str) -> int
         if _is_for_another(request):
             channel.send(_said(nonce, OTHER_MACHINE))
             return 0
-        ready = _said(nonce, "ready")
-        channel.send(ready)
-        failure = _perform(channel, request, ready)
+        channel.send(_said(nonce, "ready"))
+        failure = _perform(channel, request)
         if failure is not None:
             channel.send_json(FrameKind.FAILURE, failure)
     except FarEndGoneError as error:
@@ -82,18 +81,17 @@ def _said(nonce: str, outcome: str) -> bytes:
     return f"\n=remote-eval={check_nonce(nonce)}={outcome}=\n".encode()
 
 
-def _perform(channel: FdChannel, request: dict[str, Any], ready: bytes) -> Optional[StreamFailure]:
+def _perform(channel: FdChannel, request: dict[str, Any]) -> Optional[StreamFailure]:
+    """Serve one verb after another until the client goes, which is a `PeerGoneError`, or one fails."""
     try:
-        is_on_standby = request.get("verb") == "standby"
-        if is_on_standby:
+        if request.get("verb") == "standby":
             channel.idle_s = from_json(StandbyRequest, request.get("params")).wait_s
-            channel.send(ready)
+            request = {**request, **to_json(_stand_by(channel))}
         while True:
-            if is_on_standby:
-                request = {**request, **to_json(_stand_by(channel))}
-            is_on_standby = bool(_verb(request)(channel, request.get("params")))
-            if not is_on_standby:
+            _verb(request)(channel, request.get("params"))
+            if request.get("verb") == "forward":
                 break
+            request = {**request, **to_json(_stand_by(channel))}
     except AgentError as error:
         return StreamFailure(error.failure)
     except DamagedStreamError as error:
@@ -119,8 +117,8 @@ def _stand_by(channel: FdChannel) -> StreamCall:
             return decode_json(StreamCall, body)
 
 
-def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], Optional[bool]]:
-    """What serves the verb; True: the client wants the stream for another one."""
+def _verb(request: dict[str, Any]) -> Callable[[FdChannel, Any], None]:
+    """What serves the verb."""
     if request.get("protocol") != PROTOCOL_VERSION:
         raise AgentError(
             "usage",

@@ -27,16 +27,18 @@ rules ends the stream; nothing it held was used.
                      KEEP      instead of FINISH: every chunk that is wanted for now was; the rest may follow some day.
                                Bitmap of the wanted chunks; argument: chunk count
                      ALIVE     of a draft only: the client has nothing to say yet. The agent answers with an ALIVE
-                     LEAVE     no more chunks come over this stream; argument 1: nobody needs the draft any more
+                     LEAVE     no more chunks come over this stream; argument 1, of a draft only: nobody needs it any
+                               more
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
                      ALIVE     argument: bytes of DATA taken so far, so that a slow chunk does not look like silence
                      HAVE      answers FINISH and KEEP while chunks are missing; FINISHED answers either when the file
                                is in place
                      KEPT      JSON `KeptFacts`, answers KEEP: the file stays a part, and jobs may read what is here
-                     LEFT      JSON `LeftFacts`, answers LEAVE once what was acknowledged is durable: the stream is on
-                               stand-by now
+                     LEFT      JSON `LeftFacts`, answers LEAVE once what was acknowledged is durable
                      FAILURE   JSON `StreamFailure`; the stream ends
+
+Behind FINISHED, KEPT and LEFT the stream is on stand-by (below).
 
 A draft is what goes of a file before it may take the place of others, or before its digest is known: then its request
 names another one that stands for it, and the table's digests are zeros. It is never finished. The file's own request
@@ -55,9 +57,9 @@ waiting for earlier answers:
                                stands for the whole span
                      END       JSON `SpanEnd`, with the SHA-256 of the span, unpacked
                      FAILURE   instead of any of them, or amid DATA; the next want is served all the same
+    client → agent   LEAVE     the stream is on stand-by behind the answers to the wants before
 
-`standby` is a stream that is opened before it is known what for. The agent says its ready line once more, and then,
-as after LEFT,
+`standby` is a stream that is opened before it is known what for, as one is that has served a verb to its end:
 
     client → agent   ALIVE     again and again: the agent is still wanted. It is not answered
                      PERFORM   JSON `StreamCall`: from here on the stream is as one that was opened for that verb
@@ -129,7 +131,7 @@ class DamagedStreamError(WireError):
 
 @dataclasses.dataclass(frozen=True)
 class StandbyRequest:
-    """`wait_s`: the agent gives up after so long without a word. After LEFT that is the `idle_s` of the verb before."""
+    """`wait_s`: the agent gives up after so long without a word. Behind another verb that is the `idle_s` of that."""
 
     wait_s: float = 60.0
 

@@ -23,7 +23,7 @@ from orchestrator.ssh.transport import ByteStream, Transport
 from orchestrator.standby import Standby
 from orchestrator.transfer import draft as drafts
 from orchestrator.transfer import fingerprints
-from orchestrator.transfer.carrier import Pace
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.download import Download, download_files
 from orchestrator.transfer.fetch import fetch_file
@@ -59,7 +59,7 @@ class WatchedNode(Node):
         self.started.append(verb)
         return super()._start_stream(verb, request, idle_timeout_s, is_bulk)
 
-    def prepared_stream(self) -> ByteStream:
+    def await_prepared(self) -> ByteStream:
         """The stream of `prepare_streams`, once it is up, which stays prepared."""
         stream = self._standbys[0].take(60.0)
         assert stream is not None
@@ -70,6 +70,13 @@ class WatchedNode(Node):
         self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
     ) -> ByteStream:
         stream = super().open_agent_stream(verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes)
+        return self._wrapped(stream)
+
+    def prepared_stream(self) -> ByteStream | None:
+        stream = super().prepared_stream()
+        return stream and self._wrapped(stream)
+
+    def _wrapped(self, stream: ByteStream) -> ByteStream:
         if not self.wraps:
             return stream
         wrap, *rest = self.wraps
@@ -181,9 +188,8 @@ def test_a_file_goes_while_it_is_hashed_and_the_rest_of_it_over_the_same_logins(
     _ = node.hello  # installs the payload, which a stream cannot
     node.prepare_streams(lambda _: 1)
     draft = SlowlyHashed(
-        node,
+        Carrier(node, streams=StreamPolicy(fixed=1)),
         local,
-        Pace(streams=StreamPolicy(fixed=1)),
         order=lambda spans: range(len(spans)),
         ask_known=lambda size: node.call("known_chunks", KnownRequest(node.root, size), KnownChunks),
         on_progress=lambda _: None,
@@ -378,11 +384,12 @@ def test_a_prepared_stream_that_was_lost_is_done_without(
     node = make_node(settings)
     _ = node.hello  # installs the payload, without which no stream comes up
     node.prepare_streams(lambda _: 1)
-    node.prepared_stream().close()
+    node.await_prepared().close()
     manifest = digest_local_file(local, layout).manifest
     sent = upload_file(node, local, manifest, streams=StreamPolicy(fixed=1), retry=NEXT_TIME)
     assert Path(sent.path_on_node).read_bytes() == CONTENT
-    assert set(node.started) == {"standby", "receive"}
+    assert node.started == ["standby"] * 2
+    assert node.counts.logins == 1
 
 
 def test_a_prepared_stream_that_nobody_asks_for_ends_with_the_connection(
@@ -391,7 +398,7 @@ def test_a_prepared_stream_that_nobody_asks_for_ends_with_the_connection(
     node = make_node(settings)
     _ = node.hello  # installs the payload, without which no stream comes up
     node.prepare_streams(lambda _: 1)
-    stream = node.prepared_stream()
+    stream = node.await_prepared()
     node.disconnect()
     with pytest.raises(UnreachableError):
         stream.write(b"x" * MIB)
@@ -403,7 +410,7 @@ def test_as_many_streams_are_prepared_as_the_path_needs(
     node = make_node(settings)
     _ = node.hello
     node.prepare_streams(lambda _: 3)
-    node.prepared_stream()
+    node.await_prepared()
     sent = upload_file(node, local, digest_local_file(local, layout).manifest, streams=StreamPolicy(fixed=3))
     assert Path(sent.path_on_node).read_bytes() == CONTENT
     if any(facts.carried_by == "ssh" for facts in sent.streams):

@@ -77,6 +77,21 @@ def test_a_folder_that_is_here_in_part_is_completed(world: World) -> None:
     assert digests(world.home / "shards") == digests(shards)
 
 
+def test_a_stream_that_has_brought_one_file_of_a_folder_brings_the_others(world: World) -> None:
+    def sessions_of_fetching(files: int) -> int:
+        folder = world.node / "data" / f"of {files}"
+        folder.mkdir()
+        for number in range(files):
+            (folder / f"shard {number}").write_bytes(CONTENT[number:])
+        before = world.sshd.log.count("Starting session")
+        world.json("fetch", f"lab:{folder.name}", str(world.home), "--streams", "1")
+        assert digests(world.home / folder.name) == digests(folder)
+        return world.sshd.log.count("Starting session") - before
+
+    sessions_of_fetching(2)  # installs the payload
+    assert sessions_of_fetching(4) == sessions_of_fetching(1) > 0
+
+
 def test_what_is_not_there_is_said_in_a_sentence(world: World) -> None:
     missing = world.cli("fetch", "lab:nowhere.pt", str(world.home))
     assert missing.returncode == ExitCode.USAGE

@@ -6,6 +6,8 @@ import contextlib
 import random
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from orchestrator.errors import ConnectionLostError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer import streams as pool
-from orchestrator.transfer.channel import ReconnectPolicy
+from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import upload_file
-from remote_payload.wire.stream import SendRequest
+from remote_payload.wire.stream import FrameKind, SendRequest
 from tests.support.agent_streams import CutStream, ThreadOpener, Wrap, check_stored, make_node_root, manifest_of
 
 STUBBORN = ReconnectPolicy(max_fruitless=1000, first_wait_s=0.0, longest_wait_s=0.0)
@@ -122,31 +124,49 @@ class LateOpener(ThreadOpener):
         return self.late[0]
 
 
-def test_the_end_waits_for_no_login_whose_stream_is_closed_when_it_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LateOpener:
     monkeypatch.setattr(pool, "LOGIN_SPACING_S", 0.0)
-    opener, is_served = LateOpener(make_node_root(tmp_path)), threading.Event()
-    served: list[ByteStream] = []
+    return LateOpener(make_node_root(tmp_path))
 
-    def serve(stream: ByteStream) -> None:
-        served.append(stream)
-        is_served.set()
-        with contextlib.suppress(ConnectionLostError):
-            stream.read(1)
 
-    request = SendRequest(opener.layout.root)
-    with pool.StreamPool(
-        opener, "send", request, serve, lambda: None, idle_timeout_s=20.0, expected_bytes=1
-    ) as streams:
-        streams.open_up_to(1)
-        assert is_served.wait(20)
-        streams.open_up_to(2)
-        assert opener.is_asked.wait(20)
+class Errand:
+    """Work that is done as soon as a stream is told of it."""
+
+    def __init__(self, opener: LateOpener, streams: pool.StreamPool) -> None:
+        self.served: list[ByteStream] = []
+        self._opener, self._streams = opener, streams
+
+    def serve(self, stream: ByteStream) -> None:
+        FrameChannel(stream).send(FrameKind.LEAVE)
+        self.served.append(stream)
+
+    def run_until(self, holds: Callable[[], bool]) -> None:
+        request = SendRequest(self._opener.layout.root)
+        with self._streams.work("send", request, self.serve, lambda: None):
+            deadline = time.monotonic() + 20
+            while not holds():
+                assert time.monotonic() < deadline
+                self._streams.open_up_to(1 if not self.served else 2)
+                time.sleep(0.01)
+
+
+def test_the_end_waits_for_no_login_whose_stream_is_closed_when_it_comes(late: LateOpener) -> None:
+    with pool.StreamPool(late, idle_timeout_s=20.0) as streams:
+        Errand(late, streams).run_until(late.is_asked.is_set)
     assert streams.open_count == 0
-    opener.may_open.set()
-    assert opener.is_there.wait(20)
-    assert opener.was_let == [True]
+    late.may_open.set()
+    assert late.is_there.wait(20)
+    assert late.was_let == [True]
     with pytest.raises(ConnectionLostError):
-        opener.late[0].read(1)  # as long as it is open there is nothing to read
-    assert len(served) == 1
+        late.late[0].read(1)  # as long as it is open there is nothing to read
+    assert late.opened == 2
+
+
+def test_a_login_that_one_piece_of_work_did_not_wait_for_serves_the_next(late: LateOpener) -> None:
+    with pool.StreamPool(late, idle_timeout_s=20.0) as streams:
+        Errand(late, streams).run_until(late.is_asked.is_set)
+        late.may_open.set()
+        errand = Errand(late, streams)
+        errand.run_until(lambda: bool(late.late) and late.late[0] in errand.served)
+    assert late.opened == 2

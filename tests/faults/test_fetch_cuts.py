@@ -25,6 +25,7 @@ from orchestrator.transfer.stream_count import StreamPolicy
 from remote_payload.agent import send
 from remote_payload.agent.listing import list_files
 from remote_payload.wire.messages import ListedFile, ListRequest
+from remote_payload.wire.stream import HEADER_BYTES, FrameKind, decode_header
 from tests.support.agent_streams import CutStream, FlipStream, ThreadOpener, WatchedStream, Wrap, make_node_root
 
 STUBBORN = ReconnectPolicy(max_fruitless=1000, first_wait_s=0.0, longest_wait_s=0.0)
@@ -109,7 +110,7 @@ class FirstWants(WatchedStream):
 
     def write(self, data: bytes | memoryview) -> None:
         super().write(data)
-        self.count += self.read_count == 0
+        self.count += self.read_count == 0 and decode_header(bytes(data[:HEADER_BYTES])).kind is FrameKind.WANT
 
 
 def test_little_is_asked_for_as_it_is_before_the_link_is_known(root: Path, source: Path, tmp_path: Path) -> None:

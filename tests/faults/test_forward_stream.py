@@ -35,7 +35,14 @@ from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.packing import pack_floats
 from remote_payload.wire.packing_rates import PackingRates
-from remote_payload.wire.stream import PACKED_ENCODING, RAW_ENCODING, FrameKind, ReceiveRequest, SendRequest
+from remote_payload.wire.stream import (
+    PACKED_ENCODING,
+    RAW_ENCODING,
+    FrameKind,
+    ReceiveRequest,
+    SendRequest,
+    StreamCall,
+)
 from tests.support.agent_streams import ThreadOpener, even_cuts, make_node_root, manifest_of
 from tests.support.floats import bfloat16
 
@@ -79,10 +86,16 @@ def logins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return noted
 
 
-def forward_request(near: ThreadOpener, far: NodeLayout, machine: str | None = None, **changes: Any) -> ForwardRequest:
+def receive_call(far: NodeLayout) -> StreamCall:
+    request = ReceiveRequest(far.root, MANIFEST.digest, len(CONTENT), len(MANIFEST.chunks), secrets.token_hex(16))
+    return StreamCall("receive", to_json(request))
+
+
+def forward_request(
+    near: ThreadOpener, far: NodeLayout, machine: str | None = None, call: StreamCall | None = None, **changes: Any
+) -> ForwardRequest:
     nonce = secrets.token_hex(16)
-    receive = ReceiveRequest(far.root, MANIFEST.digest, len(CONTENT), len(MANIFEST.chunks), secrets.token_hex(16))
-    message = {"verb": "receive", "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": to_json(receive)}
+    message = {"nonce": nonce, "protocol": PROTOCOL_VERSION, **to_json(call or receive_call(far))}
     text = frames.encode_request({**message, "machine_id": machine or machine_id()})
     project = Path(__file__).parents[2]
     words = ["env", f"PYTHONPATH={project}", sys.executable, "-m", "remote_payload", "agent", "stream", text]
@@ -239,7 +252,8 @@ class ForwardingOpener(ThreadOpener):
     def open_agent_stream(
         self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
     ) -> ByteStream:
-        stream = self.near.open_agent_stream("forward", forward_request(self.near, self.layout))
+        call = StreamCall(verb, to_json(request))
+        stream = self.near.open_agent_stream("forward", forward_request(self.near, self.layout, call=call))
         FrameChannel(stream).receive(FrameKind.FORWARDING)
         return ForwardedStream(stream, self, may_pack=True)
 

@@ -68,13 +68,14 @@ def copy(folder: Path, from_wraps: list[Wrap], to_wraps: list[Wrap], streams: in
     source.write_bytes(CONTENT)
     listed = list_files(ListRequest(str(root), str(source))).files[0]
     manifest = manifest_of(CONTENT, even_cuts(len(CONTENT), SPAN))
-    copy = NodeCopy(
+    node_copy = NodeCopy(
         ThreadOpener(root, from_wraps),
         ThreadOpener(other, to_wraps),
         streams=StreamPolicy(fixed=streams),
         retry=STUBBORN,
     )
-    done = copy([DescribedFile(str(source), listed, manifest)], manifest)
+    with node_copy.carrier() as carrier:
+        done = node_copy([DescribedFile(str(source), listed, manifest)], manifest, carrier)
     check_stored(other, manifest, CONTENT)
     return done
 

@@ -26,11 +26,7 @@ def opener(tmp_path: Path) -> ThreadOpener:
 
 
 def stand_by(opener: ThreadOpener, wait_s: float = 20.0) -> ByteStream:
-    stream = opener.open_agent_stream("standby", StandbyRequest(wait_s), idle_timeout_s=20)
-    seen = b""
-    while not seen.endswith(b"=ready=\n"):
-        seen += stream.read(1)
-    return stream
+    return opener.open_agent_stream("standby", StandbyRequest(wait_s), idle_timeout_s=20)
 
 
 def test_a_stand_by_stream_goes_on_as_the_verb_it_is_told(opener: ThreadOpener, tmp_path: Path) -> None:

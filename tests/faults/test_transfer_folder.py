@@ -6,17 +6,19 @@ import dataclasses
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
 
-from orchestrator.errors import CheckpointError, IntegrityError, UnreachableError
+from orchestrator.errors import CheckpointError, IntegrityError, NoSpaceError, UnreachableError
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
 from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
 from orchestrator.transfer.node_copy import CopiedCheckpoint, copy_checkpoint, describe
@@ -27,8 +29,17 @@ from remote_payload.agent.verbs import perform
 from remote_payload.wire.chunks import Chunk, ChunkManifest
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.messages import FolderManifest, ReadFile
-from tests.support.agent_streams import CutStream, ThreadOpener, TurnStream, Wrap, make_node_root
+from tests.support.agent_streams import (
+    CutStream,
+    LocalOpener,
+    ProcessOpener,
+    ThreadOpener,
+    TurnStream,
+    Wrap,
+    make_node_root,
+)
 from tests.support.durable import durable_bytes
+from tests.support.small_disk import SmallDisk, limited_files
 from tests.support.world import digests
 
 MIB = 1024 * 1024
@@ -73,12 +84,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def send(
-    node: AgentHere, local: LocalFolder, on_progress: ProgressListener | None = None, **options: Any
+    node: LocalOpener, local: LocalFolder, on_progress: ProgressListener | None = None, **options: Any
 ) -> SentFolder:
     def upload(files: Sequence[FolderFile], manifest: ChunkManifest, listener: ProgressListener) -> UploadResult:
-        return upload_file(node, local.open(files), manifest, on_progress=listener, retry=NO_PATIENCE, **options)
+        return upload_file(carrier, local.open(files), manifest, on_progress=listener)
 
-    return send_folder(cast(Node, node), local.folder, upload, on_progress)
+    with Carrier(node, retry=NO_PATIENCE, **options) as carrier:
+        return send_folder(cast(Node, node), local.folder, carrier, upload, on_progress)
 
 
 def test_a_thousand_small_files_take_one_stream_and_two_calls(root: Path, layout: LocalLayout, tmp_path: Path) -> None:
@@ -267,6 +279,29 @@ def test_what_must_not_travel_is_refused_with_its_name(
         LocalFolder(folder, layout)
     assert caught.value.action
     assert "\x1b" not in str(caught.value)
+
+
+class NodeOfProcesses(ProcessOpener):
+    """A node whose streams are processes, and whose agent else answers in this one."""
+
+    def __init__(self, disk: SmallDisk) -> None:
+        agent = [sys.executable, "-m", "remote_payload", "agent", "stream"]
+        super().__init__(disk.root, lambda request: [*agent, request], before_exec=disk.before_exec)
+
+    def call(self, verb: str, request: object, result: type[T], *, timeout_s: float | None = None) -> T:
+        return from_json(result, perform(verb, to_json(request)))
+
+
+def test_a_disk_that_refuses_one_of_the_files_leaves_no_stream_behind(
+    layout: LocalLayout, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "a").rename(folder / "large")  # behind the other, which goes first and fits
+    node = NodeOfProcesses(limited_files(tmp_path, 10 * MIB))
+    with pytest.raises(NoSpaceError):
+        send(node, LocalFolder(folder, layout), streams=StreamPolicy(fixed=2))
+    assert durable_bytes(Path(node.layout.root), [folder / "below" / "b"]) == 9 * MIB
+    assert node.processes
+    assert all(process.wait(20) is not None for process in node.processes)
 
 
 def copy(source: AgentHere, target: AgentHere, folder: Path) -> CopiedCheckpoint:

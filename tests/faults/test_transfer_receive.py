@@ -25,8 +25,16 @@ from orchestrator.transfer.progress import TransferProgress
 from orchestrator.transfer.upload import upload_file
 from remote_payload.wire.chunk_table import decode_bitmap, manifest_pages, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.stream import FrameKind, ReceiveRequest, encode_data_header, encode_frame
+from remote_payload.wire.stream import (
+    FrameKind,
+    LeftFacts,
+    ReceiveRequest,
+    StreamCall,
+    encode_data_header,
+    encode_frame,
+)
 from tests.support.agent_streams import (
     CutStream,
     LocalOpener,
@@ -63,14 +71,24 @@ class RawClient:
     def __init__(
         self, opener: LocalOpener, manifest: ChunkManifest, content: bytes, session: str, **changes: Any
     ) -> None:
-        request = ReceiveRequest(
-            opener.layout.root, manifest.digest, manifest.size, len(manifest.chunks), session, **changes
-        )
+        self.root = opener.layout.root
+        request = self._told(manifest, content, session, **changes)
         self.stream: ByteStream = opener.open_agent_stream("receive", request, idle_timeout_s=20)
         self.channel = FrameChannel(self.stream)
-        self.manifest = manifest
-        self.content = content
-        for first, page in manifest_pages(pack_chunks(manifest.chunks)):
+        self._send_table()
+
+    def perform(self, manifest: ChunkManifest, content: bytes) -> None:
+        """Have an agent that stands by take another file."""
+        request = self._told(manifest, content, secrets.token_hex(16))
+        self.channel.send_json(FrameKind.PERFORM, StreamCall("receive", to_json(request)))
+        self._send_table()
+
+    def _told(self, manifest: ChunkManifest, content: bytes, session: str, **changes: Any) -> ReceiveRequest:
+        self.manifest, self.content = manifest, content
+        return ReceiveRequest(self.root, manifest.digest, manifest.size, len(manifest.chunks), session, **changes)
+
+    def _send_table(self) -> None:
+        for first, page in manifest_pages(pack_chunks(self.manifest.chunks)):
             self.channel.send(FrameKind.MANIFEST, first, page)
 
     def have(self) -> list[int]:
@@ -101,6 +119,40 @@ def raw_client(opener: LocalOpener, session: str | None = None, **changes: Any) 
         yield client
     finally:
         client.close()
+
+
+OTHER = CONTENT[::-1]
+OTHER_MANIFEST = manifest_of(OTHER, even_cuts(len(OTHER), 1000))
+
+
+def test_a_stream_that_has_finished_a_file_takes_another(root: Path) -> None:
+    with raw_client(ThreadOpener(root)) as client:
+        for manifest, content in ((OTHER_MANIFEST, OTHER), (MANIFEST, CONTENT)):
+            assert client.have() == []
+            for index in range(len(client.manifest.chunks)):
+                client.send_chunk(index)
+            client.finish()
+            client.perform(manifest, content)
+        client.channel.receive(FrameKind.FINISHED)  # it is there already
+        client.perform(OTHER_MANIFEST, OTHER)
+        client.channel.receive(FrameKind.FINISHED)
+    check_stored(root, MANIFEST, CONTENT)
+    check_stored(root, OTHER_MANIFEST, OTHER)
+
+
+def test_a_stream_that_leaves_a_file_to_others_has_made_durable_what_it_brought_and_takes_another(root: Path) -> None:
+    with raw_client(ThreadOpener(root)) as client:
+        client.have()
+        client.send_chunk(3)
+        client.channel.send(FrameKind.LEAVE, 1)  # only a draft is given up that way
+        _, body = client.channel.receive(FrameKind.LEFT)
+        assert client.channel.decode(LeftFacts, body) == LeftFacts(1000)
+        client.perform(OTHER_MANIFEST, OTHER)
+        assert client.have() == []
+        client.channel.send(FrameKind.LEAVE)
+        client.channel.receive(FrameKind.LEFT)
+        client.perform(MANIFEST, CONTENT)
+        assert client.have() == [3]
 
 
 @pytest.mark.parametrize("opener_kind", ["threads", "processes"])

@@ -25,7 +25,7 @@ from remote_payload.wire import PROTOCOL_VERSION, frames
 from remote_payload.wire.chunks import Chunk, ChunkManifest, file_digest
 from remote_payload.wire.codec import from_json, to_json
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.stream import HEADER_BYTES, FrameKind, StreamCall, decode_header, encode_json_frame
+from remote_payload.wire.stream import HEADER_BYTES, FrameKind, decode_header
 
 PATIENCE_S = 60.0
 Wrap = Callable[[ByteStream], ByteStream]
@@ -126,16 +126,11 @@ class LocalOpener:
         self.layout = NodeLayout(str(root))
         self.opened = 0
         self.reconnects = 0
-        self.kept: list[ByteStream] = []
         self._wraps = list(wraps)
 
     def open_agent_stream(
         self, verb: str, request: object, *, idle_timeout_s: float = 60.0, expected_bytes: int | None = None
     ) -> ByteStream:
-        if self.kept:
-            kept = self.kept.pop()
-            kept.write(encode_json_frame(FrameKind.PERFORM, StreamCall(verb, to_json(request))))
-            return kept
         nonce = secrets.token_hex(16)
         message = {"verb": verb, "nonce": nonce, "protocol": PROTOCOL_VERSION, "params": to_json(request)}
         stream = self._start(message, nonce, idle_timeout_s)
@@ -149,8 +144,8 @@ class LocalOpener:
         self.opened += 1
         return wrap(stream) if wrap is not None else stream
 
-    def keep_stream(self, stream: ByteStream) -> None:
-        self.kept.append(stream)
+    def prepared_stream(self) -> ByteStream | None:
+        return None
 
     def reconnect(self) -> None:
         self.reconnects += 1
