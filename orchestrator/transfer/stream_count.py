@@ -67,7 +67,8 @@ class StreamCount:
 
     It doubles while the rate rises, goes back when a step did not pay, and then holds, longer each time; a rate that
     falls by itself ends the hold. After a hold one step up or one step down is tried in turn. Where processors are the
-    limit, which the first bytes tell, the first step takes half of them, and none takes more than three quarters.
+    limit, which the first bytes tell, the first step takes half of them, and none takes more: sixteen that both send to
+    themselves and receive did best so.
     """
 
     def __init__(self, policy: StreamPolicy, bandwidth_limit_bytes_per_s: float | None = None) -> None:
@@ -201,9 +202,7 @@ class StreamCount:
     def _one_step_up(self, rate: float) -> int:
         target = self._wanted + (self._wanted if self._doubling else 1)
         if not self.is_far and rate >= _PROCESSORS_LIMIT_BYTES_PER_S:
-            if self._doubling:
-                target = max(target, self._processors // 2)
-            target = max(self._wanted, min(target, max(2, 3 * self._processors // 4)))
+            target = max(self._wanted, 2, self._processors // 2)
         return min(self._most, target)
 
     def _go(self, target: int) -> None:
