@@ -191,11 +191,12 @@ class Node:
             standbys.extend(Standby(self._open_standby) for _ in range(begun - 1))
         threading.Thread(target=self._learn, name="hello", daemon=True).start()
 
-    def prepared_stream(self) -> ByteStream | None:
+    def prepared_stream(self, expected_bytes: int, /) -> ByteStream | None:
         """The next stream of `prepare_streams`, whose agent is on stand-by. None where there is none, or it did not
-        come up: whoever asks then opens one and hears why."""
+        come up: whoever asks then opens one and hears why. What is not worth a login leaves them to others."""
+        is_bulk = expected_bytes >= BULK_BYTES
         with self._lock:
-            prepared = self._standbys.pop(0) if self._standbys else None
+            prepared = self._standbys.pop(0) if is_bulk and self._standbys else None
         return prepared.take(self.profile.command_timeout_s) if prepared is not None else None
 
     def drop_prepared_streams(self) -> None:

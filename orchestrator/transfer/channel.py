@@ -56,8 +56,9 @@ class StreamOpener(Protocol):
     ) -> ByteStream:
         """Start a stream verb; its own bytes begin with the first one read. `expected_bytes`: None if unknown."""
 
-    def prepared_stream(self) -> ByteStream | None:
-        """A stream whose agent is on stand-by, where one was opened beforehand; each of them once."""
+    def prepared_stream(self, expected_bytes: int, /) -> ByteStream | None:
+        """A stream whose agent is on stand-by, where one was opened beforehand and so many bytes are worth it; each of
+        them once."""
 
     def reconnect(self) -> None:
         """Drop the connection and make a new one, within the profile's patience."""

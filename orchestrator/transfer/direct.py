@@ -70,7 +70,7 @@ class DirectWay:
             verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes
         )
 
-    def prepared_stream(self) -> ByteStream | None:
+    def prepared_stream(self, _expected_bytes: int, /) -> ByteStream | None:
         return None
 
     def reconnect(self) -> None:

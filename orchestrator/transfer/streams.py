@@ -182,7 +182,7 @@ class StreamPool:
         error: BaseException | None = None
         is_fresh = False
         try:
-            stream = self._opener.prepared_stream()
+            stream = self._opener.prepared_stream(self.expected_bytes)
             if stream is None:
                 is_fresh = True
                 stream = self._opener.open_agent_stream(

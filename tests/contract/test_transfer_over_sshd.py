@@ -72,8 +72,8 @@ class WatchedNode(Node):
         stream = super().open_agent_stream(verb, request, idle_timeout_s=idle_timeout_s, expected_bytes=expected_bytes)
         return self._wrapped(stream)
 
-    def prepared_stream(self) -> ByteStream | None:
-        stream = super().prepared_stream()
+    def prepared_stream(self, expected_bytes: int, /) -> ByteStream | None:
+        stream = super().prepared_stream(expected_bytes)
         return stream and self._wrapped(stream)
 
     def _wrapped(self, stream: ByteStream) -> ByteStream:
@@ -402,6 +402,20 @@ def test_a_prepared_stream_that_nobody_asks_for_ends_with_the_connection(
     node.disconnect()
     with pytest.raises(UnreachableError):
         stream.write(b"x" * MIB)
+
+
+def test_a_small_file_leaves_prepared_streams_to_others(
+    make_node: Callable[..., WatchedNode], settings: ConnectionSettings, tmp_path: Path, layout: LocalLayout
+) -> None:
+    node = make_node(settings)
+    _ = node.hello
+    node.prepare_streams(lambda _: 1)
+    prepared = node.await_prepared()
+    small = tmp_path / "small"
+    small.write_bytes(b"small")
+    upload_file(node, small, digest_local_file(small, layout).manifest)
+    assert node.prepared_stream(len(CONTENT)) is prepared
+    prepared.close()
 
 
 def test_as_many_streams_are_prepared_as_the_path_needs(

@@ -144,7 +144,7 @@ class LocalOpener:
         self.opened += 1
         return wrap(stream) if wrap is not None else stream
 
-    def prepared_stream(self) -> ByteStream | None:
+    def prepared_stream(self, expected_bytes: int, /) -> ByteStream | None:
         return None
 
     def reconnect(self) -> None:
