@@ -27,7 +27,7 @@ def loopback(bench: Bench) -> None:
         files.write_random(file, bench.size)
         run_ours(site, file)  # installs the payload, once for a node
         cipher = rivals.paramiko_cipher(site)
-        chosen = [rivals.SSH_CAT, rivals.SCP, rivals.RSYNC, rivals.RCLONE]
+        chosen = [rivals.SSH_CAT, rivals.SCP, rivals.SCP_VERIFIED, rivals.RSYNC, rivals.RCLONE]
         sustained: list[float] = []
         contenders = [
             _ours(site, file, sustained=sustained),
@@ -41,6 +41,8 @@ def loopback(bench: Bench) -> None:
     bench.goal("loopback, verified", "300 MB/s", f"{ours.median / 1e6:.0f} MB/s", ours.median >= 300e6)
     for name, wanted in (("rsync", 1.5), ("rclone sftp", 1.5), ("scp", 1.2), ("Fabric put", 4.0)):
         bench.ratio_goal(f"loopback, against {name}", ours, by_name.get(name), wanted)
+    verified = by_name.get(rivals.SCP_VERIFIED.name)
+    bench.ratio_goal("loopback, against scp that is verified as ours is", ours, verified, 1.2)
 
 
 def lan(bench: Bench) -> None:

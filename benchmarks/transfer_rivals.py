@@ -79,6 +79,12 @@ def _scp(site: Site, file: Path) -> list[str]:
     return ["scp", "-q", *site.ssh_options(), "-P", str(site.port), str(file), f"{site.login}:{site.target}"]
 
 
+def _scp_verified(site: Site, file: Path) -> list[str]:
+    here = f"sha256sum < {shlex.quote(str(file))}"
+    there = shlex.join([*_ssh(site), site.login, f"sha256sum < {shlex.quote(str(site.target))}"])
+    return ["bash", "-c", f"{shlex.join(_scp(site, file))} && cmp <({here}) <({there})"]
+
+
 def rsync_command(site: Site, file: Path, *options: str) -> list[str]:
     """`rsync`, which keeps the file's time stamp, with more options."""
     shell = shlex.join(_ssh(site))
@@ -104,6 +110,7 @@ def _python(code: str) -> Callable[[Site, Path], list[str]]:
 
 SSH_CAT = Rival("ssh cat", "ssh", _ssh_cat)
 SCP = Rival("scp", "scp", _scp)
+SCP_VERIFIED = Rival("scp, then sha256sum at both ends", "scp", _scp_verified)
 RSYNC = Rival("rsync", "rsync", lambda site, file: rsync_command(site, file))
 RCLONE = Rival("rclone sftp", "rclone", _rclone, "its own first choice")
 PARAMIKO = Rival("paramiko put", sys.executable, _python(_PARAMIKO), "")
