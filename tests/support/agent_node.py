@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from remote_payload.wire.states import ProcessIdentity
 PATIENCE_S = 60.0
 
 
+@functools.cache
 def oldest_python() -> str | None:
     """A Python 3.9 of this machine, the oldest that the payload promises to run on."""
     installed = sorted(map(str, Path.home().glob(".pyenv/versions/3.9.*/bin/python")))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ import scipy.linalg
 import scipy.signal
 import scipy.stats
 import torch
-import torchmetrics.functional as oracle
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from remote_payload.reconstruct import audio_metrics, feature_metrics, metrics, noise_ceiling, ssim, statistics
@@ -19,6 +20,12 @@ from remote_payload.reconstruct.feature_metrics import Extractor
 from remote_payload.reconstruct.identification import choose, identification_metrics, identify, similarities
 from remote_payload.reconstruct.measured import Evaluated, Metric
 from remote_payload.reconstruct.protocol import Kind, Modality
+
+
+@pytest.fixture
+def oracle() -> ModuleType:
+    """torchmetrics. Every worker of a test run imports this file, and one needs the seconds that this takes."""
+    return importlib.import_module("torchmetrics.functional")
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def by_id(found: list[Metric]) -> dict[str, Metric]:
     return {m.id: m for m in found}
 
 
-def test_pearson_gives_a_reason_where_torchmetrics_gives_nan_or_one() -> None:
+def test_pearson_gives_a_reason_where_torchmetrics_gives_nan_or_one(oracle: ModuleType) -> None:
     constant, other = torch.full((999,), 0.1), torch.arange(999.0)
     value, reason = statistics.pearson(constant.numpy(), other.numpy())
     assert value is None
@@ -85,7 +92,7 @@ def test_ssim_and_psnr_of_colour_images_are_scikit_images(rng: np.random.Generat
     assert found["psnr"].value == pytest.approx(float(np.mean(psnrs)), abs=1e-4)
 
 
-def test_si_sdr_is_torchmetrics(rng: np.random.Generator) -> None:
+def test_si_sdr_is_torchmetrics(rng: np.random.Generator, oracle: ModuleType) -> None:
     wanted = rng.standard_normal((5, 400))
     given = wanted + 0.3 * rng.standard_normal(wanted.shape) + 0.5
     expected = oracle.scale_invariant_signal_distortion_ratio(
