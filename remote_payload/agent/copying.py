@@ -178,6 +178,13 @@ class _Source:
             os.close(fd)
 
 
+def digest_at(place: Place, length: int) -> bytes:
+    """The SHA-256 of what stands there; nothing where it cannot be read."""
+    with contextlib.closing(_Source()) as source:
+        fd = source.opened(place.path)
+        return _read(fd, place.offset, memoryview(bytearray(length))) if fd is not None else b""
+
+
 def _open(path: str) -> Optional[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

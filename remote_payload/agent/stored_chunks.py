@@ -10,10 +10,10 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from remote_payload.agent import files
-from remote_payload.agent.copying import Place
+from remote_payload.agent.copying import Place, digest_at
 from remote_payload.wire.codec import WireError, from_json
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import MemberList, check_members, folder_digest
@@ -22,6 +22,7 @@ from remote_payload.wire.names import FILE_DIGEST_PREFIX
 _MAX_LINE_BYTES = 200
 _LINE = re.compile(rb'\{"offset": (\d{1,18}), "length": (\d{1,8}), "sha256": "([0-9a-f]{64})"\}')
 _REMEMBERED = 64
+_SAMPLE = 4
 
 
 class StoredChunks:
@@ -38,33 +39,48 @@ class StoredChunks:
                 tree = layout.checkpoint_tree(digest)
                 self._paths = [os.path.join(tree, member.path) for member in members]
                 self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
-                digests = [member.digest for member in members] if folder_digest(members) == digest else []
-        self._verified_ns = 0
+                digests = [member.digest if folder_digest(members) == digest else "" for member in members]
+        self._verified_ns = [0] * len(digests)
         with contextlib.suppress(OSError):
             # The manifest was written when the files had been verified.
             manifest = layout.checkpoint_manifest(digest)
             facts = os.lstat(manifest)
-            if _digests_by(manifest, facts.st_mtime_ns, facts.st_ino, tuple(self._starts)) == digests:
-                self._verified_ns = facts.st_mtime_ns
+            told = tuple(zip(self._paths, self._starts, digests))
+            believed = _believed(manifest, facts.st_mtime_ns, facts.st_ino, told)
+            self._verified_ns = [facts.st_mtime_ns if is_believed else 0 for is_believed in believed]
 
     def place(self, offset: int) -> Place:
-        index = bisect.bisect_right(self._starts, offset) - 1
-        return Place(self._paths[index], offset - self._starts[index], self._verified_ns)
+        file = bisect.bisect_right(self._starts, offset) - 1
+        return Place(self._paths[file], offset - self._starts[file], self._verified_ns[file])
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def _digests_by(manifest: str, _mtime_ns: int, _inode: int, starts: tuple[int, ...]) -> list[str]:
-    """The digests of the files that begin at `starts`, one behind the other, as a manifest's chunks tell."""
-    outers = [hashlib.sha256() for _ in starts]
+def _believed(manifest: str, _mtime_ns: int, _inode: int, told: tuple[tuple[str, int, str], ...]) -> tuple[bool, ...]:
+    """For each file, of which path, offset of its begin and digest are told: whether the digest follows from a
+    manifest's chunks, and some of these stand in it, since another file in its place may have any time stamp."""
+    chunks: list[list[tuple[int, int, bytes]]] = [[] for _ in told]
     file, end = -1, 0
     for offset, length, sha256 in manifest_lines(manifest):
         if offset != end:
-            return []
-        while file + 1 < len(starts) and offset >= starts[file + 1]:
+            return (False,) * len(told)
+        while file + 1 < len(told) and offset >= told[file + 1][1]:
             file += 1
-        outers[file].update(sha256)
+        chunks[file].append((offset, length, sha256))
         end += length
-    return [FILE_DIGEST_PREFIX + outer.hexdigest() for outer in outers]
+    return tuple(
+        _digest_of(of_file) == digest and _stand_at(path, start, of_file)
+        for (path, start, digest), of_file in zip(told, chunks)
+    )
+
+
+def _digest_of(chunks: Sequence[tuple[int, int, bytes]]) -> str:
+    return FILE_DIGEST_PREFIX + hashlib.sha256(b"".join(sha256 for _, _, sha256 in chunks)).hexdigest()
+
+
+def _stand_at(path: str, start: int, chunks: Sequence[tuple[int, int, bytes]]) -> bool:
+    last = len(chunks) - 1
+    sample = {chunks[number * last // (_SAMPLE - 1)] for number in range(_SAMPLE)} if chunks else set()
+    return all(digest_at(Place(path, offset - start), length) == sha256 for offset, length, sha256 in sample)
 
 
 def manifest_lines(path: str) -> Iterator[tuple[int, int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def test_a_damaged_manifest_says_where_to_look_and_is_not_believed(
     digest = send(root, CONTENTS["a"]) if kind == "file" else send_folder(root)
     manifest = Path(layout.checkpoint_manifest(digest))
     manifest.write_bytes(damage(manifest.read_bytes()))
-    assert StoredChunks(layout, digest).place(0).verified_ns == 0
+    stored = StoredChunks(layout, digest)
+    # Half of a folder's manifest still tells of its first file.
+    assert min(stored.place(0).verified_ns, stored.place(len(CONTENTS["a"])).verified_ns) == 0
 
 
 def test_a_folders_list_of_files_that_does_not_make_its_digest_is_not_believed(root: Path) -> None:
@@ -86,3 +89,23 @@ def test_a_manifest_that_was_made_anew_beside_the_stored_file_tells_nothing_of_i
     assert send(root, CONTENTS["a"]) == digest
     assert manifest.stat().st_size > 0
     assert StoredChunks(layout, digest).place(0).verified_ns == 0
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("how", ["another", "gone", "short"])
+def test_another_file_in_a_stored_ones_place_is_not_believed_whatever_its_time_stamp(
+    root: Path, kind: str, how: str
+) -> None:
+    layout = NodeLayout(str(root))
+    digest = send(root, CONTENTS["a"]) if kind == "file" else send_folder(root)
+    path = Path(layout.checkpoint(digest)) if kind == "file" else Path(layout.checkpoint_tree(digest)) / "b/c"
+    content = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(bytes(len(content)) if how == "another" else content[:-1])
+        os.utime(path, ns=(0, 0))
+    stored = StoredChunks(layout, digest)
+    if kind == "file":
+        assert stored.place(0).verified_ns == 0
+    else:
+        assert (stored.place(0).verified_ns > 0, stored.place(len(CONTENTS["a"])).verified_ns) == (True, 0)
