@@ -68,6 +68,10 @@ class Carrier:
         self.pool = StreamPool(opener, idle_timeout_s=idle_timeout_s)
         self._is_path_known = False
 
+    @property
+    def expected_bytes(self) -> int:
+        return self.pool.expected_bytes
+
     def expect(self, count: int) -> None:
         """So many bytes are to come, in one file or several: whether a login pays is judged by that."""
         self.pool.expected_bytes = count

@@ -19,6 +19,7 @@ from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
 from orchestrator.transfer.direct import DirectWay, packs_between
 from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_folder
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles, changed_on_node
+from orchestrator.transfer.node_lines import NodeLines
 from orchestrator.transfer.progress import ProgressListener
 from orchestrator.transfer.source import LocalFileChangedError
 from orchestrator.transfer.stream_count import StreamPolicy
@@ -125,8 +126,9 @@ def copy_checkpoint(
 
 @dataclasses.dataclass
 class NodeCopy:
-    """Puts files, one behind the other, from node to node. `packing`: floats go in fewer bytes, packed by `source` and
-    unpacked by `target`, where that saves time. Calls raise as `upload_file`, for either node."""
+    """Puts files, one behind the other, from node to node, call after call over the same streams, which end with the
+    context. `packing`: floats go in fewer bytes, packed by `source` and unpacked by `target`, where that saves time.
+    Calls raise as `upload_file`, for either node."""
 
     source: StreamOpener
     target: StreamOpener
@@ -139,34 +141,38 @@ class NodeCopy:
 
     def __post_init__(self) -> None:
         self._rates = PackingRates()
-
-    def __call__(
-        self,
-        files: Sequence[DescribedFile],
-        manifest: ChunkManifest,
-        carrier: Carrier,
-        on_progress: ProgressListener | None = None,
-        order: Sequence[int] | None = None,
-    ) -> UploadResult:
-        return upload_file(
-            carrier,
-            NodeFiles(self.source, files, self.retry or ReconnectPolicy(), self._rates, packing=self.packing),
-            manifest,
-            on_progress=on_progress,
-            order=order,
-            run_id=self.run_id,
-            store_limit_bytes=self.store_limit_bytes,
-        )
-
-    def carrier(self) -> Carrier:
-        """For calls, one after the other."""
-        return Carrier(
+        self.carrier = Carrier(
             self.target,
             streams=self.streams,
             bandwidth_limit_bytes_per_s=self.bandwidth_limit_bytes_per_s,
             retry=self.retry,
             packing=False,
             rates=self._rates,
+        )
+        self._lines = NodeLines(self.source, self.carrier.retry, lambda: self.carrier.expected_bytes)
+
+    def __enter__(self) -> NodeCopy:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.carrier.close()
+        self._lines.close()
+
+    def __call__(
+        self,
+        files: Sequence[DescribedFile],
+        manifest: ChunkManifest,
+        on_progress: ProgressListener | None = None,
+        order: Sequence[int] | None = None,
+    ) -> UploadResult:
+        return upload_file(
+            self.carrier,
+            NodeFiles(self._lines, files, self._rates, packing=self.packing),
+            manifest,
+            on_progress=on_progress,
+            order=order,
+            run_id=self.run_id,
+            store_limit_bytes=self.store_limit_bytes,
         )
 
 
@@ -178,9 +184,9 @@ def _copy_file(
     order: Sequence[int] | None,
 ) -> UploadResult:
     try:
-        with copy.carrier() as carrier:
-            carrier.expect(described.manifest.size)
-            return copy([described], described.manifest, carrier, on_progress, order)
+        with copy:
+            copy.carrier.expect(described.manifest.size)
+            return copy([described], described.manifest, on_progress, order)
     except LocalFileChangedError:
         raise
     except (UsageError, IntegrityError):
@@ -215,11 +221,11 @@ def _copy_folder(
     by_name = {file.listed.name: file for file in described.files}
 
     def upload(files: Sequence[FolderFile], manifest: ChunkManifest, on_progress: ProgressListener) -> UploadResult:
-        return copy([by_name[file.member.path] for file in files], manifest, carrier, on_progress)
+        return copy([by_name[file.member.path] for file in files], manifest, on_progress)
 
     try:
-        with copy.carrier() as carrier:
-            sent = send_folder(target, described.folder, carrier, upload, on_progress, run_id=run_id)
+        with copy:
+            sent = send_folder(target, described.folder, copy.carrier, upload, on_progress, run_id=run_id)
     except (UsageError, IntegrityError):
         # A file that is gone is a folder that has changed.
         _check_unchanged(source, described)

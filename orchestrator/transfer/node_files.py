@@ -7,20 +7,11 @@ import dataclasses
 import hashlib
 import itertools
 import threading
-import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
-from orchestrator.errors import ConnectionLostError, IntegrityError
-from orchestrator.ssh.transport import ByteStream
-from orchestrator.transfer.channel import (
-    IDLE_TIMEOUT_S,
-    FrameChannel,
-    ReconnectPolicy,
-    StreamDamagedError,
-    StreamEndedError,
-    StreamOpener,
-)
+from orchestrator.errors import IntegrityError
+from orchestrator.transfer.channel import FrameChannel, StreamDamagedError
+from orchestrator.transfer.node_lines import NodeLines
 from orchestrator.transfer.source import LocalFileChangedError
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.forward import Fill
@@ -33,13 +24,11 @@ from remote_payload.wire.stream import (
     PACKED_ENCODING,
     RAW_ENCODING,
     FrameKind,
-    SendRequest,
     SpanEnd,
     SpanFacts,
     Want,
 )
 
-T = TypeVar("T")
 _SAVED_BY_PACKING = 0.3
 """Of floats, about. A stream packs, fetches and sends a chunk in turn: packing must save more time than it takes."""
 _SMALL_BYTES = 256 * 1024
@@ -57,42 +46,29 @@ class DescribedFile:
     manifest: ChunkManifest
 
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    stream: ByteStream
-    channel: FrameChannel
-
-
 class NodeFiles:
-    """Files of a node, one behind the other. Every thread that reads has a stream of its own while it does.
+    """Files of a node, one behind the other, for any thread.
 
     `rates` are of the way from node to node as a whole; `packing`: where they say so, the node packs floats.
     """
 
     def __init__(
         self,
-        opener: StreamOpener,
+        lines: NodeLines,
         files: Sequence[DescribedFile],
-        retry: ReconnectPolicy,
         rates: PackingRates,
         *,
         packing: bool,
     ) -> None:
-        self._opener = opener
+        self._lines = lines
         self._files = [file for file in files if file.listed.size]
         self._starts = [0, *itertools.accumulate(file.listed.size for file in self._files)]
         self._chunks = joined(file.manifest for file in self._files).chunks
         self._chunk_starts = [chunk.offset for chunk in self._chunks]
         self._asking_ahead = threading.Lock()
         self._ahead: dict[int, bytes] = {}
-        self._retry = retry
         self._rates = rates
         self._packing = packing
-        self._lock = threading.Lock()
-        self._reconnecting = threading.Lock()
-        self._idle: list[_Line] = []
-        self._line_count = 0
-        self._is_closed = False
 
     def send(self, channel: FrameChannel, offset: int, count: int) -> int:
         if channel.is_filled_there:
@@ -108,26 +84,26 @@ class NodeFiles:
     def read(self, offset: int, count: int) -> bytes:
         """Raises `IntegrityError` where the file has changed, and the `UnreachableError` family."""
         file, within = self._at(offset)
-        return self._stubbornly(lambda line: self._ask(line.channel, file, Want(file.path, within, count)))[1]
+        return self._lines.ask(lambda channel: self._ask(channel, file, Want(file.path, within, count)))[1]
 
     def body(self, offset: int, count: int, /) -> tuple[int, bytes]:
         """Whole chunks are asked for at once, each asking being a round trip; raises as `read`. A packed one goes on as
         it came: the target's digest is over what is in it."""
         if count < _SMALL_BYTES and len(self._files) > 1:
             return RAW_ENCODING, self._read_small(offset)
-        packers = _SAVED_BY_PACKING * max(1, self._line_count)
+        packers = _SAVED_BY_PACKING * max(1, self._lines.count)
         may_pack = self._packing and count >= MIN_BYTES and self._rates.pays(packers)
         if may_pack:
             self._rates.note_tried()
         file, within = self._at(offset)
         want = Want(file.path, within, count, may_pack=may_pack)
-        return self._stubbornly(lambda line: self._ask(line.channel, file, want))
+        return self._lines.ask(lambda channel: self._ask(channel, file, want))
 
     def _read_small(self, offset: int) -> bytes:
         """A small chunk, from those that were asked for ahead or with those that follow it."""
         with self._asking_ahead:
             if offset not in self._ahead:
-                self._ahead = self._stubbornly(lambda line: self._ask_ahead(line.channel, offset))
+                self._ahead = self._lines.ask(lambda channel: self._ask_ahead(channel, offset))
             return self._ahead.pop(offset)
 
     def _ask_ahead(self, channel: FrameChannel, offset: int) -> dict[int, bytes]:
@@ -147,58 +123,11 @@ class NodeFiles:
         index = bisect.bisect_right(self._starts, offset) - 1
         return self._files[index], offset - self._starts[index]
 
-    def _stubbornly(self, work: Callable[[_Line], T]) -> T:
-        fruitless = 0
-        while True:
-            try:
-                return self._once(work)
-            except (ConnectionLostError, StreamDamagedError) as error:
-                fruitless += 1
-                if fruitless > self._retry.max_fruitless:
-                    raise
-                time.sleep(self._retry.wait_s(fruitless))
-                if not isinstance(error, (StreamDamagedError, StreamEndedError)):
-                    with self._reconnecting:
-                        self._opener.reconnect()
-
     def changed(self) -> LocalFileChangedError:
         return changed_on_node(self._files[0].path if len(self._files) == 1 else "a file of the folder")
 
     def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            lines, self._idle = self._idle, []
-        for line in lines:
-            self._end(line)
-
-    def _once(self, work: Callable[[_Line], T]) -> T:
-        line = self._take()
-        try:
-            answer = work(line)
-        except BaseException:
-            self._end(line)
-            raise
-        with self._lock:
-            if not self._is_closed:
-                self._idle.append(line)
-                return answer
-        self._end(line)
-        return answer
-
-    def _take(self) -> _Line:
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-        request = SendRequest(self._opener.layout.root, IDLE_TIMEOUT_S * 10)
-        stream = self._opener.open_agent_stream("send", request, expected_bytes=self._starts[-1])
-        with self._lock:
-            self._line_count += 1
-        return _Line(stream, FrameChannel(stream))
-
-    def _end(self, line: _Line) -> None:
-        with self._lock:
-            self._line_count -= 1
-        line.stream.close()
+        return
 
     def _ask(self, channel: FrameChannel, file: DescribedFile, want: Want) -> tuple[int, bytes]:
         channel.send_json(FrameKind.WANT, want)

@@ -63,9 +63,9 @@ class StreamPool:
     stream serves what is to be done then, or is closed.
     """
 
-    def __init__(self, opener: StreamOpener, *, idle_timeout_s: float, expected_bytes: int = 0) -> None:
-        """`expected_bytes`: what all the work will carry, at least."""
-        self.expected_bytes = expected_bytes
+    def __init__(self, opener: StreamOpener, *, idle_timeout_s: float) -> None:
+        self.expected_bytes = 0
+        """What all the work to come will carry."""
         self._opener = opener
         self._idle_timeout_s = idle_timeout_s
         self._changed = threading.Condition()

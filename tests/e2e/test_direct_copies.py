@@ -189,6 +189,17 @@ def test_a_folder_goes_straight_with_all_its_files(world: World, near_link: Rela
     assert near_link.bytes_carried < 5_000_000
 
 
+def test_a_folder_that_goes_straight_takes_one_login_for_all_its_files(world: World, own_ssh: OwnSsh) -> None:
+    folder = world.node / "data" / "step 5"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"shard {number}").write_bytes(random.Random(number).randbytes(9 * MIB))
+    done = world.json("fetch", "lab:step 5", "other:", "--streams", "1")
+    assert digests(far_path(done)) == digests(folder)
+    assert done["direct"]
+    assert len(own_ssh.calls) == 1
+
+
 @pytest.mark.parametrize(
     ("account", "reason"),
     [

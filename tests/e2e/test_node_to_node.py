@@ -80,8 +80,8 @@ def copy(
     described = describe(source, str(file))
     assert isinstance(described, DescribedFile)
     copy_files = NodeCopy(source, target, bandwidth_limit_bytes_per_s=bandwidth_limit_bytes_per_s, retry=SOON)
-    with copy_files.carrier() as carrier:
-        return copy_files([described], described.manifest, carrier, on_progress)
+    with copy_files:
+        return copy_files([described], described.manifest, on_progress)
 
 
 def test_weights_go_packed_from_node_to_node_over_a_slow_link(tmp_path: Path, nodes: list[Node]) -> None:

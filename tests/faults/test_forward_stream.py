@@ -23,6 +23,7 @@ from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.channel import FrameChannel, ReconnectPolicy, StreamDamagedError, StreamEndedError
 from orchestrator.transfer.forwarded import ForwardedStream
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles
+from orchestrator.transfer.node_lines import NodeLines
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
 from remote_payload.agent import far_chunks
@@ -270,7 +271,8 @@ class ForwardingOpener(ThreadOpener):
 def copy(near: ThreadOpener, far: NodeLayout, path: Path, rates: PackingRates, **changes: Any) -> UploadResult:
     facts = path.stat()
     listed = ListedFile("file", facts.st_size, facts.st_mtime_ns, facts.st_ino)
-    files = NodeFiles(near, [DescribedFile(str(path), listed, MANIFEST)], ReconnectPolicy(), rates, packing=True)
+    lines = NodeLines(near, ReconnectPolicy(), lambda: 0)
+    files = NodeFiles(lines, [DescribedFile(str(path), listed, MANIFEST)], rates, packing=True)
     done = upload_file(ForwardingOpener(near, far), files, MANIFEST, packing=False, rates=rates, **changes)
     assert Path(far.checkpoint(MANIFEST.digest)).read_bytes() == CONTENT
     return done

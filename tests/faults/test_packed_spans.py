@@ -74,8 +74,8 @@ def copy(folder: Path, from_wraps: list[Wrap], to_wraps: list[Wrap], streams: in
         streams=StreamPolicy(fixed=streams),
         retry=STUBBORN,
     )
-    with node_copy.carrier() as carrier:
-        done = node_copy([DescribedFile(str(source), listed, manifest)], manifest, carrier)
+    with node_copy:
+        done = node_copy([DescribedFile(str(source), listed, manifest)], manifest)
     check_stored(other, manifest, CONTENT)
     return done
 

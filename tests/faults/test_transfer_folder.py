@@ -331,6 +331,14 @@ def test_a_thousand_small_files_go_from_node_to_node_in_few_round_trips(
     assert (source.calls.count("list_files"), target.calls) == (2, ["assemble_folder"] * 2)
 
 
+def test_a_folder_goes_from_node_to_node_over_the_same_streams(root: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    source, target = AgentHere(root), AgentHere(make_node_root(tmp_path / "other"))
+    done = copy(source, target, folder)
+    assert digests(Path(done.path)) == digests(folder)
+    assert (source.opened, target.opened) == (1, 1)
+
+
 def test_a_folder_from_node_to_node_survives_cuts_at_either_end(root: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     near: list[Wrap] = [lambda inner: CutStream(inner, None, 9 * MIB)]
