@@ -15,6 +15,7 @@ from orchestrator.payload import Payload
 from orchestrator.plan import RunPlan
 from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.settings import RetryNotice
+from orchestrator.transfer.direct import DirectWay
 from orchestrator.transfer.progress import TransferProgress
 from remote_payload.wire.results import Finding
 from remote_payload.wire.states import AttemptStatus
@@ -52,7 +53,8 @@ class Services:
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """One run under way. `source`: the node that holds the checkpoint, where that is another than the run's."""
+    """One run under way. `source`: the node that holds the checkpoint, where that is another than the run's. `way`: the
+    direct one from there, which is tried once for all that is copied."""
 
     plan: RunPlan
     run: RunLayout
@@ -60,6 +62,7 @@ class RunContext:
     node: Node
     services: Services
     source: Node | None = None
+    way: DirectWay | None = None
 
     def __enter__(self) -> RunContext:
         return self

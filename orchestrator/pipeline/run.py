@@ -28,6 +28,7 @@ from orchestrator.pipeline.locate import was_freed
 from orchestrator.pipeline.preflight import preflight, refuse_at_once
 from orchestrator.pipeline.provenance import write_provenance
 from orchestrator.plan import RunPlan, SyncedCheckpoint
+from orchestrator.transfer.direct import DirectWay
 from remote_payload.wire.codec import WireError, from_json, to_json
 from remote_payload.wire.names import check_run_id, printable
 from remote_payload.wire.run_messages import Decided, StatusReply
@@ -67,9 +68,13 @@ def open_run(plan: RunPlan, services: Services) -> RunContext:
         profile = profile.model_copy(update=limit)
         elsewhere = elsewhere.model_copy(update=limit) if elsewhere is not None else None
     payload = payload_for(plan.payload_sha256, services.layout)
-    source = services.open_node(elsewhere, payload) if elsewhere is not None else None
     node = services.open_node(profile, payload)
-    return RunContext(plan, services.layout.run(plan.run_id), profile, node, services, source)
+    source, way = None, None
+    if elsewhere is not None:
+        source = services.open_node(elsewhere, payload)
+        names = (plan.checkpoint.cluster or "the other node", plan.cluster)
+        way = DirectWay(source, node, names, services.reporter.note)
+    return RunContext(plan, services.layout.run(plan.run_id), profile, node, services, source, way)
 
 
 def advance(

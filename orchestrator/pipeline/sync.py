@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CheckpointError, ConfigurationError, IntegrityError, RemoteEvalError
+from orchestrator.errors import CheckpointError, ConfigurationError, RemoteEvalError
 from orchestrator.inspection import inspect_ahead, inspect_local
 from orchestrator.pipeline.ahead import Ahead
 from orchestrator.pipeline.context import RunContext
-from orchestrator.pipeline.elsewhere import copy_from_source
+from orchestrator.pipeline.early import changed_since_begun, chunk_classes, first_share
+from orchestrator.pipeline.elsewhere import copy_from_source, copy_rest
 from orchestrator.pipeline.folders import send_local_folder
 from orchestrator.pipeline.locate import find_by_content, locate_at, locate_in_place
 from orchestrator.pipeline.room import gc_offered
@@ -22,15 +23,12 @@ from orchestrator.project import find_project
 from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
+from orchestrator.transfer.node_copy import CopiedCheckpoint
 from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import Unpacked, UnpackRequest
-from remote_payload.wire.units import human_bytes
-
-EARLY_START_BYTES = 64 * 1024 * 1024
-"""So much must be to come for an attempt to begin without it."""
 
 
 def file_ahead(context: RunContext) -> Ahead:
@@ -50,7 +48,7 @@ def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool 
     `may_start_early`: the weights suffice for now where a job begins with them; the rest is for `send_rest` then.
     """
     if context.source is not None:
-        return copy_from_source(context, context.source)
+        return copy_from_source(context, context.source, may_start_early=may_start_early)
     if context.plan.checkpoint.cluster is not None:
         return locate_in_place(context.node, context.plan.checkpoint, context.plan.run_id)
     path = local_checkpoint(context.plan.checkpoint)
@@ -83,23 +81,22 @@ def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool 
 def send_rest(context: RunContext, begun: SyncedCheckpoint, meanwhile: Callable[[], None]) -> SyncedCheckpoint:
     """Send what is missing of a checkpoint whose first chunks are on the node. `meanwhile` is called all the time, and
     what it raises ends the sending. Raises `IntegrityError` where the file changed."""
-    path = local_checkpoint(context.plan.checkpoint)
-    local = digest_local_file(path, context.services.layout)
-    manifest = local.manifest
-    if manifest.digest != begun.digest:
-        raise IntegrityError(
-            f"{path} changed after its weights were sent",
-            action=f"`remote-eval cancel {context.plan.run_id}`, and start a new run for what the file is now.",
-        )
-    classes = _chunk_classes(path, local)
-    order = None if classes is None else sending_order(classes)
     tell = _telling(context)
 
     def on_progress(progress: TransferProgress) -> None:
         tell(progress)
         meanwhile()
 
-    sent = _upload(context, path, manifest, on_progress=on_progress, order=order)
+    if context.source is not None:
+        sent: UploadResult | CopiedCheckpoint = copy_rest(context, context.source, begun, on_progress)
+    else:
+        path = local_checkpoint(context.plan.checkpoint)
+        local = digest_local_file(path, context.services.layout)
+        if local.manifest.digest != begun.digest:
+            raise changed_since_begun(context.plan, str(path))
+        classes = _chunk_classes(path, local)
+        order = None if classes is None else sending_order(classes)
+        sent = _upload(context, path, local.manifest, on_progress=on_progress, order=order)
     return dataclasses.replace(begun, bytes_sent=begun.bytes_sent + sent.bytes_sent, is_complete=sent.is_complete)
 
 
@@ -132,47 +129,15 @@ def _send(
     context: RunContext, path: Path, local: LocalFile, draft: Draft | None, may_start_early: bool
 ) -> SyncedCheckpoint:
     """Send the file, what jobs read first before the rest; no rest where nobody needs it, or not yet."""
-    manifest, order, note = local.manifest, None, ""
-    classes = _chunk_classes(path, local)
-    if classes is not None:
-        order = sending_order(classes)
-        lengths = [manifest.chunks[index].length for index in order]
-        behind = {last: sum(n for n, i in zip(lengths, order, strict=True) if classes[i] > last) for last in ChunkClass}
-        suffices = _what_suffices(context.plan, behind, may_start_early and not local.was_remembered)
-        if suffices is not None:
-            last, why = suffices
-            order = [index for index in order if classes[index] <= last]
-            shares = f"{human_bytes(manifest.size - behind[last])} of {human_bytes(manifest.size)}"
-            note = f"only the {'header is' if last is ChunkClass.HEADER else 'weights are'} sent ({shares}): {why}"
-    sent = _upload(context, path, manifest, on_progress=_telling(context), order=order, draft=draft)
-    if note and not sent.is_complete:  # a draft may have brought the rest
-        context.reporter.note(note)
+    manifest = local.manifest
+    may_start_early = may_start_early and not local.was_remembered
+    share = first_share(context.plan, manifest, _chunk_classes(path, local), may_start_early=may_start_early)
+    sent = _upload(context, path, manifest, on_progress=_telling(context), order=share.order, draft=draft)
+    if share.note and not sent.is_complete:  # a draft may have brought the rest
+        context.reporter.note(share.note)
     return SyncedCheckpoint(
         sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
     )
-
-
-def _what_suffices(
-    plan: RunPlan, behind_bytes: Mapping[ChunkClass, int], may_start_early: bool
-) -> tuple[ChunkClass, str] | None:
-    """The last class of chunks that is sent before a job begins, and why no more, in words; None where all are."""
-    are_content = [job.reads_weights_only for job in plan.jobs]
-    if behind_bytes[ChunkClass.WEIGHTS] and all(are_content):
-        return ChunkClass.WEIGHTS, "reconstruct needs no more"
-    # A digest that is remembered may turn out to be another content's, which must not happen under a running job.
-    if not may_start_early:
-        return None
-    late = [job for job in plan.jobs if not (job.reads_weights_only or job.begins_without_rest(plan.settings))]
-    if late and plan.cluster_profile().gpu.device == "cuda":
-        # A GPU is not held while bytes are waited for, and one that is let go may be another's when they have come.
-        return None
-    if any(are_content) and plan.settings.adapter:
-        first = ChunkClass.WEIGHTS, "reconstruct begins, and the rest follows"
-    elif any(job.begins_without_rest(plan.settings) for job in plan.jobs):
-        first = ChunkClass.HEADER, "health begins, and reads the rest as it comes"
-    else:
-        return None
-    return first if behind_bytes[first[0]] >= EARLY_START_BYTES else None
 
 
 def _telling(context: RunContext) -> ProgressListener:
@@ -195,9 +160,9 @@ def _upload(
 def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
     """What each chunk holds; None where no header can be read, or not that of the file that was hashed."""
     inspected, hashed = _inspected(path), local.fingerprint
-    if inspected is None or inspected["header"]["fingerprint"] != [hashed.size, hashed.mtime_ns, hashed.inode]:
+    if inspected is None:
         return None
-    return classify(local.manifest.spans, tensor_bytes(inspected["header"], inspected["reads"]))
+    return chunk_classes(inspected, str(path), (hashed.size, hashed.mtime_ns, hashed.inode), local.manifest)
 
 
 def _order_of_draft(plan: RunPlan, path: Path, spans: Sequence[tuple[int, int]]) -> list[int]:

@@ -28,7 +28,7 @@ from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member, check_members
-from remote_payload.wire.messages import FileList, FolderManifest, ListRequest, Located, LocateRequest
+from remote_payload.wire.messages import FileList, FileManifest, FolderManifest, ListRequest, Located, LocateRequest
 from remote_payload.wire.names import printable
 from remote_payload.wire.packing_rates import PackingRates
 
@@ -71,8 +71,8 @@ def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | De
     if listed.is_folder:
         found = node.call("folder_manifest", request, FolderManifest, timeout_s=DIGEST_TIMEOUT_S)
         return _described(found)
-    manifest = node.call("chunk_manifest", request, ChunkManifest, timeout_s=DIGEST_TIMEOUT_S)
-    return _checked(DescribedFile(listed.path, listed.files[0], manifest))
+    manifest = node.call("chunk_manifest", request, FileManifest, timeout_s=DIGEST_TIMEOUT_S)
+    return _checked(DescribedFile(listed.path, listed.files[0], manifest, manifest.was_remembered))
 
 
 def copy_checkpoint(

@@ -39,11 +39,12 @@ _AHEAD_BYTES = 4 * 1024 * 1024
 
 @dataclasses.dataclass(frozen=True)
 class DescribedFile:
-    """A file on a node, absolute `path`, as it was `listed` and then read."""
+    """A file on a node, absolute `path`, as it was `listed` and then read, if its manifest is not remembered."""
 
     path: str
     listed: ListedFile
     manifest: ChunkManifest
+    was_remembered: bool = True
 
 
 class NodeFiles:

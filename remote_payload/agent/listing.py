@@ -12,7 +12,7 @@ from remote_payload.agent.manifest_memory import ManifestMemory
 from remote_payload.wire.chunks import ChunkManifest, digest_file
 from remote_payload.wire.folders import UnsendableError, folder_files, sendable_files
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import FileList, FolderManifest, ListedFile, ListRequest, ReadFile
+from remote_payload.wire.messages import FileList, FileManifest, FolderManifest, ListedFile, ListRequest, ReadFile
 
 
 def list_files(request: ListRequest) -> FileList:
@@ -35,13 +35,14 @@ def list_files(request: ListRequest) -> FileList:
     return FileList(os.path.abspath(path), True, files)
 
 
-def chunk_manifest(request: ListRequest) -> ChunkManifest:
+def chunk_manifest(request: ListRequest) -> FileManifest:
     """The chunks of one file, remembered or by reading it. Raises `AgentError` as `list_files`, integrity where it
     changed."""
     listed = list_files(request)
     if listed.is_folder:
         raise AgentError("usage", f"{listed.path} is a folder", "Name a file.")
-    return _read(request, listed.path, listed.files[0])
+    manifest, was_remembered = _read(request, listed.path, listed.files[0])
+    return FileManifest(manifest.digest, manifest.size, manifest.chunks, was_remembered)
 
 
 def folder_manifest(request: ListRequest) -> FolderManifest:
@@ -50,7 +51,7 @@ def folder_manifest(request: ListRequest) -> FolderManifest:
     if not listed.is_folder:
         raise AgentError("usage", f"{listed.path} is no folder", "Name a folder.")
     before = _sendable(listed.path)
-    files = tuple(ReadFile(file, _read(request, os.path.join(listed.path, file.name), file)) for file in before)
+    files = tuple(ReadFile(file, _read(request, os.path.join(listed.path, file.name), file)[0]) for file in before)
     if _sendable(listed.path) != before:
         raise _changed(listed.path)
     return FolderManifest(listed.path, files)
@@ -65,7 +66,8 @@ def _sendable(path: str) -> list[ListedFile]:
         raise AgentError("usage", str(error), error.action) from error
 
 
-def _read(request: ListRequest, path: str, before: ListedFile) -> ChunkManifest:
+def _read(request: ListRequest, path: str, before: ListedFile) -> tuple[ChunkManifest, bool]:
+    """The file's chunks, and whether they are remembered."""
     memory = ManifestMemory(NodeLayout(request.root), path)
     try:
         with open(path, "rb") as file:
@@ -82,7 +84,7 @@ def _read(request: ListRequest, path: str, before: ListedFile) -> ChunkManifest:
         raise AgentError("usage", f"{path} cannot be read: {error.strerror}") from error
     if after != before:
         raise _changed(path)
-    return manifest
+    return manifest, known is not None
 
 
 def _changed(path: str) -> AgentError:

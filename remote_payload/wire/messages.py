@@ -11,7 +11,7 @@ on the node.
 | locate | LocateRequest | Located | yes |
 | known_chunks | KnownRequest | KnownChunks | yes |
 | list_files | ListRequest | FileList | yes |
-| chunk_manifest | ListRequest | `chunks.ChunkManifest` of a file | yes |
+| chunk_manifest | ListRequest | FileManifest | yes |
 | folder_manifest | ListRequest | FolderManifest | yes |
 | inspect | InspectRequest | `header`, `findings`, `text` as JSON | yes |
 | claim | ClaimRequest | Claimed | yes: the same nonce claims once |
@@ -149,6 +149,13 @@ class FileList:
     path: str
     is_folder: bool
     files: tuple[ListedFile, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileManifest(ChunkManifest):
+    """The chunks of a file, and whether they were read earlier and are remembered."""
+
+    was_remembered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from orchestrator.errors import ExitCode
+from orchestrator.journal import Journal
 from orchestrator.layout import LocalLayout
 from orchestrator.node import Node
 from orchestrator.payload import build_payload
@@ -29,6 +30,7 @@ from tests.support.durable import durable_bytes
 from tests.support.own_ssh import OwnSsh, make_own_ssh
 from tests.support.relay import Relay
 from tests.support.sshd import Sshd, find_program, start_sshd
+from tests.support.trained import write_trained
 from tests.support.world import World, agents_of, digests, make_world, until
 
 MIB = 1024 * 1024
@@ -401,3 +403,26 @@ def test_a_file_that_changes_on_the_way_is_an_error(world: World, tmp_path: Path
     assert client.returncode == ExitCode.INTEGRITY, output
     assert "changed while it was copied" in output
     assert list((tmp_path / "far" / "root of ours" / "checkpoints").glob("*/file")) == []
+
+
+@pytest.mark.parametrize("may_log_in", [True, False])
+def test_a_job_begins_early_whichever_way_the_bytes_go_and_a_login_that_is_refused_is_tried_once_for_all_of_them(
+    world: World, servers: tuple[Sshd, Sshd], near_link: Relay, own_ssh: OwnSsh, *, may_log_in: bool
+) -> None:
+    own_ssh.may_log_in_to(servers[1], has_key=may_log_in)
+    local = world.node / "data" / "trained.pt"
+    write_trained(local, 448)
+    done = world.cli("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "health")
+    assert done.returncode in (0, 1), done.stderr
+    assert "health begins, and reads the rest as it comes" in done.stderr
+    (run_id,) = world.run_ids()
+    kinds = [entry.kind for entry in Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)]
+    assert kinds.index("synced_partly") < kinds.index("launched") < kinds.index("synced") < kinds.index("terminal")
+    found = json.loads((world.run_folder(run_id) / "provenance.json").read_text())["checkpoint"]
+    assert (found["how"], found["is_complete"]) == ("copied", True)
+    assert Path(found["path"]).read_bytes() == local.read_bytes()
+    if may_log_in:
+        assert near_link.bytes_carried < local.stat().st_size / 10
+    else:
+        assert len(own_ssh.calls) == 1
+        assert done.stderr.count("go through this machine") == 1

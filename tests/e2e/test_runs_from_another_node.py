@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from orchestrator.errors import ExitCode
+from orchestrator.journal import Journal
 from orchestrator.transfer.order import ChunkClass
 from remote_payload.wire.layout import NodeLayout
 from tests.support.durable import durable_bytes
@@ -265,6 +266,44 @@ def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_p
         near.stop()
     assert [path.read_bytes() for path in stored(far)] == [content]
     assert provenance(world, run_id)["bytes_sent"] == len(content) - before
+
+
+def test_a_job_that_began_early_waits_for_a_source_that_is_lost_and_ends_as_one_whose_file_was_there(
+    world: World, tmp_path: Path, far: Path
+) -> None:
+    world.with_torch()
+    edit_far(world, python=world.profile_field("python"))
+    write_trained(world.node / "data" / "trained.pt", 448)
+    near = start_sshd(tmp_path / "near-sshd")
+    keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
+    world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
+    edit_far(world, bandwidth_limit_mbps=80, pack_floats=False)
+    run = ("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "health")
+    client = world.start(*run)
+    until(lambda: durable_bytes(far / "root of ours", [world.node / "data" / "trained.pt"]) >= 16 * 1024 * 1024)
+    cut_off(near)
+    output, _ = client.communicate(timeout=100)
+    assert client.returncode == ExitCode.UNREACHABLE, output
+    (run_id,) = world.run_ids()
+    assert world.json("resume", run_id, expect=int(ExitCode.UNREACHABLE))
+    waiting = world.json("status", run_id)["node"]["status"]
+    assert (waiting["state"], stored(far)) == ("running", [])
+    assert "waiting for the rest" in waiting["jobs"]["health"]["message"]
+    near = start_sshd(near.folder, port=near.port)
+    try:
+        world.json("resume", run_id, "--bandwidth-limit", "1000")
+        again = world.json(*run)["run_id"]
+    finally:
+        near.stop()
+    kinds = [entry.kind for entry in Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)]
+    assert kinds.index("synced_partly") < kinds.index("launched") < kinds.index("stopped") < kinds.index("synced")
+    assert kinds.count("launched") == 1
+    early, there = (world.run_folder(r) / "artifacts" for r in (run_id, again))
+    assert digests(early) == digests(there)
+    first, second = provenance(world, run_id), provenance(world, again)
+    assert (first.pop("how"), second.pop("how"), second.pop("bytes_sent")) == ("copied", "store", 0)
+    first.pop("bytes_sent")
+    assert first == second
 
 
 def test_a_nightly_target_may_lie_on_another_cluster_or_be_a_folder_here(world: World) -> None:

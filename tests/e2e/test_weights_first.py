@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,15 +14,17 @@ from typing import Any
 import pytest
 
 from orchestrator.journal import Journal
-from orchestrator.pipeline.sync import EARLY_START_BYTES
+from orchestrator.pipeline.early import EARLY_START_BYTES
 from orchestrator.transfer.order import ChunkClass
 from remote_payload.wire.layout import NodeLayout
 from tests.support.image_project import ship_image_adapter, write_config
 from tests.support.relay import Relay, relay_to
+from tests.support.sshd import running_sshd
 from tests.support.trained import chunks_of, write_trained
 from tests.support.world import World, digests, until
 
 RECONSTRUCT = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "reconstruct", "--num-samples", "2")
+BOTH = ("--config", "eval.yaml", "--jobs", "health,reconstruct", "--num-samples", "2")
 HEALTH = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "health")
 LAUNCHED = 9
 """The number of the journal's entry that says so, in a run that begins with the weights."""
@@ -30,12 +33,14 @@ SLOW_MBPS = 2.4
 
 
 class Trained:
-    """A project with a trained checkpoint, and where that is on the node."""
+    """A project, and a trained checkpoint in it, or on the cluster `elsewhere` whose folder is given; and where that is
+    on the run's node."""
 
-    def __init__(self, world: World, width: int) -> None:
+    def __init__(self, world: World, width: int, elsewhere: Path | None = None) -> None:
         ship_image_adapter(world)
         write_config(world, width)
-        self.local = world.project / "trained.pt"
+        self.local = (world.project if elsewhere is None else elsewhere / "data") / "trained.pt"
+        self.given = ("--checkpoint", "trained.pt" if elsewhere is None else "elsewhere:trained.pt")
         write_trained(self.local, width)
         world.edit_profile(pack_floats=False)
         manifest, self.classes = chunks_of(self.local)
@@ -46,6 +51,9 @@ class Trained:
         self.lengths = [chunk.length for chunk in manifest.chunks]
         self.rest_bytes = sum(n for n, k in zip(self.lengths, self.classes, strict=True) if k is ChunkClass.REST)
         self.needed_bytes = manifest.size - self.rest_bytes
+        rest = [index for index, kind in enumerate(self.classes) if kind is ChunkClass.REST]
+        reached = itertools.accumulate(self.lengths[index] for index in rest)
+        self.first_half_of_rest = {i for i, end in zip(rest, reached, strict=True) if end <= self.rest_bytes / 2}
 
     def journalled(self) -> set[int]:
         lines = self.journal.read_text().splitlines()[1:] if self.journal.exists() else []
@@ -57,10 +65,19 @@ def trained(world: World) -> Trained:
     return Trained(world, width=48)
 
 
-@pytest.fixture
-def large(world: World) -> Trained:
+@pytest.fixture(params=["sent from here", "copied from another node"])
+def large(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Trained]:
     """The rest is more than what an attempt begins without."""
-    trained = Trained(world, width=448)
+    if request.param == "sent from here":
+        yield make_large(world)
+        return
+    with running_sshd(tmp_path / "other-sshd") as sshd:
+        world.add_cluster("elsewhere", sshd, tmp_path / "elsewhere")
+        yield make_large(world, tmp_path / "elsewhere")
+
+
+def make_large(world: World, elsewhere: Path | None = None) -> Trained:
+    trained = Trained(world, 448, elsewhere)
     assert trained.rest_bytes > EARLY_START_BYTES
     # Long enough in its place that its digest is remembered, as any checkpoint is that took minutes to write.
     os.utime(trained.local, (1, 1))
@@ -193,11 +210,8 @@ def test_a_run_of_the_whole_file_beside_one_of_the_weights_disturbs_neither(worl
     assert trained.stored.read_bytes() == trained.local.read_bytes()
 
 
-BOTH = (*RECONSTRUCT[:4], "--jobs", "health,reconstruct", "--num-samples", "2")
-
-
 def test_reconstruct_begins_with_the_weights_and_health_ends_with_the_whole_file(world: World, large: Trained) -> None:
-    done = world.cli(*BOTH)
+    done = world.cli(*large.given, *BOTH)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert "reconstruct begins, and the rest follows" in done.stdout + done.stderr
     (run_id,) = world.run_ids()
@@ -214,7 +228,7 @@ def test_reconstruct_begins_with_the_weights_and_health_ends_with_the_whole_file
 def test_a_client_killed_before_the_rest_went_is_waited_for_and_sends_it_when_it_comes_back(
     world: World, large: Trained
 ) -> None:
-    run_id = world.killed_at("after", LAUNCHED, *BOTH)
+    run_id = world.killed_at("after", LAUNCHED, *large.given, *BOTH)
     assert kinds_of(world, run_id)[-1] == "launched"
 
     def jobs() -> Any:
@@ -233,7 +247,7 @@ def test_a_client_killed_before_the_rest_went_is_waited_for_and_sends_it_when_it
 
 
 def test_a_file_that_changed_after_its_weights_went_is_no_rest_of_them(world: World, large: Trained) -> None:
-    run_id = world.killed_at("after", LAUNCHED, *BOTH)
+    run_id = world.killed_at("after", LAUNCHED, *large.given, *BOTH)
     with large.local.open("r+b") as file:
         file.seek(large.local.stat().st_size // 4)
         file.write(b"another optimizer")
@@ -244,7 +258,7 @@ def test_a_file_that_changed_after_its_weights_went_is_no_rest_of_them(world: Wo
 
 
 def test_a_run_that_is_left_alone_begins_with_the_whole_file(world: World, large: Trained) -> None:
-    run_id = world.json(*BOTH, "--detach")["run_id"]
+    run_id = world.json(*large.given, *BOTH, "--detach")["run_id"]
     assert "synced_partly" not in kinds_of(world, run_id)
     assert large.stored.exists()
     world.json("cancel", run_id)
@@ -265,9 +279,8 @@ def is_waiting_and_has_examined_megabytes(world: World) -> bool:
 def test_health_examines_what_has_arrived_while_the_rest_travels_and_says_the_same_as_of_the_file(
     world: World, large: Trained, relay: Relay, jobs: str
 ) -> None:
-    client = world.start(*RECONSTRUCT[:4], "--jobs", jobs, "--num-samples", "2")
-    rest = {index for index, kind in enumerate(large.classes) if kind is ChunkClass.REST}
-    until(lambda: sum(large.lengths[index] for index in large.journalled() & rest) > large.rest_bytes / 2)
+    client = world.start(*large.given, *BOTH[:2], "--jobs", jobs, "--num-samples", "2")
+    until(lambda: large.first_half_of_rest <= large.journalled())
     # From here on nothing arrives: what is examined was there before the last byte.
     relay.hold()
     until(lambda: is_waiting_and_has_examined_megabytes(world))
@@ -278,7 +291,7 @@ def test_health_examines_what_has_arrived_while_the_rest_travels_and_says_the_sa
     (run_id,) = world.run_ids()
     assert large.stored.read_bytes() == large.local.read_bytes()
     assert provenance(world, run_id)["bytes_sent"] == large.local.stat().st_size
-    again = evaluate(world, *RECONSTRUCT[:4], "--jobs", "health")
+    again = evaluate(world, *large.given, *HEALTH[2:])
     first, second = (world.run_folder(r) / "artifacts" / "health" / "health.json" for r in (run_id, again))
     assert first.read_bytes() == second.read_bytes()
     assert json.loads(first.read_text())["verdict"]["dimensions"]["integrity"] == "pass"
@@ -289,7 +302,7 @@ def test_the_attempt_is_seen_while_the_rest_goes_and_one_that_is_cancelled_ends_
     world: World, large: Trained, form: tuple[str, ...]
 ) -> None:
     world.edit_profile(bandwidth_limit_mbps=10)
-    client = world.start(*HEALTH, *form)
+    client = world.start(*large.given, *HEALTH[2:], *form)
     seen = '"job": "health", "phase": "run", "state": "running"' if form else "health: running, run"
     assert client.stdout is not None
     shown = ""

@@ -13,7 +13,7 @@ from remote_payload.agent.hello import hello
 from remote_payload.agent.listing import chunk_manifest, folder_manifest
 from remote_payload.wire.chunks import CHUNK_BYTES, ChunkManifest
 from remote_payload.wire.layout import NodeLayout
-from remote_payload.wire.messages import HelloRequest, ListRequest
+from remote_payload.wire.messages import FileManifest, HelloRequest, ListRequest
 
 SIZE = 20 * CHUNK_BYTES + 7
 
@@ -45,14 +45,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-def ask(node: NodeLayout, path: Path, *, anew: bool = False) -> ChunkManifest:
+def ask(node: NodeLayout, path: Path, *, anew: bool = False) -> FileManifest:
     return chunk_manifest(ListRequest(node.root, str(path), anew))
 
 
 def test_a_file_is_read_once(node: NodeLayout, large: Path, reads: list[str]) -> None:
-    assert ask(node, large) == ask(node, large)
+    first, again = ask(node, large), ask(node, large)
+    assert again.chunks == first.chunks
+    assert (first.was_remembered, again.was_remembered) == (False, True)
     assert reads == ["large"]
-    ask(node, large, anew=True)
+    assert not ask(node, large, anew=True).was_remembered
     assert reads == ["large"] * 2
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import CheckpointError, UsageError
-from orchestrator.pipeline.sync import EARLY_START_BYTES, _what_suffices
+from orchestrator.pipeline.early import EARLY_START_BYTES, what_suffices
 from orchestrator.plan import (
     CheckpointReference,
     RunPlan,
@@ -156,5 +156,5 @@ def test_a_run_begins_early_where_that_holds_no_gpu_for_a_job_that_waits(
     profile = {"host": "h", "gpu": {"device": device}}
     plan = dataclasses.replace(make_plan(), jobs=jobs, settings=settings, profile=profile)
     behind = dict.fromkeys(ChunkClass, EARLY_START_BYTES)
-    suffices = _what_suffices(plan, behind, may_start_early=True)
+    suffices = what_suffices(plan, behind, may_start_early=True)
     assert (suffices[0] if suffices else None) == last
