@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -304,6 +306,21 @@ def test_a_job_that_began_early_waits_for_a_source_that_is_lost_and_ends_as_one_
     assert (first.pop("how"), second.pop("how"), second.pop("bytes_sent")) == ("copied", "store", 0)
     first.pop("bytes_sent")
     assert first == second
+
+
+def test_a_file_whose_chunks_the_source_remembers_is_there_in_full_before_a_job_begins(world: World, far: Path) -> None:
+    world.with_torch()
+    edit_far(world, python=world.profile_field("python"))
+    local = world.node / "data" / "trained.pt"
+    write_trained(local, 448)
+    until(lambda: time.time() - local.stat().st_ctime > 4)  # what is younger is not remembered
+    run = ("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "health")
+    kinds = []
+    for _ in range(2):
+        run_id = world.json(*run)["run_id"]
+        kinds.append([entry.kind for entry in Journal(world.home / "data" / "remote-eval.sqlite3").entries(run_id)])
+        shutil.rmtree(far / "root of ours" / "checkpoints")
+    assert ["synced_partly" in of_run for of_run in kinds] == [True, False]
 
 
 def test_a_nightly_target_may_lie_on_another_cluster_or_be_a_folder_here(world: World) -> None:
