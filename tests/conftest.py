@@ -15,6 +15,8 @@ from tests.support.world import World, make_world
 
 # As installed programs do, those that tests start find bytecode of themselves, even where a shell says to write none.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Before torch and numpy: with workers beside each other, threads of one spin while they wait for those of another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

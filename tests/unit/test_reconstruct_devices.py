@@ -40,8 +40,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _threads_of_a_new_process() -> Iterator[None]:
+def _threads_of_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sums come out in another order with another number of threads, and other tests set theirs."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     yield
