@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 import os
 import re
+import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pytest
 from orchestrator.journal import Journal
 from orchestrator.pipeline.early import EARLY_START_BYTES
 from orchestrator.transfer.order import ChunkClass
+from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.layout import NodeLayout
 from tests.support.image_project import ship_image_adapter, write_config
 from tests.support.relay import Relay, relay_to
@@ -32,18 +36,31 @@ SLOW_MBPS = 2.4
 """Fast enough to wait for, slow enough to be killed in the middle."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A trained checkpoint, of which each test has a copy: to train it takes longer."""
+
+    path: Path
+    width: int
+    manifest: ChunkManifest
+    classes: list[ChunkClass]
+
+
+WrittenOfWidth = Callable[[int], Written]
+
+
 class Trained:
     """A project, and a trained checkpoint in it, or on the cluster `elsewhere` whose folder is given; and where that is
     on the run's node."""
 
-    def __init__(self, world: World, width: int, elsewhere: Path | None = None) -> None:
+    def __init__(self, world: World, written: Written, elsewhere: Path | None = None) -> None:
         ship_image_adapter(world)
-        write_config(world, width)
+        write_config(world, written.width)
         self.local = (world.project if elsewhere is None else elsewhere / "data") / "trained.pt"
         self.given = ("--checkpoint", "trained.pt" if elsewhere is None else "elsewhere:trained.pt")
-        write_trained(self.local, width)
+        shutil.copyfile(written.path, self.local)
         world.edit_profile(pack_floats=False)
-        manifest, self.classes = chunks_of(self.local)
+        manifest, self.classes = written.manifest, written.classes
         layout = NodeLayout(str(world.node / "root of ours"))
         self.journal = Path(layout.checkpoint_journal(manifest.digest))
         self.stored = Path(layout.checkpoint(manifest.digest))
@@ -60,24 +77,38 @@ class Trained:
         return {int(line.split()[0]) for line in lines if line.endswith(".")}
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenOfWidth:
+    """Each is written once."""
+    folder = tmp_path_factory.mktemp("trained")
+
+    @functools.cache
+    def of_width(width: int) -> Written:
+        path = folder / f"{width}.pt"
+        write_trained(path, width)
+        return Written(path, width, *chunks_of(path))
+
+    return of_width
+
+
 @pytest.fixture
-def trained(world: World) -> Trained:
-    return Trained(world, width=48)
+def trained(world: World, written: WrittenOfWidth) -> Trained:
+    return Trained(world, written(48))
 
 
 @pytest.fixture(params=["sent from here", "copied from another node"])
-def large(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Trained]:
-    """The rest is more than what an attempt begins without."""
+def large(world: World, written: WrittenOfWidth, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Trained]:
+    """The rest is more than what an attempt begins without, and not much more."""
     if request.param == "sent from here":
-        yield make_large(world)
+        yield make_large(world, written(376))
         return
     with running_sshd(tmp_path / "other-sshd") as sshd:
         world.add_cluster("elsewhere", sshd, tmp_path / "elsewhere")
-        yield make_large(world, tmp_path / "elsewhere")
+        yield make_large(world, written(376), tmp_path / "elsewhere")
 
 
-def make_large(world: World, elsewhere: Path | None = None) -> Trained:
-    trained = Trained(world, 448, elsewhere)
+def make_large(world: World, written: Written, elsewhere: Path | None = None) -> Trained:
+    trained = Trained(world, written, elsewhere)
     assert trained.rest_bytes > EARLY_START_BYTES
     # Long enough in its place that its digest is remembered, as any checkpoint is that took minutes to write.
     os.utime(trained.local, (1, 1))
