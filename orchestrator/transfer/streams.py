@@ -191,11 +191,10 @@ class StreamPool:
                     idle_timeout_s=self._idle_timeout_s,
                     expected_bytes=self.expected_bytes,
                 )
-        except _ENDS as caught:
-            error = caught
         except BaseException as caught:
             error = caught
-            raise
+            if not isinstance(caught, _ENDS):
+                raise
         finally:
             with self._changed:
                 self._opening -= 1
@@ -219,11 +218,10 @@ class StreamPool:
         error: BaseException | None = None
         try:
             self._serve(work, idle)
-        except _ENDS as caught:
-            error = caught
         except BaseException as caught:
             error = caught
-            raise
+            if not isinstance(caught, _ENDS):
+                raise
         finally:
             if isinstance(error, CommandTimeoutError):
                 self._drop_idle()  # a link that went silent is silent for all of them

@@ -39,7 +39,8 @@ class StoredChunks:
                 tree = layout.checkpoint_tree(digest)
                 self._paths = [os.path.join(tree, member.path) for member in members]
                 self._starts = [0, *itertools.accumulate(member.size for member in members)][:-1]
-                digests = [member.digest if folder_digest(members) == digest else "" for member in members]
+                is_its_list = folder_digest(members) == digest
+                digests = [member.digest if is_its_list else "" for member in members]
         self._verified_ns = [0] * len(digests)
         with contextlib.suppress(OSError):
             # The manifest was written when the files had been verified.
