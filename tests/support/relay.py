@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import socket
 import threading
@@ -17,7 +18,7 @@ class Relay:
     """Carries connections from `port` to `target_port` on loopback, all together at `bytes_per_s` if it is given.
 
     `cut()` resets every connection now; `refuse()` also refuses new ones until `mend()`; `hold()` lets nothing through
-    without a sign to either side, a black hole, until `mend()`.
+    without a sign to either side, a black hole, until `mend()`; `hold_after()` does once so many bytes were carried.
     """
 
     def __init__(self, target_port: int, bytes_per_s: float | None = None) -> None:
@@ -26,6 +27,7 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.bytes_carried = 0
+        self._hold_at: float = math.inf
         self.connections_made = 0
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._stranded: set[tuple[socket.socket, socket.socket]] = set()
@@ -59,8 +61,16 @@ class Relay:
     def hold(self) -> None:
         self._flowing.clear()
 
+    @property
+    def is_holding(self) -> bool:
+        return not self._flowing.is_set()
+
+    def hold_after(self, bytes_carried: int) -> None:
+        self._hold_at = bytes_carried
+
     def mend(self) -> None:
         self._refusing = False
+        self._hold_at = math.inf
         self._flowing.set()
 
     def close(self) -> None:
@@ -111,6 +121,8 @@ class Relay:
                     self._bucket.take(len(data))
                     key.data.sendall(data)
                     self.bytes_carried += len(data)
+                    if self.bytes_carried >= self._hold_at:
+                        self.hold()
         except OSError:
             if pair in self._stranded:
                 self._closed.wait()
