@@ -310,9 +310,12 @@ class PartialFile:
             if error.errno not in _FULL:
                 raise
             folder = self._layout.checkpoint_folder(self._digest)
+            # What is free on a disk says nothing of a quota there that no program tells of.
+            is_untold = error.errno == errno.EDQUOT and quota.quota_free_bytes(folder) is None
+            free = "" if is_untold else f"{human_bytes(quota.space_left(folder))} are free, "
             raise AgentError(
                 "no_space",
-                f"{_FULL[error.errno]}, on {quota.disk_of(folder)}: {human_bytes(quota.space_left(folder))} are free, "
+                f"{_FULL[error.errno]}, on {quota.disk_of(folder)}: {free}"
                 f"{human_bytes(self._missing_bytes())} of the file are still missing",
                 "Free space there or set another node_root, and run it again: what has arrived is kept.",
             ) from error

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.errors import NoSpaceError
 from orchestrator.transfer.channel import ReconnectPolicy
 from orchestrator.transfer.upload import upload_file
+from remote_payload.agent.partial_file import SYNC_BYTES
 from remote_payload.probe import Probe
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.results import Severity
@@ -24,7 +25,8 @@ from tests.support.agent_streams import (
     journalled,
     manifest_of,
 )
-from tests.support.small_disk import SmallDisk, limited_files, quota_disk, small_file_system
+from tests.support.sharing import mountable
+from tests.support.small_disk import SmallDisk, limited_files, quota_disk, silent_quota, small_file_system
 
 MIB = 1024 * 1024
 DISK_BYTES = 12 * MIB
@@ -78,6 +80,25 @@ def test_a_disk_that_somebody_fills_in_the_middle_costs_only_what_is_missing(tmp
         kept = journalled(disk.root, manifest)
         assert ledger.acknowledged <= kept
         assert len(kept) * chunk_bytes > MIB
+        disk.make_room()
+        upload_file(disk.opener([later.around]), path, manifest, retry=AT_ONCE)
+        assert sorted(later.sent) == sorted(set(range(len(manifest.chunks))) - kept)
+        check_stored(disk.root, manifest, content)
+
+
+@pytest.mark.skipif("btrfs" not in mountable(), reason="no Btrfs can be mounted here by this user")
+def test_a_quota_of_which_no_program_tells_is_what_is_full_and_costs_only_what_is_missing(tmp_path: Path) -> None:
+    path, content, manifest = write_file(tmp_path, "file", 80 * MIB, MIB)
+    later = ChunkLedger()
+    with silent_quota(tmp_path, 60 * MIB) as disk:
+        with pytest.raises(NoSpaceError) as told:
+            upload_file(disk.opener(), path, manifest, retry=AT_ONCE)
+        assert told.value.cause.startswith(f"the quota is used up, on {disk.name}: ")
+        assert "free" not in told.value.cause
+        check_not_stored(disk.root, manifest)
+        kept = journalled(disk.root, manifest)
+        # What was not made durable yet has no room for its lines in the journal, on a disk that copies on write.
+        assert len(kept) * MIB >= SYNC_BYTES // 2
         disk.make_room()
         upload_file(disk.opener([later.around]), path, manifest, retry=AT_ONCE)
         assert sorted(later.sent) == sorted(set(range(len(manifest.chunks))) - kept)

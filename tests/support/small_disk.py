@@ -13,6 +13,7 @@ from pathlib import Path
 
 from remote_payload.agent import quota
 from tests.support.agent_streams import ProcessOpener, Wrap, make_node_root
+from tests.support.sharing import mounted
 
 MIB = 1024 * 1024
 _START_LIMIT_S = 20
@@ -91,6 +92,30 @@ def quota_disk(folder: Path, size: int) -> SmallDisk:
     )
     program.chmod(0o755)
     return SmallDisk(root, root, ["env", f"PATH={program.parent}:{os.environ['PATH']}"], quota.disk_of(str(root)))
+
+
+class _Subvolume(SmallDisk):
+    def fill(self) -> None:
+        """It is full once its limit is reached."""
+
+    def make_room(self) -> None:
+        _btrfs("qgroup", "limit", "none", str(self.root.parent))
+
+
+@contextlib.contextmanager
+def silent_quota(folder: Path, size: int) -> Iterator[SmallDisk]:
+    """A node root under a real quota of `size` bytes, of which no program tells: a limit on a subvolume of Btrfs."""
+    with mounted("btrfs", folder) as disk:
+        _btrfs("quota", "enable", str(disk))
+        subvolume = disk / "mine"
+        _btrfs("subvolume", "create", str(subvolume))
+        _btrfs("qgroup", "limit", str(size), str(subvolume))
+        root = make_node_root(subvolume)
+        yield _Subvolume(root, root, [], quota.disk_of(str(root)))
+
+
+def _btrfs(*arguments: str) -> None:
+    subprocess.run(["btrfs", *arguments], check=True, timeout=_START_LIMIT_S, stdout=subprocess.DEVNULL)
 
 
 class _LimitedFiles(SmallDisk):
