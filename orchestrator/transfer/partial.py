@@ -119,7 +119,8 @@ class SpanFile:
             known = self._journal.read_bytes()
         # A last line without its end was being written when the client died.
         first, *lines = known.split(b"\n")[:-1] or [b""]
-        if first.decode(errors="replace") == self._head:
+        # A client that is killed behind the rename leaves the journal alone: it speaks of no partial file any more.
+        if os.fstat(self._fd).st_size and first.decode(errors="replace") == self._head:
             for line in lines:
                 if line.isdigit() and int(line) < len(self.here):
                     self.here[int(line)] = 1

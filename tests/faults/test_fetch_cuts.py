@@ -163,6 +163,20 @@ def test_a_file_that_changed_on_the_node_is_fetched_from_the_beginning(
     assert target.read_bytes() == source.read_bytes()
 
 
+def test_a_journal_that_outlived_its_partial_file_is_not_believed(root: Path, source: Path, tmp_path: Path) -> None:
+    target, facts = tmp_path / "target", listed(root, source)
+    identity = json.dumps([str(source), facts.size, facts.mtime_ns, facts.inode, fetch.SPAN_BYTES])
+    left = SpanFile(target, identity, fetch.span_count(facts.size))
+    for index in range(100):
+        left.write(index * 1000, memoryview(source.read_bytes()[index * 1000 : (index + 1) * 1000]))
+        left.commit(index, 1000)
+    left.close()
+    # As a client leaves it that is killed behind the rename, before it deletes the journal.
+    next(tmp_path.glob(".remote-eval-*.spans")).unlink()
+    assert bring(root, source, target).bytes_received == 100_000
+    assert target.read_bytes() == source.read_bytes()
+
+
 def test_a_file_that_changes_while_it_is_fetched_is_refused(root: Path, source: Path, tmp_path: Path) -> None:
     before = listed(root, source)
     os.utime(source, ns=(1, 1))
