@@ -116,8 +116,8 @@ class Draft:
             self._offer()
 
     def hashed_all(self) -> None:
-        """Once what was hashed has gone the streams go on stand-by: they need not wait for the end of the draft, unless
-        the node copies meanwhile."""
+        """Once what was hashed has gone, and the node has copied what it could, the streams go on stand-by and let go
+        of the part: another client that wants it need not wait for the end of the draft."""
         self._is_all_hashed = True
 
     def end(self, *, is_given_up: bool = False) -> None:

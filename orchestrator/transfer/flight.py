@@ -24,6 +24,7 @@ class Lane:
     news: threading.Condition
     in_flight: set[int] = dataclasses.field(default_factory=set)
     in_flight_bytes: int = 0
+    copying: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
     acknowledged_bytes: int = 0
     taken_bytes: int = 0
     retires: bool = False
@@ -83,7 +84,7 @@ class Flight:
 
     def name(self, index: int) -> None:
         """The node is told to copy a chunk that it has elsewhere: before others, and over one stream as long as that
-        lasts. Nothing is heard of it again. One that is in its place already is not named."""
+        lasts. One that is in its place already is not named."""
         with self._changed:
             if self._here[index]:
                 return
@@ -133,6 +134,15 @@ class Flight:
             else:
                 self._tell()
 
+    def copied(self, lane: Lane, count: int) -> None:
+        """With so many more of the chunks that the lane named, the first ones, the node is done."""
+        with self._changed:
+            if count > len(lane.copying):
+                raise StreamDamagedError(f"the node speaks of {count} copies, {len(lane.copying)} are awaited")
+            for _ in range(count):
+                lane.copying.popleft()
+            self._tell()
+
     def refuse(self, lane: Lane, index: int) -> None:
         """Raises `IntegrityError` for a chunk that is refused again and again."""
         with self._changed:
@@ -158,12 +168,13 @@ class Flight:
             self._tell()
 
     def leave(self, lane: Lane) -> None:
-        """Take the lane out; what it had under way goes back to the front of the queue."""
+        """Take the lane out; what it had under way goes back to the front of the queues."""
         with self._changed:
             if lane in self._lanes:
                 self._lanes.remove(lane)
                 self._settled_bytes += lane.acknowledged_bytes
                 self._to_send.extendleft(sorted(lane.in_flight, reverse=True))
+                self._to_name.extendleft(reversed(lane.copying))
                 lane.in_flight.clear()
                 lane.in_flight_bytes = 0
             if self._namer is lane:
@@ -242,9 +253,10 @@ class Flight:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no chunk waits for a stream, and none is on its way or may still be copied by the node."""
+        """Whether no chunk waits for a stream, and none is on its way or being copied by the node."""
         with self._changed:
-            return not (self._named or self._to_send or any(lane.in_flight for lane in self._lanes))
+            is_under_way = any(lane.in_flight or lane.copying for lane in self._lanes)
+            return not (self._to_name or self._to_send or is_under_way)
 
     def _tell(self) -> None:
         self._version += 1
@@ -272,7 +284,8 @@ class Flight:
     def _take(self, lane: Lane) -> tuple[int, bool]:
         if self._can_name(lane):
             self._namer = lane
-            return self._to_name.popleft(), False
+            lane.copying.append(self._to_name.popleft())
+            return lane.copying[-1], False
         index = self._to_send.popleft()
         lane.in_flight.add(index)
         lane.in_flight_bytes += self._table.length(index)

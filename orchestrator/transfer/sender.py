@@ -36,7 +36,7 @@ _CHUNKS_AHEAD = 3
 """One that is packed, to be sent next, and two that are being packed meanwhile."""
 
 Outcome = FinishedFacts | KeptFacts
-_NEWS = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.ALIVE, FrameKind.PACKED, FrameKind.HAVE)
+_NEWS = (FrameKind.ACK, FrameKind.REFUSED, FrameKind.COPIED, FrameKind.ALIVE, FrameKind.PACKED, FrameKind.HAVE)
 _LAST_ANSWERS: dict[FrameKind, type[Outcome | LeftFacts]] = {
     FrameKind.FINISHED: FinishedFacts,
     FrameKind.KEPT: KeptFacts,
@@ -368,6 +368,8 @@ class _Answers:
             self._flight.acknowledge(self._lane, header.argument)
         elif header.kind is FrameKind.REFUSED:
             self._flight.refuse(self._lane, header.argument)
+        elif header.kind is FrameKind.COPIED:
+            self._flight.copied(self._lane, header.argument)
         elif header.kind is FrameKind.ALIVE:
             self._flight.take_note(self._lane, header.argument)
         elif header.kind is FrameKind.PACKED:

@@ -55,12 +55,15 @@ def discard(layout: NodeLayout, draft: str, session: str) -> bool:
 class Copier:
     """Has chunks copied that are named one after the other, in a thread, beside what arrives.
 
-    `copy_chunks` gets all that were named meanwhile, and begins no other once its second argument says no. Whatever
-    goes wrong ends it: what is not copied is left to the upload proper.
+    `copy_chunks` gets all that were named meanwhile, and begins no other once its second argument says no. What it
+    could not copy is left to the upload proper: `tell` hears how many chunks are done with either way.
     """
 
-    def __init__(self, copy_chunks: Callable[[Sequence[int], Callable[[], bool]], None]) -> None:
+    def __init__(
+        self, copy_chunks: Callable[[Sequence[int], Callable[[], bool]], None], tell: Callable[[int], None]
+    ) -> None:
         self._copy_chunks = copy_chunks
+        self._tell = tell
         self._state = threading.Condition()
         self._named: list[int] = []
         self._is_over = False
@@ -80,7 +83,7 @@ class Copier:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(AgentError, PeerGoneError, OSError):
+        with contextlib.suppress(PeerGoneError):
             while True:
                 with self._state:
                     self._state.wait_for(lambda: self._named or self._is_over)
@@ -88,4 +91,6 @@ class Copier:
                     if self._is_over:
                         return
                     named, self._named = self._named, []
-                self._copy_chunks(named, lambda: not self._is_over)
+                with contextlib.suppress(AgentError, OSError):
+                    self._copy_chunks(named, lambda: not self._is_over)
+                self._tell(len(named))

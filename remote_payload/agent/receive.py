@@ -172,7 +172,7 @@ class _Receiver:
         table.set_sha256(header.argument, body)
         if header.kind is FrameKind.COPY:
             if self._copier is None:
-                self._copier = drafts.Copier(self._copy_chunks)
+                self._copier = drafts.Copier(self._copy_chunks, lambda count: self._say(FrameKind.COPIED, count))
             self._copier.copy(header.argument)
 
     def _copy_chunks(self, indices: Sequence[int], go_on: Callable[[], bool]) -> None:

@@ -20,7 +20,7 @@ rules ends the stream; nothing it held was used.
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
     client → agent   DIGEST    of a draft only: the SHA-256 of the chunk whose DATA comes next; argument: its index
                      COPY      of a draft only: the SHA-256 of a chunk that the agent is to copy from what is here when
-                               it finds the time; argument: its index. It is not answered
+                               it finds the time; argument: its index
                      DATA      one whole chunk; argument: its index. Any order, any subset. It stands for every chunk
                                of the table that has its digest
                      FINISH    every chunk was sent and acknowledged, on whatever stream
@@ -31,6 +31,8 @@ rules ends the stream; nothing it held was used.
                                more
     agent → client   ACK       argument: index of a chunk that was verified and written
                      REFUSED   argument: index of a chunk whose bytes are not what the table says: send it again
+                     COPIED    of a draft only; argument: of so many chunks more, in the order of their COPYs, there is
+                               nothing left to copy: each stands here, or could not be had
                      ALIVE     argument: bytes of DATA taken so far, so that a slow chunk does not look like silence
                      HAVE      answers FINISH and KEEP while chunks are missing; FINISHED answers either when the file
                                is in place
@@ -123,6 +125,7 @@ class FrameKind(enum.IntEnum):
     LEFT = 22
     COPY = 23
     PACKED = 24
+    COPIED = 25
 
 
 class DamagedStreamError(WireError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -218,6 +219,35 @@ def test_for_a_file_that_is_known_here_nothing_is_freed_where_preflight_fails(sl
     assert "torch is installed on this node and cannot be imported" in output
     assert stored
     assert sorted(Path(slow.layout.checkpoints).glob("*/file")) == stored
+
+
+def test_another_client_gets_what_the_node_copied_beside_the_preflight_of_the_first(
+    slow: SlowNode, torchless_python: str, tmp_path: Path
+) -> None:
+    size = slow.local.stat().st_size
+    earlier = slow.world.project / "earlier.pt"
+    earlier.write_bytes(slow.local.read_bytes())
+    with earlier.open("r+b") as file:
+        file.seek(FILE_BYTES // 2)
+        file.write(bytes(100))
+    slow.go.touch()
+    slow.world.json("--checkpoint", "earlier.pt", "--jobs", "count")
+    slow.go.unlink()
+    digest = slow.remember()
+    first = slow.world.start(*RUN)
+    until(lambda: slow.draft_bytes(digest) == size)
+    home = tmp_path / "another home"
+    shutil.copytree(slow.world.home / "config", home / "config")
+    profile = home / "config" / slow.world.profile.relative_to(slow.world.home / "config")
+    another = dataclasses.replace(slow.world, home=home, profile=profile)
+    another.edit_profile(python={"path": torchless_python})
+    ended = another.json(*RUN)
+    assert first.poll() is None
+    assert provenance_of(another, ended["run_id"])["bytes_sent"] == 0
+    slow.go.touch()
+    output, _ = first.communicate(timeout=100)
+    assert first.returncode == 0, output
+    assert Path(slow.layout.checkpoint(digest)).read_bytes() == slow.local.read_bytes()
 
 
 AGENT_IDLE_S = 4.0

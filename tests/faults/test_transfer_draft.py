@@ -214,7 +214,7 @@ def test_a_stream_with_nothing_to_carry_is_kept_while_the_file_is_still_hashed(
     assert opener.opened == 1
 
 
-def test_the_node_copies_on_after_all_is_hashed_until_the_draft_ends(
+def test_the_node_copies_on_after_all_is_hashed_and_lets_go_of_the_part_when_it_has(
     root: Path, monkeypatch: pytest.MonkeyPatch, short_waits: None
 ) -> None:
     content = noise(20 * CHUNK)
@@ -234,7 +234,9 @@ def test_the_node_copies_on_after_all_is_hashed_until_the_draft_ends(
         draft.hashed_all()
         await_arrival(draft, CHUNK)
         time.sleep(2.5 * standby.AGENT_IDLE_S)  # whoever would end it has the time to
+        assert draft.carrier.pool.open_count == 1
         may_copy.set()
+        await_that(lambda: draft.carrier.pool.open_count == 0)
         await_copies(root, draft, content, range(20))
         result = upload_file(opener, path, manifest, draft=draft)
     check_stored(root, manifest, content)
@@ -305,8 +307,10 @@ def test_a_disk_that_is_full_for_a_while_ends_the_copying_and_nothing_else(
     with monkeypatch.context() as patch, make_draft(opener, path) as draft:
         patch.setattr(Copying, "_write", refuse)
         hash_first(draft, manifest, 20)
+        draft.hashed_all()
         await_arrival(draft, CHUNK)
         assert refused.wait(PATIENCE_S)
+        await_that(lambda: draft.carrier.pool.open_count == 0)  # what cannot be copied keeps nobody from the part
         draft.end()
         assert (draft.error, draft.bytes_reused) == (None, 0)
         patch.undo()

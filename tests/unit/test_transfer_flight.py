@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
+from orchestrator.transfer.channel import StreamDamagedError
 from orchestrator.transfer.flight import WINDOW_BYTES, Flight, Lane
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk
@@ -56,7 +59,22 @@ def test_what_the_node_is_to_copy_is_named_first_over_one_stream_and_counts_for_
     assert (lane.in_flight, other.in_flight) == ({1}, {0})
     flight.name(9)
     flight.leave(lane)
-    assert flight.next_chunk(other, 0.0) == (9, False)
+    assert [flight.next_chunk(other, 0.0) for _ in range(4)] == [(11, False), (10, False), (9, False), (1, False)]
+
+
+def test_a_flight_is_idle_once_the_node_is_done_with_what_it_is_to_copy() -> None:
+    flight = new_flight((), is_growing=True)
+    lane = flight.join(bytearray(COUNT))
+    for index in (3, 5):
+        flight.name(index)
+        assert not flight.is_idle
+        flight.next_chunk(lane, 0.0)
+    flight.copied(lane, 1)
+    assert not flight.is_idle
+    flight.copied(lane, 1)
+    assert flight.is_idle
+    with pytest.raises(StreamDamagedError):
+        flight.copied(lane, 1)
 
 
 def test_lanes_that_wait_for_the_last_chunks_of_others_end_when_those_are_acknowledged() -> None:
