@@ -53,6 +53,8 @@ class BulkProcess:
         self._head = b""
         self._users = threading.Condition()
         self._busy = 0
+        self._writers = 0
+        self._is_ending = False
         self._is_closed = False
         self._stderr = BoundedBytes(LEFT_OVER_BYTES)
         self._stderr_reader = threading.Thread(target=self._read_stderr, daemon=True)
@@ -60,7 +62,7 @@ class BulkProcess:
 
     def write(self, data: bytes | memoryview, idle_timeout_s: float) -> None:
         view = memoryview(data).cast("B")
-        with self._using("sending data"):
+        with self._writing():
             while view:
                 try:
                     view = view[os.write(self._stdin.fileno(), view) :]
@@ -72,7 +74,7 @@ class BulkProcess:
             data = os.pread(fd, min(count, PIPE_BYTES), offset)
             self.write(data, idle_timeout_s)
             return len(data)
-        with self._using("sending data"):
+        with self._writing():
             while True:
                 try:
                     return os.sendfile(self._stdin.fileno(), fd, offset, count)
@@ -80,8 +82,10 @@ class BulkProcess:
                     self._await_room(idle_timeout_s)
 
     def close_write(self) -> None:
+        """No more is written; whoever is at it hears that, and then the pipe ends."""
         with self._users:
-            if not self._stdin.closed and not self._is_closed:
+            self._is_ending = True
+            if not self._writers and not self._is_closed:
                 self._stdin.close()
 
     def await_first_byte(self, timeout_s: float) -> bool:
@@ -140,9 +144,28 @@ class BulkProcess:
                 pipe.close()
 
     @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._using("sending data"):
+            with self._users:
+                self._writers += 1
+            try:
+                self._check_not_ending()
+                yield
+            finally:
+                with self._users:
+                    self._writers -= 1
+                    # Not earlier: another file could have its number by then.
+                    if self._is_ending and not self._writers:
+                        self._stdin.close()
+
+    def _check_not_ending(self) -> None:
+        if self._is_ending:
+            raise ConnectionLostError(f"the stream to {self._target} is closed")
+
+    @contextlib.contextmanager
     def _using(self, doing: str) -> Iterator[None]:
         with self._users:
-            if self._is_closed or (doing == "sending data" and self._stdin.closed):
+            if self._is_closed:
                 raise ConnectionLostError(f"the stream to {self._target} is closed")
             self._busy += 1
         try:
@@ -158,6 +181,7 @@ class BulkProcess:
         self._await(self._stdin.fileno(), select.POLLOUT, limit_s)
         # The client takes 16 KiB at a time: wait for more room than that, or every read of its wakes us.
         time.sleep(_DRAIN_S)
+        self._check_not_ending()
 
     def _await(self, fd: int, event: int, limit_s: float) -> None:
         poll = select.poll()
