@@ -24,18 +24,23 @@ class Standby:
         self._state = threading.Condition()
         self._stream: ByteStream | None = None
         self._was_opened = False
+        self._is_speaking = False
         self._is_closed = False
         threading.Thread(target=self._run, name="standby", daemon=True).start()
 
     def take(self, timeout_s: float) -> ByteStream | None:
         """The stream, once; None where it did not come up or was lost since, for whatever reason: the caller then opens
-        one and hears it. A stream that comes too late is closed."""
+        one and hears it. A stream that comes too late, or whose link does not take a sign of life in that time, is
+        closed."""
         with self._state:
-            self._state.wait_for(lambda: self._was_opened, timeout_s)
+            is_free = self._state.wait_for(lambda: self._was_opened and not self._is_speaking, timeout_s)
             self._is_closed = True
             self._state.notify_all()
             stream, self._stream = self._stream, None
-        return stream
+        if stream is None or is_free:
+            return stream
+        stream.close()
+        return None
 
     def close(self) -> None:
         """Do without it. Does not wait for one that is still being opened."""
@@ -55,17 +60,26 @@ class Standby:
                 is_late, self._was_opened = self._is_closed, True
                 self._stream = None if is_late else stream
                 self._state.notify_all()
-        if not is_late:
-            self._keep_alive()
-        elif stream is not None:
+        if stream is None:
+            return
+        if is_late:
             stream.close()
+        else:
+            self._keep_alive(stream)
 
-    def _keep_alive(self) -> None:
+    def _keep_alive(self, stream: ByteStream) -> None:
         """Until somebody takes the stream, or it is lost."""
-        with self._state:
-            while self._stream is not None and not self._state.wait_for(lambda: self._is_closed, ALIVE_INTERVAL_S):
-                try:
-                    self._stream.write(encode_frame(FrameKind.ALIVE))
-                except (RemoteEvalError, OSError):
-                    self._stream.close()
-                    self._stream = None
+        while True:
+            with self._state:
+                if self._state.wait_for(lambda: self._is_closed, ALIVE_INTERVAL_S):
+                    return
+                self._is_speaking = True
+            try:
+                # Not under the lock: a dead link takes nothing for long, and whoever wants the stream is not to wait.
+                stream.write(encode_frame(FrameKind.ALIVE))
+            except (RemoteEvalError, OSError):
+                self.close()
+            finally:
+                with self._state:
+                    self._is_speaking = False
+                    self._state.notify_all()

@@ -93,6 +93,52 @@ def test_a_stream_that_is_lost_while_it_stands_by_is_none(
     assert lost.take(20.0) is None
 
 
+def slow_to_write(stream: ByteStream, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """When a write to the stream has begun, and what it waits for."""
+    has_begun, may_end, write = threading.Event(), threading.Event(), stream.write
+
+    def wait_and_write(data: bytes) -> None:
+        has_begun.set()
+        assert may_end.wait(20)
+        write(data)
+
+    monkeypatch.setattr("orchestrator.standby.ALIVE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(stream, "write", wait_and_write)
+    return has_begun, may_end
+
+
+def test_whoever_wants_a_stream_whose_link_takes_nothing_any_more_does_not_wait_for_it_to_fail(
+    opener: ThreadOpener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = stand_by(opener)
+    has_begun, may_end = slow_to_write(stream, monkeypatch)
+    standby = Standby(lambda: stream)
+    assert has_begun.wait(20)
+    taken: list[ByteStream | None] = []
+    taker = threading.Thread(target=lambda: taken.append(standby.take(0.1)), daemon=True)
+    taker.start()
+    taker.join(10)
+    assert taken == [None]
+    with pytest.raises(ConnectionLostError):
+        stream.read(1)  # it is closed
+    may_end.set()
+
+
+def test_a_stream_is_not_taken_amid_a_sign_of_life(opener: ThreadOpener, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = stand_by(opener)
+    has_begun, may_end = slow_to_write(stream, monkeypatch)
+    standby = Standby(lambda: stream)
+    assert has_begun.wait(20)
+    taken: list[bool] = []
+    taker = threading.Thread(target=lambda: taken.append(standby.take(20.0) is stream and may_end.is_set()))
+    taker.start()
+    time.sleep(0.2)  # whoever would take it too early has the time to
+    may_end.set()
+    taker.join(20)
+    assert taken == [True]
+    stream.close()
+
+
 def test_a_stream_that_comes_too_late_is_closed(opener: ThreadOpener) -> None:
     may_open, opened = threading.Event(), []
 
