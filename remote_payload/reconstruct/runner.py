@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -36,7 +37,17 @@ def make_deterministic(seed: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    _ask_for_deterministic_algorithms()
+
+
+def _ask_for_deterministic_algorithms() -> None:
+    if "torch._inductor.config" in sys.modules:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return
+    # That would import the compiler, as much again as torch itself, to tell it the same. If an adapter comes to need
+    # it, it reads this variable.
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    torch.set_deterministic_debug_mode("warn")
 
 
 def seed_all(seed: int) -> None:

@@ -457,6 +457,24 @@ def test_evaluated_samples_are_spread_in_order(available: int, wanted: int | Non
     assert positions == sorted(set(positions))
 
 
+def test_algorithms_are_deterministic_and_the_compiler_is_told_only_where_an_adapter_needs_it() -> None:
+    code = (
+        "import sys, torch\n"
+        "from remote_payload.reconstruct.runner import make_deterministic\n"
+        "make_deterministic(0)\n"
+        "assert torch.are_deterministic_algorithms_enabled()\n"
+        "assert torch.is_deterministic_algorithms_warn_only_enabled()\n"
+        "assert not {'torch._inductor', 'torch._dynamo'} & set(sys.modules)\n"
+        "from torch._inductor import config\n"
+        "assert config.deterministic\n"
+        "config.deterministic = False\n"
+        "make_deterministic(0)\n"
+        "assert config.deterministic\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=EXAMPLES.parent, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_a_nested_batch_is_moved_and_only_floats_change_type() -> None:
     batch = {"x": [torch.ones(2), torch.ones(2, dtype=torch.int64)], "name": "kept"}
     moved = runner.to_device(batch, torch.device("cpu"), torch.bfloat16)
