@@ -1,4 +1,4 @@
-"""What of sending a local file goes on beside preflight: hashing, the streams' logins, and a draft.
+"""What of sending a local checkpoint goes on beside preflight: hashing, and for a file the streams' logins and a draft.
 
 The node's torch may take a minute to be imported, and nothing of a file needs it to be sent. What is refused without an
 import is refused before a byte of the file goes; where preflight fails, what goes on is broken off, and what arrived
@@ -18,6 +18,7 @@ from orchestrator.pipeline.context import RunContext
 from orchestrator.pipeline.send import ask_known, draft_to_node
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
+from orchestrator.transfer.local_folder import LocalFolder
 from orchestrator.transfer.progress import ProgressListener
 from remote_payload.wire.chunks import ChunkManifest
 from remote_payload.wire.messages import PREFIX_BYTES, KnownChunks
@@ -30,18 +31,19 @@ class _BrokenOffError(Exception):
 
 
 class Ahead:
-    """A local file that is read, and drafted, by a thread of its own, for the time of the context.
+    """A local file that is read, and drafted, by a thread of its own, for the time of the context; a folder is read.
 
     `order` says which chunks a draft sends, and in which order. None of the methods is for several threads.
     """
 
     def __init__(self, context: RunContext, path: Path | None, order: Order, on_progress: ProgressListener) -> None:
-        """`path` None: there is no file to send, and `begin` does nothing."""
+        """`path` None: there is nothing to send, and `begin` does nothing."""
         self.has_streams = False
         self._context = context
         self._path = path
         self._order = order
         self._on_progress = on_progress
+        self._folder: LocalFolder | None = None
         self._draft: Draft | None = None
         self._known: KnownChunks | None = None
         self._refuse: Callable[[int], None] | None = None
@@ -55,7 +57,11 @@ class Ahead:
     def begin(self, refuse: Callable[[int], None]) -> None:
         """Begin beside preflight, where the file is large enough for streams of its own. `refuse` hears the bytes that
         the file takes and raises what preflight can say at once; it is called in another thread, before any go."""
-        if self._path is not None and self._path.stat().st_size >= BULK_BYTES:
+        if self._path is None:
+            return
+        if self._path.is_dir():
+            self.folder()
+        elif self._path.stat().st_size >= BULK_BYTES:
             self._refuse = refuse
             self._start(self._path)
 
@@ -72,6 +78,14 @@ class Ahead:
             raise InternalError("the local file is not read")
         return self._reading.result(), self._draft
 
+    def folder(self) -> LocalFolder:
+        """Of a folder, what is being read, or has been. Raises what making one does."""
+        if self._path is None:
+            raise InternalError("there is no local folder to be sent")
+        if self._folder is None:
+            self._folder = LocalFolder(self._path, self._context.services.layout)
+        return self._folder
+
     def __enter__(self) -> Ahead:
         return self
 
@@ -81,6 +95,8 @@ class Ahead:
         self._has_answer.set()
         if self._draft is not None:
             self._draft.close()
+        if self._folder is not None:
+            self._folder.close()
         self._pool.shutdown()
 
     def begun(self, spans: Sequence[tuple[int, int]], /) -> Sequence[int]:

@@ -25,7 +25,7 @@ from orchestrator.plan import (
 from orchestrator.profiles import NamedProfile, load_profile
 from orchestrator.project import Project, find_project
 from orchestrator.transfer.archive import pack_code
-from orchestrator.transfer.folder import read_folder_fingerprint
+from orchestrator.transfer.local_folder import read_folder_fingerprint
 from remote_payload.wire.plan import CodeSource
 
 DEFAULT_NUM_SAMPLES = 4

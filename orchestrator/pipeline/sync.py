@@ -36,9 +36,10 @@ def file_ahead(context: RunContext) -> Ahead:
     plan = context.plan
     is_local = context.source is None and plan.checkpoint.cluster is None and not context.profile.embedded
     path = local_checkpoint(plan.checkpoint) if is_local else None
-    if path is None or path.is_dir():
+    if path is None:
         return Ahead(context, None, lambda spans: range(len(spans)), _telling(context))
-    inspect_ahead(path)
+    if not path.is_dir():
+        inspect_ahead(path)
     return Ahead(context, path, functools.partial(_order_of_draft, plan, path), _telling(context))
 
 
@@ -54,7 +55,7 @@ def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool 
     path = local_checkpoint(context.plan.checkpoint)
     if path.is_dir():
         # Used where it is, its files' names and times stand for it: nobody computes a digest.
-        return _here(context, path) if context.profile.embedded else send_local_folder(context, path)
+        return _here(context, path) if context.profile.embedded else send_local_folder(context, ahead.folder())
     if context.profile.embedded:
         # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
         local = digest_local_file(path, context.services.layout)

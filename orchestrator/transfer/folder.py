@@ -9,29 +9,22 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import io
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from orchestrator.errors import CheckpointError, IntegrityError, UsageError
-from orchestrator.layout import LocalLayout
+from orchestrator.errors import IntegrityError
 from orchestrator.node import Node
 from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import FrameChannel
-from orchestrator.transfer.fingerprints import digest_local_file
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
-from orchestrator.transfer.source import LocalFile, LocalFileChangedError, Source
+from orchestrator.transfer.source import LocalFileChangedError, Source
 from orchestrator.transfer.upload import UploadResult
-from remote_payload.wire.chunks import ChunkManifest, Fingerprint, digest_file
-from remote_payload.wire.folders import UnsendableError, folder_fingerprint, sendable_files
-from remote_payload.wire.members import PACKED_BELOW, Member, folder_digest, joined
-from remote_payload.wire.messages import Assembled, AssembleRequest
-from remote_payload.wire.names import printable
+from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.members import Member, folder_digest, joined
+from remote_payload.wire.messages import PREFIX_BYTES, Assembled, AssembleRequest
 
 ASSEMBLE_TIMEOUT_S = 900.0
 """The node writes small files anew, and copies large ones where its file system has no hard links."""
-_WHEN_COMPLETE = "Wait until it is written completely, or evaluate a copy of it; then run this again."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +75,7 @@ def send_folder(
     folder: Folder,
     carrier: Carrier,
     upload: Upload,
-    on_progress: ProgressListener | None = None,
+    progress: FolderProgress,
     *,
     run_id: str = "",
 ) -> SentFolder:
@@ -98,14 +91,13 @@ def send_folder(
     large = {file.member.digest: [file] for file in folder.files if not file.member.is_packed}
     missing = sum(large[digest][0].member.size if digest in large else pack.size for digest in answer.missing)
     carrier.expect(missing)
-    meter = _Overall(folder.size, on_progress)
-    meter.begin(folder.size - missing)
+    progress.begin(folder.size - missing)
     sent = 0
     for digest in answer.missing:
         files = large.get(digest, packed)
         manifest = pack if digest == pack.digest else files[0].manifest
-        sent += upload(files, manifest, meter.of_file).bytes_sent
-        meter.ended()
+        sent += upload(files, manifest, progress.of_file).bytes_sent
+        progress.ended()
     if answer.path is None:
         answer = _assemble(node, request)
     if answer.path != node.layout.checkpoint_tree(folder.digest):
@@ -116,11 +108,24 @@ def send_folder(
     return SentFolder(answer.path, sent)
 
 
+def send_hashed(files: Iterable[FolderFile], known: frozenset[bytes], upload: Upload, progress: FolderProgress) -> int:
+    """Give those large files of a folder to `upload` of which the node lacks something, as far as the beginnings of
+    digests tell that it has; how many bytes were sent. For files that come while others are still being hashed:
+    `send_folder` sees to the rest."""
+    sent = 0
+    for file in files:
+        if all(bytes.fromhex(chunk.sha256)[:PREFIX_BYTES] in known for chunk in file.manifest.chunks):
+            continue
+        sent += upload([file], file.manifest, progress.of_file).bytes_sent
+        progress.ended()
+    return sent
+
+
 def _assemble(node: Node, request: AssembleRequest) -> Assembled:
     return node.call("assemble_folder", request, Assembled, timeout_s=ASSEMBLE_TIMEOUT_S)
 
 
-class _Overall:
+class FolderProgress:
     """One progress of several files."""
 
     def __init__(self, total: int, listener: ProgressListener | None) -> None:
@@ -130,7 +135,10 @@ class _Overall:
         self._now = self._before
 
     def begin(self, already_there: int) -> None:
-        self._before = dataclasses.replace(self._before, bytes_done=already_there, bytes_saved=already_there)
+        """So much of all is there, by whatever way."""
+        before = self._before
+        saved = before.bytes_saved + already_there - before.bytes_done
+        self._before = dataclasses.replace(before, bytes_done=already_there, bytes_saved=saved)
 
     def of_file(self, progress: TransferProgress) -> None:
         before, rate = self._before, progress.bytes_per_s
@@ -149,39 +157,6 @@ class _Overall:
 
     def ended(self) -> None:
         self._before = self._now
-
-
-class LocalFolder:
-    """A folder of this machine, read once. `check_unchanged` says whether it still is what was read."""
-
-    def __init__(self, path: Path, layout: LocalLayout, *, use_remembered: bool = True) -> None:
-        """Raises `CheckpointError` (unreadable, a name or a link that must not travel), `IntegrityError` (changed)."""
-        self.path = path
-        self._fingerprint = read_folder_fingerprint(path)
-        self.folder = Folder(tuple(_read_files(path, layout, use_remembered)))
-        self.check_unchanged("read")
-
-    def check_unchanged(self, doing: str = "sent") -> None:
-        """Raises `LocalFileChangedError`."""
-        if read_folder_fingerprint(self.path) != self._fingerprint:
-            raise self._changed(doing)
-
-    def open(self, files: Sequence[FolderFile]) -> Source:
-        """These files, one behind the other."""
-        return JoinedSource(
-            [(file.member.size, functools.partial(self._open, self.path / file.member.path)) for file in files],
-            self._changed("sent"),
-        )
-
-    def _open(self, path: Path) -> LocalFile:
-        try:
-            return LocalFile(path)
-        except UsageError:
-            self.check_unchanged()
-            raise
-
-    def _changed(self, doing: str) -> LocalFileChangedError:
-        return LocalFileChangedError(f"{self.path} changed while it was being {doing}", action=_WHEN_COMPLETE)
 
 
 class JoinedSource:
@@ -223,42 +198,3 @@ class JoinedSource:
     def _open(self, offset: int) -> tuple[Source, int]:
         index = bisect.bisect_right(self._starts, offset) - 1
         return self._parts[index][1](), offset - self._starts[index]
-
-
-def _read_files(path: Path, layout: LocalLayout, use_remembered: bool) -> Iterator[FolderFile]:
-    for name, size in _list(path):
-        file = path / name
-        if size < PACKED_BELOW:
-            manifest = _digest_small(file)
-        else:
-            manifest = digest_local_file(file, layout, use_remembered=use_remembered).manifest
-        yield FolderFile(Member(name, manifest.size, manifest.digest), manifest)
-
-
-def _list(path: Path) -> list[tuple[str, int]]:
-    """(name, size) of every file that counts, in order."""
-    try:
-        return [(name, facts.st_size) for name, facts in sendable_files(str(path))]
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
-    except UnsendableError as error:
-        raise CheckpointError(printable(str(error)), action=error.action) from error
-
-
-def read_folder_fingerprint(path: Path) -> Fingerprint:
-    """`folder_fingerprint` of a folder here. Raises `CheckpointError`."""
-    try:
-        return folder_fingerprint(str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be listed: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(str(error), action="Name the folder of one checkpoint.") from error
-
-
-def _digest_small(path: Path) -> ChunkManifest:
-    """Sooner read than looked up."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return digest_file(io.BytesIO(data), len(data))

@@ -17,7 +17,7 @@ from orchestrator.node import BULK_BYTES, Node
 from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy, StreamOpener
 from orchestrator.transfer.direct import DirectWay, packs_between
-from orchestrator.transfer.folder import Folder, FolderFile, SentFolder, send_folder
+from orchestrator.transfer.folder import Folder, FolderFile, FolderProgress, SentFolder, send_folder
 from orchestrator.transfer.node_files import DescribedFile, NodeFiles, changed_on_node
 from orchestrator.transfer.node_lines import NodeLines
 from orchestrator.transfer.progress import ProgressListener
@@ -225,7 +225,8 @@ def _copy_folder(
 
     try:
         with copy:
-            sent = send_folder(target, described.folder, copy.carrier, upload, on_progress, run_id=run_id)
+            progress = FolderProgress(described.folder.size, on_progress)
+            sent = send_folder(target, described.folder, copy.carrier, upload, progress, run_id=run_id)
     except (UsageError, IntegrityError):
         # A file that is gone is a folder that has changed.
         _check_unchanged(source, described)

@@ -19,7 +19,8 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import ByteStream, Transport
 from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy
-from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
+from orchestrator.transfer.folder import FolderFile, FolderProgress, SentFolder, send_folder
+from orchestrator.transfer.local_folder import LocalFolder
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import UploadResult, upload_file
@@ -106,7 +107,7 @@ def send(
 
     policy = StreamPolicy(fixed=streams)
     with Carrier(node, streams=policy, packing=False, retry=NO_PATIENCE) as carrier:
-        return send_folder(node, local.folder, carrier, upload, on_progress)
+        return send_folder(node, local.folder, carrier, upload, FolderProgress(local.size, on_progress))
 
 
 def test_a_folder_takes_no_more_logins_than_streams_and_leaves_none_of_them_behind(

@@ -20,7 +20,8 @@ from orchestrator.profiles import ClusterProfile
 from orchestrator.ssh.transport import ByteStream
 from orchestrator.transfer.carrier import Carrier
 from orchestrator.transfer.channel import ReconnectPolicy
-from orchestrator.transfer.folder import FolderFile, LocalFolder, SentFolder, send_folder
+from orchestrator.transfer.folder import FolderFile, FolderProgress, SentFolder, send_folder
+from orchestrator.transfer.local_folder import LocalFolder
 from orchestrator.transfer.node_copy import CopiedCheckpoint, copy_checkpoint, describe
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.stream_count import StreamPolicy
@@ -83,6 +84,13 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
+def read(path: Path, layout: LocalLayout) -> LocalFolder:
+    """A folder that has been read in full."""
+    with LocalFolder(path, layout) as local:
+        _ = local.folder
+        return local
+
+
 def send(
     node: LocalOpener, local: LocalFolder, on_progress: ProgressListener | None = None, **options: Any
 ) -> SentFolder:
@@ -90,7 +98,7 @@ def send(
         return upload_file(carrier, local.open(files), manifest, on_progress=listener)
 
     with Carrier(node, retry=NO_PATIENCE, **options) as carrier:
-        return send_folder(cast(Node, node), local.folder, carrier, upload, on_progress)
+        return send_folder(cast(Node, node), local.folder, carrier, upload, FolderProgress(local.size, on_progress))
 
 
 def test_a_thousand_small_files_take_one_stream_and_two_calls(root: Path, layout: LocalLayout, tmp_path: Path) -> None:
@@ -99,45 +107,45 @@ def test_a_thousand_small_files_take_one_stream_and_two_calls(root: Path, layout
     for number in range(1000):
         (many / f"part {number}").write_bytes(f"{number}".encode() * number)
     node = AgentHere(root)
-    sent = send(node, LocalFolder(many, layout), streams=StreamPolicy(fixed=1))
+    sent = send(node, read(many, layout), streams=StreamPolicy(fixed=1))
     assert digests(Path(sent.path)) == digests(many)
     assert node.calls == ["assemble_folder"] * 2
     assert node.opened == 1
 
 
 def test_a_folder_that_is_there_takes_one_call(root: Path, layout: LocalLayout, folder: Path) -> None:
-    first = send(AgentHere(root), LocalFolder(folder, layout))
+    first = send(AgentHere(root), read(folder, layout))
     node = AgentHere(root)
-    assert send(node, LocalFolder(folder, layout)) == SentFolder(first.path, 0)
+    assert send(node, read(folder, layout)) == SentFolder(first.path, 0)
     assert (node.calls, node.opened) == (["assemble_folder"], 0)
 
 
 def test_only_what_changed_of_a_folder_is_sent(root: Path, layout: LocalLayout, folder: Path) -> None:
-    send(AgentHere(root), LocalFolder(folder, layout))
+    send(AgentHere(root), read(folder, layout))
     with (folder / "a").open("r+b") as file:
         file.seek(17 * MIB)
         file.write(b"changed")
-    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    sent = send(AgentHere(root), read(folder, layout))
     assert sent.bytes_sent == 4 * MIB
     assert digests(Path(sent.path)) == digests(folder)
 
 
 def test_a_cut_folder_is_gone_on_with_where_it_was(root: Path, layout: LocalLayout, folder: Path) -> None:
-    local = LocalFolder(folder, layout)
+    local = read(folder, layout)
     node = AgentHere(root, [lambda inner: CutStream(inner, 18 * MIB, None)])
     with pytest.raises(UnreachableError):
         send(node, local, streams=StreamPolicy(fixed=1))
     assert not list(root.rglob("tree"))
     before = durable_bytes(root, [folder / "a", folder / "below" / "b"])
     assert before >= 10 * MIB  # all but the chunk of 8 MiB that was cut
-    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    sent = send(AgentHere(root), read(folder, layout))
     assert sent.bytes_sent == local.folder.size - before
     assert digests(Path(sent.path)) == digests(folder)
 
 
 def test_progress_goes_once_from_what_is_there_to_the_whole(root: Path, layout: LocalLayout, folder: Path) -> None:
     seen: list[TransferProgress] = []
-    send(AgentHere(root), LocalFolder(folder, layout), seen.append)
+    send(AgentHere(root), read(folder, layout), seen.append)
     done = [progress.bytes_done for progress in seen]
     assert done == sorted(done)
     assert {progress.bytes_total for progress in seen} == {done[-1]}
@@ -147,7 +155,7 @@ def test_progress_goes_once_from_what_is_there_to_the_whole(root: Path, layout: 
 def test_a_folder_that_changes_while_it_is_sent_is_an_error(
     root: Path, layout: LocalLayout, folder: Path, change: str
 ) -> None:
-    local = LocalFolder(folder, layout)
+    local = read(folder, layout)
 
     def act(_progress: TransferProgress) -> None:
         if change == "written":
@@ -168,7 +176,7 @@ def test_a_folder_that_changes_while_it_is_sent_is_an_error(
 
 
 def test_a_file_that_is_another_than_was_remembered_is_seen(root: Path, layout: LocalLayout, folder: Path) -> None:
-    local = LocalFolder(folder, layout)
+    local = read(folder, layout)
     facts = (folder / "a").stat()
     with (folder / "a").open("r+b") as file:
         file.write(b"in place")
@@ -182,7 +190,7 @@ def test_a_link_within_the_folder_is_sent_as_the_file_that_it_leads_to(
     root: Path, layout: LocalLayout, folder: Path
 ) -> None:
     (folder / "best").symlink_to("below/b")
-    sent = send(AgentHere(root), LocalFolder(folder, layout))
+    sent = send(AgentHere(root), read(folder, layout))
     assert (Path(sent.path) / "best").read_bytes() == (folder / "below" / "b").read_bytes()
     assert not (Path(sent.path) / "best").is_symlink()
 
@@ -203,13 +211,13 @@ def snapshot(tmp_path: Path) -> Path:
 def test_a_snapshot_of_the_model_hub_s_cache_is_sent_with_the_blobs_that_it_names(
     root: Path, layout: LocalLayout, snapshot: Path
 ) -> None:
-    sent = send(AgentHere(root), LocalFolder(snapshot, layout))
+    sent = send(AgentHere(root), read(snapshot, layout))
     assert digests(Path(sent.path)) == digests(snapshot)
     assert not any(path.is_symlink() for path in Path(sent.path).rglob("*"))
 
 
 def test_a_folder_below_a_snapshot_is_sent_as_well(root: Path, layout: LocalLayout, snapshot: Path) -> None:
-    sent = send(AgentHere(root), LocalFolder(snapshot / "below", layout))
+    sent = send(AgentHere(root), read(snapshot / "below", layout))
     assert digests(Path(sent.path)) == digests(snapshot / "below")
 
 
@@ -298,7 +306,7 @@ def test_a_disk_that_refuses_one_of_the_files_leaves_no_stream_behind(
     (folder / "a").rename(folder / "large")  # behind the other, which goes first and fits
     node = NodeOfProcesses(limited_files(tmp_path, 10 * MIB))
     with pytest.raises(NoSpaceError):
-        send(node, LocalFolder(folder, layout), streams=StreamPolicy(fixed=2))
+        send(node, read(folder, layout), streams=StreamPolicy(fixed=2))
     assert durable_bytes(Path(node.layout.root), [folder / "below" / "b"]) == 9 * MIB
     assert node.processes
     assert all(process.wait(20) is not None for process in node.processes)
