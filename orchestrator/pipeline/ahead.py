@@ -38,9 +38,9 @@ class Ahead:
 
     def __init__(self, context: RunContext, path: Path | None, order: Order, on_progress: ProgressListener) -> None:
         """`path` None: there is nothing to send, and `begin` does nothing."""
+        self.path = path
         self.has_streams = False
         self._context = context
-        self._path = path
         self._order = order
         self._on_progress = on_progress
         self._folder: LocalFolder | None = None
@@ -57,33 +57,33 @@ class Ahead:
     def begin(self, refuse: Callable[[int], None]) -> None:
         """Begin beside preflight, where the file is large enough for streams of its own. `refuse` hears the bytes that
         the file takes and raises what preflight can say at once; it is called in another thread, before any go."""
-        if self._path is None:
+        if self.path is None:
             return
-        if self._path.is_dir():
+        if self.path.is_dir():
             self.folder()
-        elif self._path.stat().st_size >= BULK_BYTES:
+        elif self.path.stat().st_size >= BULK_BYTES:
             self._refuse = refuse
-            self._start(self._path)
+            self._start(self.path)
 
     def finish(self) -> tuple[LocalFile, Draft]:
         """The file as it was read, and what went of it. Preflight had nothing against the run. Raises what
         `digest_local_file` does."""
         self._is_preflight_over.set()
         self._has_answer.set()
-        if self._path is None:
+        if self.path is None:
             raise InternalError("there is no local file to be sent")
         if self._reading is None:
-            self._start(self._path)
+            self._start(self.path)
         if self._reading is None or self._draft is None:
             raise InternalError("the local file is not read")
         return self._reading.result(), self._draft
 
     def folder(self) -> LocalFolder:
         """Of a folder, what is being read, or has been. Raises what making one does."""
-        if self._path is None:
+        if self.path is None:
             raise InternalError("there is no local folder to be sent")
         if self._folder is None:
-            self._folder = LocalFolder(self._path, self._context.services.layout)
+            self._folder = LocalFolder(self.path, self._context.services.layout)
         return self._folder
 
     def __enter__(self) -> Ahead:

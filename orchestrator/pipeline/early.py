@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import IntegrityError
@@ -25,14 +25,14 @@ class Share:
 
 
 def chunk_classes(
-    inspected: Mapping[str, Any], path: str, facts: tuple[int, int, int], manifest: ChunkManifest
+    inspected: Mapping[str, Any], path: str, spans: Sequence[tuple[int, int]], facts: tuple[int, int, int] | None
 ) -> list[ChunkClass] | None:
-    """What each chunk holds; None where the header that was `inspected` is not that of the file at `path` alone, of
-    which `manifest` tells: `facts` are its size, mtime_ns and inode."""
+    """What each of a file's chunks holds; None where the header that was `inspected` is not that of the file at `path`
+    alone, with these `facts`, its size, mtime_ns and inode, where they are known."""
     header = inspected["header"]
-    if [file["path"] for file in header["files"]] != [path] or header["fingerprint"] != list(facts):
+    if [file["path"] for file in header["files"]] != [path] or facts not in (None, tuple(header["fingerprint"])):
         return None
-    return classify(manifest.spans, tensor_bytes(header, inspected["reads"]))
+    return classify(spans, tensor_bytes(header, inspected["reads"]))
 
 
 def first_share(

@@ -113,5 +113,5 @@ def _chunk_classes(source: Node, described: DescribedFile) -> list[ChunkClass] |
         inspected = inspect_on_source(source, described.path)
     except RemoteEvalError:
         return None
-    listed = described.listed
-    return chunk_classes(inspected, described.path, (listed.size, listed.mtime_ns, listed.inode), described.manifest)
+    listed, spans = described.listed, described.manifest.spans
+    return chunk_classes(inspected, described.path, spans, (listed.size, listed.mtime_ns, listed.inode))

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import CheckpointError, ConfigurationError, RemoteEvalError
 from orchestrator.inspection import inspect_ahead, inspect_local
@@ -24,7 +23,7 @@ from orchestrator.transfer.archive import pack_code
 from orchestrator.transfer.draft import Draft
 from orchestrator.transfer.fingerprints import LocalFile, digest_local_file
 from orchestrator.transfer.node_copy import CopiedCheckpoint
-from orchestrator.transfer.order import ChunkClass, classify, sending_order, tensor_bytes
+from orchestrator.transfer.order import ChunkClass, sending_order
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult
 from remote_payload.wire.chunks import ChunkManifest
@@ -32,10 +31,11 @@ from remote_payload.wire.messages import Unpacked, UnpackRequest
 
 
 def file_ahead(context: RunContext) -> Ahead:
-    """For `sync_checkpoint`; what can go on beside preflight waits for its `begin`."""
+    """For `sync_checkpoint`: the file or folder that is to be sent, if it is one of this machine. What can go on beside
+    preflight waits for its `begin`."""
     plan = context.plan
-    is_local = context.source is None and plan.checkpoint.cluster is None and not context.profile.embedded
-    path = local_checkpoint(plan.checkpoint) if is_local else None
+    is_here = plan.checkpoint.cluster is None and not context.profile.embedded
+    path = local_checkpoint(plan.checkpoint) if is_here else None
     if path is None:
         return Ahead(context, None, lambda spans: range(len(spans)), _telling(context))
     if not path.is_dir():
@@ -48,35 +48,15 @@ def sync_checkpoint(context: RunContext, ahead: Ahead, *, may_start_early: bool 
 
     `may_start_early`: the weights suffice for now where a job begins with them; the rest is for `send_rest` then.
     """
+    if ahead.path is not None and ahead.path.is_dir():
+        return send_local_folder(context, ahead.folder())
+    if ahead.path is not None:
+        return _send_file(context, ahead.path, ahead, may_start_early)
     if context.source is not None:
         return copy_from_source(context, context.source, may_start_early=may_start_early)
     if context.plan.checkpoint.cluster is not None:
         return locate_in_place(context.node, context.plan.checkpoint, context.plan.run_id)
-    path = local_checkpoint(context.plan.checkpoint)
-    if path.is_dir():
-        # Used where it is, its files' names and times stand for it: nobody computes a digest.
-        return _here(context, path) if context.profile.embedded else send_local_folder(context, ahead.folder())
-    if context.profile.embedded:
-        # The embedded node is this machine: the file is used where it is, and its digest is known all the same.
-        local = digest_local_file(path, context.services.layout)
-        return dataclasses.replace(_here(context, path), digest=local.manifest.digest)
-    local, draft = ahead.finish()
-    found = find_by_content(context, local.manifest)
-    if found is not None:
-        draft.end(is_given_up=True)
-        draft.close()
-        context.node.drop_prepared_streams()
-        return found
-    if local.was_remembered and not ahead.has_streams:
-        prepare_streams(context, path.stat().st_size)
-    try:
-        return _send(context, path, local, draft, may_start_early)
-    except LocalFileChangedError:
-        if not local.was_remembered:
-            raise
-    # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
-    local = digest_local_file(path, context.services.layout, use_remembered=False)
-    return _send(context, path, local, None, may_start_early)
+    return _here(context, local_checkpoint(context.plan.checkpoint))
 
 
 def send_rest(context: RunContext, begun: SyncedCheckpoint, meanwhile: Callable[[], None]) -> SyncedCheckpoint:
@@ -95,7 +75,7 @@ def send_rest(context: RunContext, begun: SyncedCheckpoint, meanwhile: Callable[
         local = digest_local_file(path, context.services.layout)
         if local.manifest.digest != begun.digest:
             raise changed_since_begun(context.plan, str(path))
-        classes = _chunk_classes(path, local)
+        classes = _classes_of_hashed(path, local)
         order = None if classes is None else sending_order(classes)
         sent = _upload(context, path, local.manifest, on_progress=on_progress, order=order)
     return dataclasses.replace(begun, bytes_sent=begun.bytes_sent + sent.bytes_sent, is_complete=sent.is_complete)
@@ -120,10 +100,35 @@ def sync_code(context: RunContext) -> None:
 
 
 def _here(context: RunContext, path: Path) -> SyncedCheckpoint:
+    """The embedded node is this machine: what is here is used where it is. A file's digest is known all the same; a
+    folder's files' names and times stand for it."""
     found = locate_at(context.node, str(path), context.plan.run_id)
     if found is None:
         raise CheckpointError(f"there is no file at {path}", action="Check --checkpoint.")
-    return found
+    if path.is_dir():
+        return found
+    return dataclasses.replace(found, digest=digest_local_file(path, context.services.layout).manifest.digest)
+
+
+def _send_file(context: RunContext, path: Path, ahead: Ahead, may_start_early: bool) -> SyncedCheckpoint:
+    """Have the file on the node, which may have it already."""
+    local, draft = ahead.finish()
+    found = find_by_content(context, local.manifest)
+    if found is not None:
+        draft.end(is_given_up=True)
+        draft.close()
+        context.node.drop_prepared_streams()
+        return found
+    if local.was_remembered and not ahead.has_streams:
+        prepare_streams(context, path.stat().st_size)
+    try:
+        return _send(context, path, local, draft, may_start_early)
+    except LocalFileChangedError:
+        if not local.was_remembered:
+            raise
+    # The remembered digest was of another content with the same size, time and sampled bytes: read it anew, once.
+    local = digest_local_file(path, context.services.layout, use_remembered=False)
+    return _send(context, path, local, None, may_start_early)
 
 
 def _send(
@@ -132,7 +137,7 @@ def _send(
     """Send the file, what jobs read first before the rest; no rest where nobody needs it, or not yet."""
     manifest = local.manifest
     may_start_early = may_start_early and not local.was_remembered
-    share = first_share(context.plan, manifest, _chunk_classes(path, local), may_start_early=may_start_early)
+    share = first_share(context.plan, manifest, _classes_of_hashed(path, local), may_start_early=may_start_early)
     sent = _upload(context, path, manifest, on_progress=_telling(context), order=share.order, draft=draft)
     if share.note and not sent.is_complete:  # a draft may have brought the rest
         context.reporter.note(share.note)
@@ -158,28 +163,26 @@ def _upload(
         return send_to_node(context, path, manifest, on_progress, order, draft)
 
 
-def _chunk_classes(path: Path, local: LocalFile) -> list[ChunkClass] | None:
+def _classes_of_hashed(path: Path, local: LocalFile) -> list[ChunkClass] | None:
     """What each chunk holds; None where no header can be read, or not that of the file that was hashed."""
-    inspected, hashed = _inspected(path), local.fingerprint
-    if inspected is None:
-        return None
-    return chunk_classes(inspected, str(path), (hashed.size, hashed.mtime_ns, hashed.inode), local.manifest)
+    hashed = local.fingerprint
+    return _chunk_classes(path, local.manifest.spans, (hashed.size, hashed.mtime_ns, hashed.inode))
 
 
 def _order_of_draft(plan: RunPlan, path: Path, spans: Sequence[tuple[int, int]]) -> list[int]:
     """Which chunks go while the file is still being hashed: no rest that no job of the run reads."""
-    inspected = _inspected(path)
-    if inspected is None:
+    classes = _chunk_classes(path, spans)
+    if classes is None:
         return list(range(len(spans)))
-    classes = classify(spans, tensor_bytes(inspected["header"], inspected["reads"]))
     needs_rest = not all(job.reads_weights_only for job in plan.jobs)
     return [index for index in sending_order(classes) if needs_rest or classes[index] is not ChunkClass.REST]
 
 
-def _inspected(path: Path) -> dict[str, Any] | None:
-    """What the header of a file tells; None where it tells nothing of this one file."""
+def _chunk_classes(
+    path: Path, spans: Sequence[tuple[int, int]], facts: tuple[int, int, int] | None = None
+) -> list[ChunkClass] | None:
+    """As `early.chunk_classes`; None too where no header can be read."""
     try:
-        inspected = inspect_local(path)
+        return chunk_classes(inspect_local(path), str(path), spans, facts)
     except RemoteEvalError:
         return None
-    return inspected if [file["path"] for file in inspected["header"]["files"]] == [str(path)] else None

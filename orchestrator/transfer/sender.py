@@ -191,30 +191,28 @@ class Sender:
         if self._flight.is_named(index):
             channel.send(FrameKind.COPY, index, self._table.sha256(index))
             return
-        offset, left = self._table.offset(index), self._table.length(index)
-        body = ready
-        if is_again:
-            body = (RAW_ENCODING, self._read_unchanged(index))
-        elif body is None and not channel.is_filled_there:
-            body = self._file.body(offset, left)
+        length = self._table.length(index)
+        body = (RAW_ENCODING, self._read_unchanged(index)) if is_again else ready
+        if channel.is_filled_there:
+            # To pack it, the node waits until it knows the whole chunk: not where the limit tells it bit by bit.
+            is_told_at_once = self._carrier.bucket.piece_bytes(length) == length
+            may_pack = channel.may_pack_there and is_told_at_once and not is_again
+            # How fast that goes tells nothing of a link from here.
+            self._send_bytes(channel, index, PACKED_ENCODING if may_pack else RAW_ENCODING, lambda _: None)
+            return
+        if body is None:
+            body = self._file.body(self._table.offset(index), length)
         if self._is_given_up is not None:
             channel.send(FrameKind.DIGEST, index, self._table.sha256(index))
-        if channel.is_filled_there:
-            # Tells nothing of a link from here.
-            self._send_bytes(channel, index, may_pack_there=not is_again)
-            return
         with self._carrier.rates.moving():
             if body is not None:
                 self._send_body(channel, index, *body)
             else:
-                self._send_bytes(channel, index)
+                self._send_bytes(channel, index, RAW_ENCODING, self._carrier.rates.note_moved)
 
-    def _send_bytes(self, channel: FrameChannel, index: int, *, may_pack_there: bool = False) -> None:
+    def _send_bytes(self, channel: FrameChannel, index: int, encoding: int, note_moved: Callable[[int], None]) -> None:
         offset, left = self._table.offset(index), self._table.length(index)
-        # To pack it, the node waits until it knows the whole chunk: not where the limit tells it bit by bit.
-        is_told_at_once = self._carrier.bucket.piece_bytes(left) == left
-        may_pack = may_pack_there and channel.may_pack_there and is_told_at_once
-        channel.send_data_header(index, left, PACKED_ENCODING if may_pack else RAW_ENCODING)
+        channel.send_data_header(index, left, encoding)
         while left:
             count = min(left, self._carrier.bucket.piece_bytes(PIECE_BYTES))
             self._carrier.bucket.take(count)
@@ -222,8 +220,7 @@ class Sender:
             while count:
                 sent = self._file.send(channel, offset, count)
                 self._sent.add(sent, 0)
-                if not channel.is_filled_there:
-                    self._carrier.rates.note_moved(sent)
+                note_moved(sent)
                 offset, left, count = offset + sent, left - sent, count - sent
 
     def _send_body(self, channel: FrameChannel, index: int, encoding: int, body: bytes) -> None:
