@@ -133,6 +133,8 @@ def _copy(reference: str, other: str, *, streams: int | None, limit_mbps: float 
             on_progress=functools.partial(world.reporter.transfer, posixpath.basename(described.path)),
             run_id=name if isinstance(described, DescribedFolder) else "",
         )
+    if done.note:
+        world.reporter.note(done.note)
     reached = f"{other}:{done.path}"
     if as_json:
         facts = {"bytes": done.size, "bytes_sent": done.bytes_sent, "seconds": done.seconds}

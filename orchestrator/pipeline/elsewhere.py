@@ -80,6 +80,8 @@ def _copied(
         share = first_share(context.plan, described.manifest, classes, may_start_early=may_start_early)
     report = functools.partial(context.reporter.transfer, "checkpoint")
     done = _copy(context, source, described, share.order, report)
+    if done.note:
+        context.reporter.note(done.note)
     if not done.is_complete:
         context.reporter.note(share.note)
     elif not done.bytes_sent:

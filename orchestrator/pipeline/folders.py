@@ -32,6 +32,8 @@ def send_local_folder(context: RunContext, local: LocalFolder) -> SyncedCheckpoi
 def _synced(context: RunContext, local: LocalFolder) -> SyncedCheckpoint:
     sent = _send(context, local)
     local.check_unchanged()
+    if sent.note:
+        context.reporter.note(sent.note)
     if not sent.bytes_sent:
         context.reporter.note("the checkpoint is on the node already (store): 0 bytes to send")
     how = "sent" if sent.bytes_sent else "store"

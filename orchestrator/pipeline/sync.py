@@ -139,10 +139,13 @@ def _send(
     may_start_early = may_start_early and not local.was_remembered
     share = first_share(context.plan, manifest, _classes_of_hashed(path, local), may_start_early=may_start_early)
     sent = _upload(context, path, manifest, on_progress=_telling(context), order=share.order, draft=draft)
+    if sent.note:
+        context.reporter.note(sent.note)
     if share.note and not sent.is_complete:  # a draft may have brought the rest
         context.reporter.note(share.note)
+    how = "sent" if sent.bytes_sent or not sent.is_complete else "store"
     return SyncedCheckpoint(
-        sent.path_on_node, manifest.digest, manifest.size, (), "sent", sent.bytes_sent, is_complete=sent.is_complete
+        sent.path_on_node, manifest.digest, manifest.size, (), how, sent.bytes_sent, is_complete=sent.is_complete
     )
 
 

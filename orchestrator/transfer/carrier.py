@@ -16,20 +16,25 @@ from orchestrator.transfer.packing import Packer
 from orchestrator.transfer.progress import TokenBucket
 from orchestrator.transfer.stream_count import StreamCount, StreamPolicy
 from orchestrator.transfer.streams import MAX_LOGINS_AT_ONCE, MAX_NEAR_LOGINS_AT_ONCE, StreamEnd, StreamPool
+from remote_payload.wire.messages import Assembled
 from remote_payload.wire.packing_rates import PackingRates
 from remote_payload.wire.processors import usable_processors
-from remote_payload.wire.stream import ReceiveRequest
+from remote_payload.wire.stream import ReceiveRequest, ReusedFacts
 
 _TICK_S = 0.05
+_WAS_CHANGED = "the stored copy was changed since it was verified; it is sent again"
+_WAS_READ = "the stored copy was touched since it was verified; it was read anew in full, and is what it was"
 
 
 @dataclasses.dataclass
 class Sent:
     """What has gone over all streams so far. `facts`: of each stream that ever served it, how it travelled, as far as
-    that is known. For several threads, through `add`."""
+    that is known. For several threads, through `add`. `note`: what became of a stored copy that the node did not
+    believe."""
 
     bytes_sent: int = 0
     bytes_packed: int = 0
+    note: str = ""
     facts: list[StreamFacts] = dataclasses.field(default_factory=list)
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -41,6 +46,11 @@ class Sent:
     def add_stream(self, facts: StreamFacts) -> None:
         with self._lock:
             self.facts.append(facts)
+
+
+def note_of(found: ReusedFacts | Assembled) -> str:
+    """What a person is told of a stored copy that the node did not believe; nothing where there was none."""
+    return _WAS_CHANGED if found.was_changed else _WAS_READ if found.was_read else ""
 
 
 class Carrier:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from orchestrator.errors import IntegrityError
 from orchestrator.node import Node
-from orchestrator.transfer.carrier import Carrier
+from orchestrator.transfer.carrier import Carrier, note_of
 from orchestrator.transfer.channel import FrameChannel
 from orchestrator.transfer.progress import ProgressListener, TransferProgress
 from orchestrator.transfer.source import LocalFileChangedError, Source
@@ -64,10 +64,12 @@ class Upload(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SentFolder:
-    """Where the folder stands, and how many bytes were sent for it."""
+    """Where the folder stands, how many bytes were sent for it, and what became of a stored copy that the node did not
+    believe, in words."""
 
     path: str
     bytes_sent: int
+    note: str = ""
 
 
 def send_folder(
@@ -88,6 +90,7 @@ def send_folder(
     pack = joined(file.manifest for file in packed)
     request = AssembleRequest(node.layout.root, folder.members, pack.digest, run_id)
     answer = _assemble(node, request)
+    note = note_of(answer)
     large = {file.member.digest: [file] for file in folder.files if not file.member.is_packed}
     missing = sum(large[digest][0].member.size if digest in large else pack.size for digest in answer.missing)
     carrier.expect(missing)
@@ -96,7 +99,9 @@ def send_folder(
     for digest in answer.missing:
         files = large.get(digest, packed)
         manifest = pack if digest == pack.digest else files[0].manifest
-        sent += upload(files, manifest, progress.of_file).bytes_sent
+        result = upload(files, manifest, progress.of_file)
+        sent += result.bytes_sent
+        note = note or result.note
         progress.ended()
     if answer.path is None:
         answer = _assemble(node, request)
@@ -105,7 +110,7 @@ def send_folder(
             f"the node has no complete folder although all {len(folder.files)} files were sent",
             action="Run it again; what has arrived is kept.",
         )
-    return SentFolder(answer.path, sent)
+    return SentFolder(answer.path, sent, note)
 
 
 def send_hashed(files: Iterable[FolderFile], known: frozenset[bytes], upload: Upload, progress: FolderProgress) -> int:

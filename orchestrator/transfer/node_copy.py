@@ -59,6 +59,8 @@ class CopiedCheckpoint:
     is_direct: bool = False
     """Whether the bytes went straight, to the end."""
     is_complete: bool = True
+    note: str = ""
+    """What became of a stored copy that the node did not believe."""
 
 
 def describe(node: Node, path: str, *, anew: bool = False) -> DescribedFile | DescribedFolder:
@@ -114,14 +116,15 @@ def copy_checkpoint(
             else:
                 # The other node says itself what it has; nothing is sent where that is what it is said to have.
                 again = _copy_file(dataclasses.replace(copy, target=target), source, described, None, order)
-                done = dataclasses.replace(again, bytes_sent=done.bytes_sent + again.bytes_sent)
+                done = dataclasses.replace(again, bytes_sent=done.bytes_sent + again.bytes_sent, note=done.note)
         path, digest, sent = done.path_on_node, described.manifest.digest, done.bytes_sent
-        is_complete = done.is_complete
+        is_complete, note = done.is_complete, done.note
     else:
         folder = _copy_folder(copy, source, described, target, on_progress, run_id)
         path, digest, sent, is_complete = folder.path, described.folder.digest, folder.bytes_sent, True
+        note = folder.note
     is_direct = way is not None and way.is_direct
-    return CopiedCheckpoint(path, digest, size, sent, time.monotonic() - began, is_direct, is_complete)
+    return CopiedCheckpoint(path, digest, size, sent, time.monotonic() - began, is_direct, is_complete, note)
 
 
 @dataclasses.dataclass

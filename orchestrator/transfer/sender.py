@@ -10,7 +10,7 @@ from collections.abc import Callable
 from orchestrator import standby
 from orchestrator.errors import CommandTimeoutError, RemoteEvalError, UnreachableError
 from orchestrator.ssh.transport import ByteStream
-from orchestrator.transfer.carrier import Carrier, Sent
+from orchestrator.transfer.carrier import Carrier, Sent, note_of
 from orchestrator.transfer.channel import IDLE_TIMEOUT_S, FrameChannel, StreamDamagedError
 from orchestrator.transfer.flight import Flight, Lane, bitmap
 from orchestrator.transfer.packing import PackedChunk, Packer
@@ -146,7 +146,9 @@ class Sender:
         while True:
             header, body = channel.receive(FrameKind.WAITING, FrameKind.REUSED, FrameKind.HAVE, FrameKind.FINISHED)
             if header.kind is FrameKind.REUSED:
-                self._on_reused(channel.decode(ReusedFacts, body).bytes_reused)
+                facts = channel.decode(ReusedFacts, body)
+                self._sent.note = note_of(facts) or self._sent.note
+                self._on_reused(facts.bytes_reused)
             if header.kind is FrameKind.FINISHED:
                 return channel.decode(FinishedFacts, body)
             if header.kind is FrameKind.HAVE:

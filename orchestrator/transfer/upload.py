@@ -44,7 +44,8 @@ class UploadResult:
     no sending: the node had it at the start, or the file repeats it. `bytes_reused`: the part of that which the node
     copied from other files of its store. `bytes_packed` is what packing took off what was sent.
     `streams`: of each stream that was ever open, how it travelled, as far as that is known. `is_complete` False: not
-    every chunk was asked for, and the file will stand at `path_on_node` once the others have been sent too."""
+    every chunk was asked for, and the file will stand at `path_on_node` once the others have been sent too. `note`:
+    what became of a stored copy that the node did not believe, in words."""
 
     path_on_node: str
     bytes_sent: int
@@ -54,6 +55,7 @@ class UploadResult:
     bytes_reused: int = 0
     bytes_packed: int = 0
     is_complete: bool = True
+    note: str = ""
 
 
 def upload_file(
@@ -143,6 +145,7 @@ def upload_file(
         min(upload.bytes_reused, upload.bytes_saved or 0),
         upload.sent.bytes_packed,
         isinstance(finished, FinishedFacts),
+        upload.sent.note,
     )
 
 

@@ -7,12 +7,12 @@ import io
 import os
 import secrets
 import shutil
-import stat
-from collections.abc import Sequence
 from typing import BinaryIO, Optional
 
-from remote_payload.agent import files, partial_file, root, store
+from remote_payload.agent import files, partial_file, root, store, verified
 from remote_payload.agent.failure import AgentError
+from remote_payload.agent.stored_chunks import StoredChunks
+from remote_payload.agent.verified import FileState
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.chunks import CHUNK_BYTES, ChunkManifest, digest_file, file_digest
 from remote_payload.wire.codec import from_json, to_json
@@ -34,46 +34,37 @@ def assemble_folder(request: AssembleRequest) -> Assembled:
     members = request.members
     check_members(members)
     digest = folder_digest(members)
+    tree = layout.checkpoint_tree(digest)
     if _is_used(layout, digest, request):
-        return Assembled(layout.checkpoint_tree(digest))
+        return Assembled(tree)
+    was_there = os.path.lexists(tree)
+    if was_there and StoredChunks(layout, digest).verify():
+        return Assembled(tree, was_read=True)
     missing = _missing(layout, request)
     if missing:
-        return Assembled(None, missing)
+        return Assembled(None, missing, was_changed=was_there)
     staging = layout.staging(secrets.token_hex(16))
     try:
         _fill(layout, request, staging, digest)
-        _put_in_place(staging.checkpoint_folder(digest), layout, digest, members)
+        _put_in_place(staging, layout, digest)
     except FileNotFoundError:
         missing = _missing(layout, request)  # deleted since it was looked for
         if not missing:
             raise
-        return Assembled(None, missing)
+        return Assembled(None, missing, was_changed=was_there)
     finally:
         shutil.rmtree(staging.root, ignore_errors=True)
-    if not _is_used(layout, digest, request):
+    if not (_is_used(layout, digest, request) or StoredChunks(layout, digest).verify()):
         raise AgentError("conflict", f"another process keeps changing {layout.checkpoint_folder(digest)}", _AGAIN)
-    _drop_parts(layout, request)
-    return Assembled(layout.checkpoint_tree(digest))
+    with verified.renewed(layout, digest, [os.path.join(tree, member.path) for member in members]):
+        _drop_parts(layout, request)
+    return Assembled(tree, was_changed=was_there)
 
 
 def _is_used(layout: NodeLayout, digest: str, request: AssembleRequest) -> bool:
     """Whether the folder stands there whole, and stays for the run from now on."""
     size = sum(member.size for member in request.members)
-    is_there = store.find_tree(layout, digest, size, request.run_id) is not None
-    return is_there and _stands(layout, digest, request.members)
-
-
-def _stands(layout: NodeLayout, digest: str, members: Sequence[Member]) -> bool:
-    """Whether every file is there with its size; one of another size was tampered with."""
-    tree = layout.checkpoint_tree(digest)
-    try:
-        for member in members:
-            facts = os.lstat(os.path.join(tree, member.path))
-            if not stat.S_ISREG(facts.st_mode) or facts.st_size != member.size:
-                return False
-    except OSError:
-        return False
-    return True
+    return store.find_tree(layout, digest, size, request.run_id) is not None
 
 
 def _parts(request: AssembleRequest) -> dict[str, int]:
@@ -95,6 +86,7 @@ def _fill(layout: NodeLayout, request: AssembleRequest, staging: NodeLayout, dig
     os.makedirs(tree, mode=0o700)
     folders = {tree}
     manifests = []
+    placed = []
     has_pack = request.pack_digest in _parts(request)
     with _open_stored(layout, request.pack_digest) if has_pack else io.BytesIO() as pack:
         for member in request.members:
@@ -104,12 +96,21 @@ def _fill(layout: NodeLayout, request: AssembleRequest, staging: NodeLayout, dig
             folders.add(folder)
             place = _place_packed(pack, member, target) if member.is_packed else _place_stored(layout, member, target)
             manifests.append(place)
+            placed.append(verified.state_at(target))
     whole = joined(manifests)
     partial_file.write_manifest(staging, digest, ChunkTable(pack_chunks(whole.chunks), whole.size))
     files.replace(staging.checkpoint_members(digest), files.json_bytes(to_json(MemberList(request.members))))
+    verified.record(staging, digest, [_as_placed(layout, tree, *one) for one in zip(request.members, placed)])
     files.write_new(staging.checkpoint_lock(digest), b"")  # whoever frees and whoever uses it take turns by it
     for folder in sorted(folders, reverse=True):
         files.fsync_folder(folder)
+
+
+def _as_placed(layout: NodeLayout, tree: str, member: Member, placed: Optional[FileState]) -> Optional[FileState]:
+    """How the file stands now, if it has got no more than another name since it was placed: that of a second member
+    with its content."""
+    now = verified.state_at(os.path.join(tree, member.path))
+    return now if now in (placed, *verified.recorded(layout, member.digest, 1)) else None
 
 
 def _place_packed(pack: BinaryIO, member: Member, target: str) -> ChunkManifest:
@@ -124,9 +125,12 @@ def _place_packed(pack: BinaryIO, member: Member, target: str) -> ChunkManifest:
 def _place_stored(layout: NodeLayout, member: Member, target: str) -> ChunkManifest:
     """The same file under another name, or a verified copy where the file system has no hard links."""
     manifest = None
+    stored = layout.checkpoint(member.digest)
     try:
-        os.link(layout.checkpoint(member.digest), target)
-        manifest = _known_manifest(layout, member)
+        with verified.renewed(layout, member.digest, [stored]):
+            os.link(stored, target)
+        if verified.recorded(layout, member.digest, 1) == [verified.state_at(target)]:
+            manifest = _known_manifest(layout, member)
     except OSError as error:
         if error.errno not in files.NO_HARD_LINKS:
             raise
@@ -143,7 +147,7 @@ def _place_stored(layout: NodeLayout, member: Member, target: str) -> ChunkManif
 
 
 def _known_manifest(layout: NodeLayout, member: Member) -> Optional[ChunkManifest]:
-    """What stands beside the stored file, if it can be believed."""
+    """What stands beside the stored file, if it tells of that."""
     with contextlib.suppress(ValueError):
         manifest = from_json(ChunkManifest, files.read_json(layout.checkpoint_manifest(member.digest)))
         if (file_digest(manifest.chunks), manifest.size) == (member.digest, member.size):
@@ -170,14 +174,18 @@ def _open_stored(layout: NodeLayout, digest: str) -> BinaryIO:
     return open(os.open(layout.checkpoint(digest), _OPEN), "rb")
 
 
-def _put_in_place(made: str, layout: NodeLayout, digest: str, members: Sequence[Member]) -> None:
-    """Rename it to its final name. Another call may have been first; what stands there and is not whole goes."""
-    target = layout.checkpoint_folder(digest)
+def _put_in_place(staging: NodeLayout, layout: NodeLayout, digest: str) -> None:
+    """Rename it to its final name. Another call may have been first; what stands there and is not believed goes."""
+    made, target = staging.checkpoint_folder(digest), layout.checkpoint_folder(digest)
     with contextlib.suppress(OSError):
         os.rename(made, target)
         files.fsync_folder(layout.checkpoints)
         return
-    if not _stands(layout, digest, members):
-        shutil.rmtree(store.move_away(layout, target), ignore_errors=True)
+    if not StoredChunks(layout, digest).is_believed:
+        with contextlib.suppress(OSError):
+            # Whoever used what stood there needs this as well.
+            shutil.copyfile(layout.checkpoint_uses(digest), staging.checkpoint_uses(digest))
+        doomed = store.move_away(layout, target)
         os.rename(made, target)
         files.fsync_folder(layout.checkpoints)
+        shutil.rmtree(doomed, ignore_errors=True)

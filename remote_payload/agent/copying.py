@@ -22,6 +22,7 @@ import time
 from collections.abc import Generator, Sequence
 from typing import Callable, NamedTuple, Optional, Union
 
+from remote_payload.agent.verified import FileState, state_of
 from remote_payload.wire.chunk_table import ChunkTable
 from remote_payload.wire.chunks import CHUNK_BYTES
 
@@ -40,12 +41,11 @@ _CLONE = struct.Struct("=qQQQ")
 
 
 class Place(NamedTuple):
-    """Where a chunk may stand, or, in a file that was not written to after `verified_ns`, does: in nanoseconds, by the
-    file system's clock."""
+    """Where a chunk may stand, or does, in a file that stands as it did when it was `verified`."""
 
     path: str
     offset: int
-    verified_ns: int = 0
+    verified: Optional[FileState] = None
 
 
 class Copying:
@@ -121,7 +121,7 @@ class Copying:
         facts = os.fstat(fd)
         offset = self._table.offset(index)
         begin = end = 0
-        if facts.st_mtime_ns <= place.verified_ns:
+        if state_of(facts) == place.verified:
             begin, end = self._share(fd, facts, place.offset, offset, len(view))
         if begin < end:
             if not (_fill(fd, place.offset, view[:begin]) and _fill(fd, place.offset + end, view[end:])):
@@ -150,7 +150,7 @@ class Copying:
         except OSError:
             self._block_bytes = 0  # it never will
             return 0, 0
-        return (begin, end) if _state(os.fstat(source)) == _state(facts) else (0, 0)
+        return (begin, end) if state_of(os.fstat(source)) == state_of(facts) else (0, 0)
 
     def _write(self, view: memoryview, offset: int) -> None:
         while view:
@@ -214,7 +214,3 @@ def _fill(fd: int, offset: int, view: memoryview, on_piece: Callable[[memoryview
         on_piece(view[:count])
         view, offset = view[count:], offset + count
     return True
-
-
-def _state(facts: os.stat_result) -> tuple[int, int, int]:
-    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Optional
 
-from remote_payload.agent import files, quota
+from remote_payload.agent import files, quota, verified
 from remote_payload.agent.background import Background
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.chunk_table import ChunkTable
@@ -229,6 +229,8 @@ class PartialFile:
                 os.rename(layout.checkpoint_part(digest), layout.checkpoint(digest))
                 os.fchmod(self.fd, 0o400)
                 files.fsync_folder(layout.checkpoint_folder(digest))
+                # Each chunk was verified before it was written.
+                verified.record(layout, digest, [verified.state_of(os.fstat(self.fd))])
         except FileNotFoundError:
             if not is_stored(layout, digest, self._table.size):
                 raise
@@ -246,6 +248,8 @@ class PartialFile:
         self.reload()
         if any(is_wanted and not is_here for is_wanted, is_here in zip(wanted, self.have)):
             return False
+        # They would read a stored copy that was changed, and is being replaced, before the part.
+        remove_if_there(self._layout.checkpoint(self._digest))
         with self.fullness_explained():
             self._list_readable()
         return True

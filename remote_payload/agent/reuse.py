@@ -6,6 +6,7 @@ Chunk manifests stand beside the stored files and say where to look. What is cop
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Generator, Iterable
 from typing import Callable, Optional
 
@@ -88,6 +89,11 @@ def _places(
     for index, is_here in enumerate(part.have):
         if is_here and table.sha256(index) in wanted:
             places.setdefault(table.sha256(index), [Place(layout.checkpoint_part(digest), table.offset(index))])
+    replaced = layout.checkpoint(digest)
+    if os.path.lexists(replaced):
+        # The stored copy was changed: most of its chunks may still stand.
+        for sha256, indices in wanted.items():
+            places.setdefault(sha256, []).append(Place(replaced, table.offset(indices[0])))
     lengths = {sha256: table.length(indices[0]) for sha256, indices in wanted.items()}
     for stored in _stored(layout):
         if stored == digest or all(len(places.get(sha256, ())) >= MAX_CANDIDATES for sha256 in wanted):

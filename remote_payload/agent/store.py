@@ -19,6 +19,7 @@ from typing import Optional
 from remote_payload.agent import files
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import try_lock
+from remote_payload.agent.stored_chunks import StoredChunks
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest, check_run_id
@@ -71,7 +72,7 @@ def note_use(layout: NodeLayout, digest: str, run_id: str) -> None:
 
 
 def find(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os.stat_result]:
-    """The stored file's facts, with its use by `run_id` noted; None where it is not in the store.
+    """The stored file's facts, with its use by `run_id` noted; None where it is not in the store, or not believed.
 
     Whoever frees files sees the use, or has freed the file before it was looked for.
     """
@@ -83,7 +84,7 @@ def find(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os
         if not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
             return None
         note_use(layout, digest, run_id)
-        return facts
+        return facts if StoredChunks(layout, digest).is_believed else None
 
 
 def find_tree(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os.stat_result]:
@@ -97,7 +98,7 @@ def find_tree(layout: NodeLayout, digest: str, size: int, run_id: str) -> Option
         except FileNotFoundError:
             return None
         note_use(layout, digest, run_id)
-        return facts
+        return facts if StoredChunks(layout, digest).is_believed else None
 
 
 def digest_of_path(layout: NodeLayout, path: str) -> Optional[str]:

@@ -160,6 +160,10 @@ class NodeLayout:
     def checkpoint_manifest(self, file_digest: str) -> str:
         return posixpath.join(self.checkpoint_folder(file_digest), "chunks.json")
 
+    def checkpoint_verified(self, file_digest: str) -> str:
+        """How the checkpoint's files stood when they were verified."""
+        return posixpath.join(self.checkpoint_folder(file_digest), "verified.json")
+
     def checkpoint_uses(self, file_digest: str) -> str:
         """When which run located or sent the file, a line each."""
         return posixpath.join(self.checkpoint_folder(file_digest), "uses")

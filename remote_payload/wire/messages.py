@@ -214,10 +214,14 @@ class AssembleRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """`path` of the complete folder; None, and the digests of the files that the store lacks for it."""
+    """`path` of the complete folder; None, and the digests of the files that the store lacks for it. The stored copy of
+    it may have been touched since it was verified: `was_read`: it was read in full and is what its digest says;
+    `was_changed`: it is not, and is replaced."""
 
     path: Optional[str]
     missing: tuple[str, ...] = ()
+    was_read: bool = False
+    was_changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,9 @@ rules ends the stream; nothing it held was used.
     client → agent   MANIFEST  a page of the chunk table (`chunk_table.py`); argument: index of its first chunk. As
                                many pages as the table needs, in order; none for an empty file
     agent → client   WAITING   JSON `WaitingFacts`, repeated while another client sends the same file, or while
-                               room is made or chunks are copied from what is here
-                     REUSED    JSON `ReusedFacts`, before HAVE: chunks that were copied from what is here
+                               room is made, or what is here is read or copied from
+                     REUSED    JSON `ReusedFacts`, before HAVE or FINISHED: chunks that were copied from what is here,
+                               or what became of a stored copy that was not believed
                      HAVE      bitmap of the chunks that are here and durable, lowest bit first; argument: chunk count
                      FINISHED  JSON `FinishedFacts`: the file is here already (instead of HAVE)
     client → agent   DIGEST    of a draft only: the SHA-256 of the chunk whose DATA comes next; argument: its index
@@ -172,7 +173,7 @@ class ReceiveRequest:
 
 @dataclasses.dataclass(frozen=True)
 class WaitingFacts:
-    """Another session is sending this file, room is made for it, or its chunks are copied from what is here;
+    """Another session is sending this file, room is made for it, or what is here of it is read or copied;
     `journalled` grows as that gets on."""
 
     journalled: int
@@ -180,9 +181,13 @@ class WaitingFacts:
 
 @dataclasses.dataclass(frozen=True)
 class ReusedFacts:
-    """So many bytes of the file were had from other files of the store, or from the same file."""
+    """So many bytes of the file were had from other files of the store, or from the same file. The stored copy of it
+    may have been touched since it was verified: `was_read`: it was read in full and is what its digest says;
+    `was_changed`: it is not, and is replaced."""
 
     bytes_reused: int
+    was_read: bool = False
+    was_changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

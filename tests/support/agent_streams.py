@@ -442,6 +442,7 @@ def check_stored(root: Path, manifest: ChunkManifest, content: bytes) -> None:
         "file",
         "lock",
         "uses",
+        "verified.json",
     ]
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from remote_payload.agent import copying
 from remote_payload.agent.copying import Copying, Place
+from remote_payload.agent.verified import FileState, state_at
 from remote_payload.wire.chunk_table import ChunkTable, pack_chunks
 from remote_payload.wire.processors import usable_processors
 from tests.support import sharing
@@ -40,10 +41,10 @@ def copy(
     shift: int = 0,
     indices: Sequence[int] = range(len(TABLE)),
     threads: int = 4,
-    verified_ns: int = 0,
+    verified: FileState | None = None,
 ) -> set[int]:
     """Copy the chunks from a file in which the content stands `shift` bytes further on."""
-    work = [(index, [Place(str(source), TABLE.offset(index) + shift, verified_ns)]) for index in indices]
+    work = [(index, [Place(str(source), TABLE.offset(index) + shift, verified)]) for index in indices]
     return {index for index in Copying(TABLE, fd, work).copied(threads, 60.0) if index is not None}
 
 
@@ -106,31 +107,33 @@ def test_what_was_verified_as_it_came_is_shared_and_no_more_read_than_does_not_f
         (disk / "source").write_bytes(bytes(shift) + CONTENT)
         with opened(disk / "part") as fd:
             os.truncate(fd, len(CONTENT))
-            verified_ns = (disk / "source").stat().st_mtime_ns
-            assert copy(fd, disk / "source", shift, verified_ns=verified_ns) == set(range(len(TABLE)))
+            verified = state_at(str(disk / "source"))
+            assert copy(fd, disk / "source", shift, verified=verified) == set(range(len(TABLE)))
         assert 0 < sum(read_bytes) <= len(TABLE) * 2 * 4095
         assert (disk / "part").read_bytes() == CONTENT
 
 
-def test_what_was_written_to_since_it_was_verified_is_not_believed(disk: Path) -> None:
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_what_was_written_to_since_it_was_verified_is_not_believed(disk: Path, keeps_time: bool) -> None:
     (disk / "source").write_bytes(CONTENT)
-    verified_ns = (disk / "source").stat().st_mtime_ns
+    verified = state_at(str(disk / "source"))
+    assert verified is not None
     with opened(disk / "source") as source:
         os.pwrite(source, b"damage", 8 * 4096)
-        os.utime(source, ns=(0, verified_ns + 1))
+        os.utime(source, ns=(0, verified.mtime_ns if keeps_time else verified.mtime_ns + 1))
     (disk / "part").write_bytes(bytes(len(CONTENT)))
     with opened(disk / "part") as fd:
-        assert copy(fd, disk / "source", verified_ns=verified_ns) == set(range(1, len(TABLE)))
+        assert copy(fd, disk / "source", verified=verified) == set(range(1, len(TABLE)))
     assert (disk / "part").read_bytes() == bytes(CHUNK) + CONTENT[CHUNK:]
 
 
 @pytest.mark.parametrize("end", [0, 7, 12 * CHUNK + 5])
 def test_a_verified_file_that_was_cut_short_gives_what_it_still_holds(disk: Path, end: int) -> None:
     (disk / "source").write_bytes(CONTENT[:end])
-    verified_ns = (disk / "source").stat().st_mtime_ns
+    verified = state_at(str(disk / "source"))
     with opened(disk / "part") as fd:
         os.truncate(fd, len(CONTENT))
-        assert copy(fd, disk / "source", verified_ns=verified_ns) == set(range(end // CHUNK))
+        assert copy(fd, disk / "source", verified=verified) == set(range(end // CHUNK))
 
 
 def test_what_is_written_to_the_source_between_verifying_and_sharing_does_not_come_along(

@@ -11,6 +11,7 @@ import pytest
 from orchestrator.transfer.upload import upload_file
 from remote_payload.agent import assemble
 from remote_payload.agent.stored_chunks import StoredChunks
+from remote_payload.agent.verified import state_at
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.members import Member, folder_digest
 from remote_payload.wire.messages import AssembleRequest
@@ -39,14 +40,13 @@ def send_folder(root: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_stored_checkpoint_was_verified_when_its_manifest_was_written(root: Path, kind: str) -> None:
+def test_a_stored_checkpoint_stands_as_it_was_verified(root: Path, kind: str) -> None:
     layout = NodeLayout(str(root))
     digest = send(root, CONTENTS["a"]) if kind == "file" else send_folder(root)
     place = StoredChunks(layout, digest).place(1_000_000)
     path = Path(layout.checkpoint(digest)) if kind == "file" else Path(layout.checkpoint_tree(digest)) / "a"
     assert (place.path, place.offset) == (str(path), 1_000_000)
-    written_ns = Path(layout.checkpoint_manifest(digest)).stat().st_mtime_ns
-    assert place.verified_ns == written_ns >= path.stat().st_mtime_ns
+    assert place.verified == state_at(str(path))
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -70,7 +70,7 @@ def test_a_damaged_manifest_says_where_to_look_and_is_not_believed(
     manifest.write_bytes(damage(manifest.read_bytes()))
     stored = StoredChunks(layout, digest)
     # Half of a folder's manifest still tells of its first file.
-    assert min(stored.place(0).verified_ns, stored.place(len(CONTENTS["a"])).verified_ns) == 0
+    assert None in (stored.place(0).verified, stored.place(len(CONTENTS["a"])).verified)
 
 
 def test_a_folders_list_of_files_that_does_not_make_its_digest_is_not_believed(root: Path) -> None:
@@ -78,17 +78,7 @@ def test_a_folders_list_of_files_that_does_not_make_its_digest_is_not_believed(r
     digest = send_folder(root)
     members = Path(layout.checkpoint_members(digest))
     members.write_bytes(members.read_bytes().replace(b'"b/c"', b'"b/d"'))
-    assert StoredChunks(layout, digest).place(0).verified_ns == 0
-
-
-def test_a_manifest_that_was_made_anew_beside_the_stored_file_tells_nothing_of_it(root: Path) -> None:
-    layout = NodeLayout(str(root))
-    digest = send(root, CONTENTS["a"])
-    manifest = Path(layout.checkpoint_manifest(digest))
-    manifest.unlink()
-    assert send(root, CONTENTS["a"]) == digest
-    assert manifest.stat().st_size > 0
-    assert StoredChunks(layout, digest).place(0).verified_ns == 0
+    assert StoredChunks(layout, digest).place(0).verified is None
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -104,8 +94,5 @@ def test_another_file_in_a_stored_ones_place_is_not_believed_whatever_its_time_s
     if how != "gone":
         path.write_bytes(bytes(len(content)) if how == "another" else content[:-1])
         os.utime(path, ns=(0, 0))
-    stored = StoredChunks(layout, digest)
-    if kind == "file":
-        assert stored.place(0).verified_ns == 0
-    else:
-        assert (stored.place(0).verified_ns > 0, stored.place(len(CONTENTS["a"])).verified_ns) == (True, 0)
+    assert not StoredChunks(layout, digest).is_believed
+    assert not StoredChunks(layout, digest).verify()
