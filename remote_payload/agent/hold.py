@@ -38,7 +38,7 @@ def take_hold(
 
     Raises `AgentError` conflict when that session has not got on for `wait_s`.
     """
-    grown_to, grown_at, told_at = -1, time.monotonic(), 0.0
+    seen, got_on_at, told_at = (0, 0), time.monotonic(), 0.0
     while True:
         with contextlib.suppress(FileNotFoundError):  # finished, or deleted, between two looks: look again
             held = _try_hold(channel, layout, request, table, lock)
@@ -46,11 +46,11 @@ def take_hold(
                 return held.part
             if _is_finished(layout, request):
                 return None
-        journalled = partial_file.journal_bytes(layout, request.digest)
+        state = partial_file.journal_state(layout, request.digest)
         now = time.monotonic()
-        if journalled > grown_to:
-            grown_to, grown_at = journalled, now
-        if now - grown_at > request.wait_s:
+        if state != seen:
+            seen, got_on_at = state, now
+        if now - got_on_at > request.wait_s:
             raise AgentError(
                 "conflict",
                 "another upload of the same file holds it on the node and does not get on",
@@ -58,7 +58,7 @@ def take_hold(
             )
         if now - told_at > _WAITING_INTERVAL_S:
             told_at = now
-            channel.send_json(FrameKind.WAITING, WaitingFacts(journalled))
+            channel.send_json(FrameKind.WAITING, WaitingFacts(state[0]))
         if channel.wait_readable(_LOCK_POLL_S):
             channel.fill(memoryview(bytearray(1)))
             raise DamagedStreamError("the client spoke out of turn")
@@ -140,7 +140,7 @@ def _telling(
         if time.monotonic() - told_at > _WAITING_INTERVAL_S:
             told_at = time.monotonic()
             before()
-            channel.send_json(FrameKind.WAITING, WaitingFacts(partial_file.journal_bytes(layout, digest)))
+            channel.send_json(FrameKind.WAITING, WaitingFacts(partial_file.journal_state(layout, digest)[0]))
 
     return tell
 

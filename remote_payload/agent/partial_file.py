@@ -153,6 +153,11 @@ class PartialFile:
         self._unsynced.append(index)
         self._unsynced_bytes += self._table.length(index)
 
+    def touch(self) -> None:
+        """Show whoever waits for the file that it gets on, though nothing more of it is durable yet."""
+        with contextlib.suppress(OSError):
+            os.utime(self._journal_fd)
+
     def sync_if_due(self, *, may_wait: bool = True) -> None:
         """Begin to make durable what was written, beside what goes on. Raises what the sync before met; waits for that
         one, if it may, only where as much has arrived again."""
@@ -362,12 +367,13 @@ def _named(journal: bytes, table: ChunkTable) -> Iterator[int]:
             yield index
 
 
-def journal_bytes(layout: NodeLayout, digest: str) -> int:
-    """How long the journal is: it grows while somebody gets on with the file."""
+def journal_state(layout: NodeLayout, digest: str) -> tuple[int, int]:
+    """How long the journal is, and when it was touched: both grow while somebody gets on with the file."""
     try:
-        return os.lstat(layout.checkpoint_journal(digest)).st_size
+        facts = os.lstat(layout.checkpoint_journal(digest))
     except FileNotFoundError:
-        return 0
+        return 0, 0
+    return facts.st_size, facts.st_mtime_ns
 
 
 def remove_if_there(path: str) -> None:

@@ -256,11 +256,15 @@ class _Receiver:
                 hasher.update(view[:count])
             view = view[count:]
             self._taken_bytes += count
-            self._say_alive()
+            if self._say_alive():
+                self._part.touch()
 
-    def _say_alive(self) -> None:
-        if time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S:
+    def _say_alive(self) -> bool:
+        """Whether it was time to."""
+        is_due = time.monotonic() - self._spoke_at > ALIVE_INTERVAL_S
+        if is_due:
             self._say(FrameKind.ALIVE, self._taken_bytes)
+        return is_due
 
     def _send_have(self) -> None:
         self._say(FrameKind.HAVE, len(self._table), encode_bitmap(self._part.have))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import random
 import secrets
@@ -12,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +48,7 @@ from tests.support.agent_streams import (
     make_node_root,
     manifest_of,
 )
+from tests.support.world import until
 
 AGENT = [sys.executable, "-m", "remote_payload", "agent", "stream"]
 NO_PATIENCE = ReconnectPolicy(max_fruitless=0, first_wait_s=0.0, longest_wait_s=0.0)
@@ -199,6 +202,39 @@ def test_a_client_that_waits_adopts_what_the_other_one_finished(root: Path, loca
         first.finish()
         result = waiting.result(30)
     assert (result.bytes_saved, result.bytes_sent) == (10_000, 0)
+
+
+def test_a_rival_of_which_bytes_arrive_gets_on_though_no_chunk_of_its_is_whole(
+    root: Path, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, length = Path(NodeLayout(str(root)).checkpoint_journal(MANIFEST.digest)), MANIFEST.chunks[0].length
+    may_look = threading.Semaphore(1)
+    clock = itertools.count()
+
+    def one_more() -> float:
+        assert may_look.acquire(timeout=30)
+        return next(clock)
+
+    with raw_client(ThreadOpener(root)) as first, concurrent.futures.ThreadPoolExecutor(1) as clients:
+        first.have()
+        monkeypatch.setattr("remote_payload.agent.hold.time", SimpleNamespace(monotonic=one_more))
+        with monkeypatch.context() as patch:
+            patch.setattr("remote_payload.agent.receive.ALIVE_INTERVAL_S", -1.0)
+            waiting = clients.submit(upload_file, ThreadOpener(root), local, MANIFEST, wait_s=2.0, retry=NO_PATIENCE)
+            first.stream.write(encode_data_header(0, length))
+            for at in range(20):
+                before = journal.stat().st_mtime_ns
+                first.stream.write(CONTENT[at : at + 1])
+                until(lambda before=before: journal.stat().st_mtime_ns != before)
+                may_look.release()
+            first.stream.write(CONTENT[20:length])
+            while first.channel.receive(FrameKind.ALIVE, FrameKind.ACK)[0].kind is not FrameKind.ACK:
+                assert not waiting.done()
+            may_look.release(1000)
+        for index in range(1, 10):
+            first.send_chunk(index)
+        first.finish()
+        assert waiting.result(30).bytes_sent == 0
 
 
 def test_a_rival_that_does_not_get_on_is_waited_for_only_so_long(root: Path, local: Path) -> None:
