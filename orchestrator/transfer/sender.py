@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable
 
 from orchestrator import standby
@@ -110,12 +109,12 @@ class Sender:
         for _ in range(_MAX_FINISH_ROUNDS):
             self._send_chunks(channel, lane)
             if self._is_given_up is not None or not self._flight.is_last(lane):
-                self._leave(channel, answers)
+                self._leave(answers)
                 return
             self._flight.await_alone(lane, _ANSWERS_END_S)
             wanted = encode_bitmap(self._kept) if self._kept is not None else b""
-            channel.send(FrameKind.FINISH if self._kept is None else FrameKind.KEEP, len(self._kept or ()), wanted)
-            answer = answers.await_answer()
+            kind = FrameKind.FINISH if self._kept is None else FrameKind.KEEP
+            answer = answers.ask(kind, len(self._kept or ()), wanted)
             if isinstance(answer, (FinishedFacts, KeptFacts)):
                 self.finished = answer
                 return
@@ -124,11 +123,10 @@ class Sender:
             self._flight.send_missing(answer)
         raise StreamDamagedError("the node acknowledged chunks and then did not have them")
 
-    def _leave(self, channel: FrameChannel, answers: _Answers) -> None:
+    def _leave(self, answers: _Answers) -> None:
         """Leave the file to others: the agent makes durable and journals what it acknowledged, and says so."""
         is_given_up = self._is_given_up is not None and self._is_given_up()
-        channel.send(FrameKind.LEAVE, int(is_given_up))
-        left = answers.await_answer()
+        left = answers.ask(FrameKind.LEAVE, int(is_given_up))
         if not isinstance(left, LeftFacts):
             raise StreamDamagedError("the node does not let go of the file")
         self._on_reused(left.bytes_reused)
@@ -325,6 +323,7 @@ class _Answers:
         self._table = table
         self._sent = sent
         self._answer: Outcome | LeftFacts | bytearray | None = None
+        self._is_asked = False
         self._said = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="upload-answers", daemon=True)
         self._thread.start()
@@ -332,16 +331,17 @@ class _Answers:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
-    def await_answer(self, timeout_s: float = 10 * IDLE_TIMEOUT_S) -> Outcome | LeftFacts | bytearray:
+    def ask(
+        self, kind: FrameKind, argument: int, body: bytes = b"", timeout_s: float = 10 * IDLE_TIMEOUT_S
+    ) -> Outcome | LeftFacts | bytearray:
         """What the agent says to FINISH, KEEP or LEAVE: what became of the file, or a bitmap of what it has.
 
         The stream's idle timeout comes first where the agent is silent; `timeout_s` bounds even one that chatters.
         """
-        deadline = time.monotonic() + timeout_s
+        self._is_asked = True
+        self._channel.send(kind, argument, body)
         with self._said:
-            is_there = self._said.wait_for(
-                lambda: self._answer is not None or self.error is not None, deadline - time.monotonic()
-            )
+            is_there = self._said.wait_for(lambda: self._answer is not None or self.error is not None, timeout_s)
             answer, self._answer = self._answer, None
         if answer is not None:
             return answer
@@ -377,8 +377,10 @@ class _Answers:
         else:
             last = _LAST_ANSWERS.get(header.kind)
             answer = self._channel.decode(last, body) if last else bitmap(body, len(self._table))
+            if not self._is_asked:
+                raise StreamDamagedError(f"the node says {header.kind.name} unasked")
             with self._said:
-                self._answer = answer
+                self._answer, self._is_asked = answer, False
                 self._said.notify_all()
             return not isinstance(answer, bytearray)
         return False

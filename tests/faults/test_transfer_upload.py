@@ -17,12 +17,23 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import IntegrityError, NodeUnfitError, UnreachableError, UsageError
 from orchestrator.ssh.transport import ByteStream
+from orchestrator.transfer import sender
 from orchestrator.transfer.channel import ReconnectPolicy, StreamEndedError
 from orchestrator.transfer.progress import TransferProgress
+from orchestrator.transfer.stream_count import StreamPolicy
 from orchestrator.transfer.upload import LocalFileChangedError, UploadResult, upload_file
 from remote_payload.agent import receive
 from remote_payload.wire.chunks import CHUNK_BYTES, Chunk, ChunkManifest, digest_file, file_digest
 from remote_payload.wire.layout import NodeLayout
+from remote_payload.wire.stream import (
+    HEADER_BYTES,
+    FinishedFacts,
+    FrameKind,
+    LeftFacts,
+    decode_header,
+    encode_frame,
+    encode_json_frame,
+)
 from tests.support.agent_node import agent_node, interpreter_name, interpreters
 from tests.support.agent_streams import (
     CutStream,
@@ -102,6 +113,56 @@ def test_any_content_through_any_cuts_in_any_number_of_sessions_arrives_byte_for
         assert result.path_on_node == opener.layout.checkpoint(manifest.digest)
         assert opener.reconnects <= len(cuts)
         check_stored(root, manifest, content)
+
+
+class SaysUnasked(CutStream):
+    """Once data has gone, an answer that nobody asked for comes between two frames of the agent's."""
+
+    def __init__(self, inner: ByteStream, answer: bytes) -> None:
+        super().__init__(inner, None, None)
+        self._answer = answer
+        self._has_data_gone = self._is_saying = False
+
+    def read(self, max_bytes: int) -> bytes:
+        self._is_saying |= self._has_data_gone and max_bytes == HEADER_BYTES
+        if not (self._is_saying and self._answer):
+            return super().read(max_bytes)
+        said, self._answer = self._answer[:max_bytes], self._answer[max_bytes:]
+        return said
+
+    def write(self, data: bytes | memoryview) -> None:
+        super().write(data)
+        is_header = len(data) == HEADER_BYTES and bytes(data[:2]) == b"RE"
+        self._has_data_gone |= is_header and decode_header(bytes(data)).kind is FrameKind.DATA
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        encode_json_frame(FrameKind.FINISHED, FinishedFacts("/somewhere", "v1:" + "0" * 64, 1)),
+        encode_json_frame(FrameKind.LEFT, LeftFacts(0)),
+        encode_frame(FrameKind.HAVE, 8, b"\xff"),
+    ],
+    ids=["FINISHED", "LEFT", "HAVE"],
+)
+def test_an_answer_that_nobody_asked_for_ends_the_stream_and_another_goes_on(
+    root: Path, local: Path, answer: bytes
+) -> None:
+    content = noise(8000)
+    local.write_bytes(content)
+    manifest = manifest_of(content, even_cuts(len(content), 1000))
+    streams: list[ByteStream] = []
+
+    def spoil(inner: ByteStream) -> ByteStream:
+        streams.append(SaysUnasked(inner, answer))
+        return streams[-1]
+
+    opener = ThreadOpener(root, [spoil])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sender, "_NEXT_CHUNK_S", 5.0)
+        upload_file(opener, local, manifest, streams=StreamPolicy(fixed=1), retry=AT_ONCE)
+    assert opener.opened == 2
+    check_stored(root, manifest, content)
 
 
 @settings(max_examples=80, deadline=None)
