@@ -19,7 +19,6 @@ from typing import Optional
 from remote_payload.agent import files
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.locks import try_lock
-from remote_payload.agent.stored_chunks import StoredChunks
 from remote_payload.wire.codec import WireError
 from remote_payload.wire.layout import NodeLayout
 from remote_payload.wire.names import check_file_digest, check_run_id
@@ -84,7 +83,7 @@ def find(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os
         if not stat.S_ISREG(facts.st_mode) or facts.st_size != size:
             return None
         note_use(layout, digest, run_id)
-        return facts if StoredChunks(layout, digest).is_believed else None
+        return facts if _is_believed(layout, digest) else None
 
 
 def find_tree(layout: NodeLayout, digest: str, size: int, run_id: str) -> Optional[os.stat_result]:
@@ -98,7 +97,7 @@ def find_tree(layout: NodeLayout, digest: str, size: int, run_id: str) -> Option
         except FileNotFoundError:
             return None
         note_use(layout, digest, run_id)
-        return facts if StoredChunks(layout, digest).is_believed else None
+        return facts if _is_believed(layout, digest) else None
 
 
 def digest_of_path(layout: NodeLayout, path: str) -> Optional[str]:
@@ -193,6 +192,13 @@ def move_away(layout: NodeLayout, path: str) -> str:
     except OSError as error:
         raise AgentError("internal", f"{path} cannot be deleted: {error.strerror}") from error
     return doomed
+
+
+def _is_believed(layout: NodeLayout, digest: str) -> bool:
+    # Imported when used: what is sent for the first time is not found.
+    from remote_payload.agent.stored_chunks import StoredChunks
+
+    return StoredChunks(layout, digest).is_believed
 
 
 def _digest_of_name(folder_name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.transfer.upload import upload_file
 from remote_payload.agent import files, machine
 from remote_payload.agent.__main__ import answer
 from remote_payload.agent.failure import AgentError
@@ -30,6 +31,7 @@ from remote_payload.wire.chunks import digest_file
 from remote_payload.wire.layout import MARKER_NAME, NodeLayout, attempt_at
 from remote_payload.wire.messages import HelloRequest, LocateRequest, UnpackRequest
 from remote_payload.wire.names import WireError
+from tests.support.agent_streams import ThreadOpener
 
 DAY_S = 86_400
 
@@ -385,13 +387,14 @@ def test_a_search_follows_no_circle_of_links(node: NodeLayout, tmp_path: Path) -
 def test_a_stored_file_is_found_and_counts_as_used(node: NodeLayout, tmp_path: Path) -> None:
     original = tmp_path / "o"
     original.write_bytes(b"a" * 1000)
-    stored = Path(node.checkpoint(digest_of(original)))
-    stored.parent.mkdir(parents=True)
-    stored.write_bytes(original.read_bytes())
-    os.utime(stored.parent, (1, 1))
+    with original.open("rb") as file:
+        manifest = digest_file(file, 1000)
+    stored = upload_file(ThreadOpener(Path(node.root)), original, manifest).path_on_node
+    uses = Path(node.checkpoint_uses(manifest.digest))
+    uses.unlink()
     found = locate(by_content(node, original))
-    assert (found.how, found.path) == ("store", str(stored))
-    assert stored.parent.stat().st_mtime > 1
+    assert (found.how, found.path) == ("store", stored)
+    assert uses.exists()
 
 
 # unpack_code
