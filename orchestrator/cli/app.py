@@ -203,7 +203,10 @@ def fetch(
     from orchestrator.cli import fetch as fetching
 
     finish(
-        lambda: fetching.fetch(reference, local, force=force, streams=streams, limit_mbps=bandwidth_limit, as_json=json)
+        lambda: fetching.fetch(
+            reference, local, force=force, streams=streams, limit_mbps=bandwidth_limit, as_json=json
+        ),
+        if_interrupted="what has arrived is kept: the same command goes on with it",
     )
 
 

@@ -8,13 +8,15 @@ from typing import NoReturn
 
 import typer
 
-
-def finish(command: Callable[[], int]) -> NoReturn:
-    """Run a command and leave with its exit code."""
-    raise typer.Exit(_exit_code(command))
+JOB_GOES_ON = "a job that was started goes on: `remote-eval resume` takes it up"
 
 
-def _exit_code(command: Callable[[], int]) -> int:
+def finish(command: Callable[[], int], *, if_interrupted: str = JOB_GOES_ON) -> NoReturn:
+    """Run a command and leave with its exit code. `if_interrupted`: what a person who ends it is told."""
+    raise typer.Exit(_exit_code(command, if_interrupted))
+
+
+def _exit_code(command: Callable[[], int], if_interrupted: str) -> int:
     # Imported here so that `--help`, which runs no command, answers as fast as a bare Typer app.
     from orchestrator.cli.output import report_bug, report_error, start_log
     from orchestrator.errors import ExitCode, RemoteEvalError
@@ -25,7 +27,7 @@ def _exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        print("\ninterrupted; a job that was started goes on: `remote-eval resume` takes it up", file=sys.stderr)
+        print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except RemoteEvalError as error:
         return report_error(error, as_json="--json" in sys.argv[1:])

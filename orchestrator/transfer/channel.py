@@ -41,6 +41,7 @@ IDLE_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 10.0
 _PIECE_BYTES = 1024 * 1024
 _SHOWN_BYTES = 4000
+_RUN_AGAIN = "Run it again; what has arrived is kept."
 _OWN_MISTAKE_STATUS = 1
 _SSH_FAILED_STATUS = 255
 
@@ -188,9 +189,7 @@ class FrameChannel:
 
 
 def damaged(error: WireError) -> StreamDamagedError:
-    return StreamDamagedError(
-        f"the transfer's stream is damaged: {printable(str(error))}", action="Run it again; what has arrived is kept."
-    )
+    return StreamDamagedError(f"the transfer's stream is damaged: {printable(str(error))}")
 
 
 def with_reconnects(
@@ -214,6 +213,7 @@ def with_reconnects(
             fruitless = 0 if reached > furthest else fruitless + 1
             furthest = max(furthest, reached)
             if fruitless > policy.max_fruitless:
+                error.action = error.action or _RUN_AGAIN
                 raise
             wait_s = policy.wait_s(fruitless)
             if on_reconnect is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from orchestrator.cli.fetch import check_names
 from orchestrator.errors import ExitCode, IntegrityError
 from tests.support.sshd import start_sshd
-from tests.support.world import World, digests, make_world
+from tests.support.world import World, digests, make_world, until
 
 CONTENT = random.Random(5).randbytes(20 * 1024 * 1024 + 17)
 
@@ -41,6 +42,16 @@ def test_progress_goes_to_stderr_as_json_lines_and_the_document_alone_to_stdout(
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert {event["event"] for event in events} == {"transfer"}
     assert events[-1]["bytes_done"] == events[-1]["bytes_total"] == len(CONTENT)
+
+
+def test_a_fetch_that_a_person_ends_says_that_it_can_be_gone_on_with_and_speaks_of_no_job(world: World) -> None:
+    client = world.start("fetch", "lab:best.pt", str(world.home), "--bandwidth-limit", "0.1")
+    until(lambda: list(world.home.glob(".remote-eval-*.spans")))
+    client.send_signal(signal.SIGINT)
+    said, _ = client.communicate(timeout=60)
+    assert client.returncode == 130
+    assert "interrupted; what has arrived is kept: the same command goes on with it" in said
+    assert "job" not in said
 
 
 def test_another_file_is_not_overwritten_unless_forced(world: World) -> None:
