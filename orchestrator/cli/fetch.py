@@ -171,7 +171,12 @@ def target_of(listed: FileList, local: Path | None) -> Path:
         return into
     if not into.is_dir():
         raise UsageError(f"there is no folder {into}", action="Make it, or name another place.")
-    check_names([name])
+    try:
+        check_member_path(name)
+    except WireError as error:
+        raise UsageError(
+            f"it cannot have its own name here: {printable(str(error))}", action="Name it: CLUSTER:PATH NAME."
+        ) from error
     return into / name
 
 

@@ -116,6 +116,16 @@ def test_a_name_from_the_node_that_could_lead_elsewhere_is_refused(name: str) ->
         check_names([name])
 
 
+def test_a_file_whose_own_name_is_odd_comes_under_the_one_that_it_is_given(world: World) -> None:
+    (world.node / "data" / "odd \x1b[31m\n.pt").write_bytes(b"mine")
+    refused = world.cli("fetch", "lab:odd \x1b[31m\n.pt", str(world.home))
+    assert refused.returncode == ExitCode.USAGE
+    assert "own name" in refused.stderr
+    assert "\x1b" not in refused.stderr
+    world.json("fetch", "lab:odd \x1b[31m\n.pt", str(world.home / "plain.pt"))
+    assert (world.home / "plain.pt").read_bytes() == b"mine"
+
+
 def test_names_that_differ_by_case_alone_are_refused() -> None:
     with pytest.raises(IntegrityError):
         check_names(["a", "A"])
