@@ -129,7 +129,7 @@ class FarNode:
     def last_words(self) -> str:
         """The last line that ssh said, once it has ended or soon will."""
         self._listener.join(_END_S)
-        lines = printable(self._said.decode("utf-8", "replace")).split("\n")
+        lines = printable(self._said.decode("utf-8", "replace").replace("\r\n", "\n")).split("\n")
         return next((line.strip()[:_SHOWN_CHARACTERS] for line in reversed(lines) if line.strip()), "")
 
     def __enter__(self) -> FarNode:

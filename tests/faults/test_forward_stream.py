@@ -363,7 +363,7 @@ def test_an_agent_on_another_machine_takes_nothing(near: ThreadOpener, far: Node
     [
         ("echo a banner\nexit 3\n", "nothing came"),
         ("printf '\\n=remote-eval=%s=payload-missing=\\n' {nonce}\n", "payload-missing"),
-        ("echo no luck >&2\nexit 255\n", "no luck"),
+        ("printf 'no luck\\r\\n' >&2\nexit 255\n", "no luck"),
     ],
 )
 def test_an_agent_that_does_not_start_is_said_in_a_line(
@@ -375,6 +375,7 @@ def test_an_agent_that_does_not_start_is_said_in_a_line(
     with stream, pytest.raises(NodeUnfitError) as caught:
         FrameChannel(stream).receive(FrameKind.FORWARDING)
     assert said in caught.value.cause
+    assert "\\x" not in caught.value.cause  # as an unprintable character is shown
     until_gone(logins)
 
 
