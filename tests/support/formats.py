@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from tests.support.checkpoints import SmallNet, trained_small_checkpoint
@@ -78,8 +77,20 @@ def write_fsdp2_checkpoint(folder: Path, columns: bool = False) -> None:
 def write_dcp_checkpoint(folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """A checkpoint that one process saves with torch.distributed.checkpoint; returns what was saved."""
     saved = state or {**trained_small_checkpoint(), "epoch": 3, "config": {"learning_rate": 1e-3, "layers": [8, 4]}}
+    # Imported here: it takes a second, and every worker imports this file.
+    import torch.distributed.checkpoint as dcp
+
     dcp.save(saved, checkpoint_id=str(folder), no_dist=True)
     return saved
+
+
+def in_one_file(folder: Path) -> Path:
+    """The tensors of such a folder in a file of torch's beside it."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    one = folder.with_suffix(".pt")
+    dcp_to_torch_save(str(folder), str(one))
+    return one
 
 
 def edit_dcp_metadata(folder: Path, change: Any) -> None:

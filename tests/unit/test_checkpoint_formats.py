@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from remote_payload.checkpoint import CheckpointError, CheckpointHeader, Section, header_findings, read_header
@@ -81,6 +80,8 @@ def test_a_folder_of_one_process_is_read_as_it_was_saved(tmp_path: Path) -> None
 
 
 def test_tensors_that_two_ranks_saved_in_rows_are_one_tensor_each(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
     folder = tmp_path / "step"
     write_fsdp2_checkpoint(folder)
     header = read_header(folder)

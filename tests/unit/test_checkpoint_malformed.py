@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from remote_payload.checkpoint import CheckpointError, CheckpointHeader, header_findings, read_header
 from remote_payload.checkpoint.errors import MalformedCheckpointError, UnsupportedCheckpointError
@@ -225,6 +225,8 @@ def test_a_data_file_that_is_no_file_does_not_hang(tmp_path: Path, kind: str) ->
 
 
 def set_chunks(metadata: Any, boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], size: tuple[int, ...]) -> None:
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
     old = metadata.state_dict_metadata["model.w"]
     chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in boxes]
     metadata.state_dict_metadata["model.w"] = TensorStorageMetadata(old.properties, torch.Size(size), chunks)
@@ -325,13 +327,16 @@ def many_items(folder: Path, archive: bytes, count: int = 60) -> None:
     )
 
 
-LIVE_OBJECTS = b"\x80\x02}(" + b"".join(b"J" + struct.pack("<i", n) + b"]" for n in range(150_000)) + b"u."
-BOMBS = {
-    "inflating": deflated(b"\x80\x02N" + b"0N" * (30 * 1024 * 1024) + b"."),
-    "inflating_behind_stop": deflated(b"\x80\x02}." + bytes(60 * 1024 * 1024)),
-    "live_objects": torch_zip_of(LIVE_OBJECTS),
-    "broken_at_the_end": torch_zip_of(LIVE_OBJECTS[:-1] + b"\xff"),
-    "laughs": torch_zip_of(shared_lists_pickle(60)),
+def live_objects() -> bytes:
+    return b"\x80\x02}(" + b"".join(b"J" + struct.pack("<i", n) + b"]" for n in range(150_000)) + b"u."
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "inflating": lambda: deflated(b"\x80\x02N" + b"0N" * (30 * 1024 * 1024) + b"."),
+    "inflating_behind_stop": lambda: deflated(b"\x80\x02}." + bytes(60 * 1024 * 1024)),
+    "live_objects": lambda: torch_zip_of(live_objects()),
+    "broken_at_the_end": lambda: torch_zip_of(live_objects()[:-1] + b"\xff"),
+    "laughs": lambda: torch_zip_of(shared_lists_pickle(60)),
 }
 
 
@@ -351,7 +356,7 @@ def run_limited(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("make", [many_shards, many_items])
 @pytest.mark.parametrize("kind", sorted(BOMBS))
 def test_many_files_share_one_budget(tmp_path: Path, kind: str, make: Any) -> None:
-    make(tmp_path / "made", BOMBS[kind])
+    make(tmp_path / "made", BOMBS[kind]())
     run_limited(tmp_path / "made")
 
 

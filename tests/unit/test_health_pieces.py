@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from remote_payload.checkpoint import read_header
 from remote_payload.health.blocks import plan_scan
 from remote_payload.health.scan import scan
-from tests.support.formats import deepspeed_run, write_deepspeed_checkpoint, write_fsdp2_checkpoint
+from tests.support.formats import deepspeed_run, in_one_file, write_deepspeed_checkpoint, write_fsdp2_checkpoint
 from tests.support.hard_values import differing, flat
 from tests.support.health_plants import examined, findings_of
 
@@ -35,9 +34,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     write_fsdp2_checkpoint(folder)
     header = read_header(str(folder))
     assert any(len(t.pieces) == 2 for t in header.tensors)
-    one = folder.with_suffix(".pt")
-    dcp_to_torch_save(str(folder), str(one))
-    return folder, one
+    return folder, in_one_file(folder)
 
 
 @pytest.mark.parametrize("block_bytes", [None, 16, 48])
@@ -87,9 +84,7 @@ def by_columns(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """What two ranks of tensor parallelism saved, each some columns of the matrices, and the same in one file."""
     folder = tmp_path_factory.mktemp("columns") / "tensor_parallel"
     write_fsdp2_checkpoint(folder, columns=True)
-    one = folder.with_suffix(".pt")
-    dcp_to_torch_save(str(folder), str(one))
-    return folder, one
+    return folder, in_one_file(folder)
 
 
 @pytest.mark.parametrize("block_bytes", [None, 16, 48])

@@ -9,11 +9,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import scipy.linalg
-import scipy.signal
-import scipy.stats
+import scipy
+import skimage
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from remote_payload.reconstruct import audio_metrics, feature_metrics, metrics, noise_ceiling, ssim, statistics
 from remote_payload.reconstruct.feature_metrics import Extractor
@@ -68,7 +66,9 @@ def test_pearson_is_scipys(rng: np.random.Generator) -> None:
 def test_ssim_is_scikit_images(rng: np.random.Generator) -> None:
     a, b = rng.random((2, 4, 23, 31))
     expected = [
-        structural_similarity(x, y, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        skimage.metrics.structural_similarity(
+            x, y, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
         for x, y in zip(a, b, strict=True)
     ]
     np.testing.assert_allclose(ssim.ssim(a, b, 1.0), expected, atol=1e-10)
@@ -79,12 +79,12 @@ def test_ssim_and_psnr_of_colour_images_are_scikit_images(rng: np.random.Generat
     wanted = rng.random((30, 16, 18, 3)).astype(np.float32)
     given = np.clip(wanted + 0.2 * rng.standard_normal(wanted.shape), 0, 1).astype(np.float32)
     ssims = [
-        structural_similarity(
+        skimage.metrics.structural_similarity(
             x, y, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=2
         )
         for x, y in zip(wanted.astype(float), given.astype(float), strict=True)
     ]
-    psnrs = [peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(wanted, given, strict=True)]
+    psnrs = [skimage.metrics.peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in zip(wanted, given, strict=True)]
     if layout == "CHW":
         wanted, given = wanted.transpose(0, 3, 1, 2), given.transpose(0, 3, 1, 2)
     found = by_id(metrics.measure(case(Kind.IMAGE, layout, wanted.shape[1:], given, wanted))[0])

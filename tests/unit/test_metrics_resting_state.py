@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.signal
-import scipy.stats
+import scipy
 from numpy.typing import NDArray
 
 from remote_payload.reconstruct import statistics

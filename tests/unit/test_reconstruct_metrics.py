@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import false_discovery_control
 
 from remote_payload.reconstruct import metrics
 from remote_payload.reconstruct.judge import Judgement, judge, overall
@@ -145,7 +145,7 @@ def test_the_p_of_a_modalitys_metrics_are_adjusted_as_one_family() -> None:
     by_name = by_id(found)
     assert by_name["code_accuracy_codebook_1"].details["p"] > 0.05 > by_name["code_accuracy_codebook_0"].details["q"]
     ours = [m.details["q"] for m in found]
-    np.testing.assert_allclose(ours, false_discovery_control([m.details["p"] for m in found]))
+    np.testing.assert_allclose(ours, scipy.stats.false_discovery_control([m.details["p"] for m in found]))
 
 
 def test_mse_and_psnr_are_what_they_say() -> None:
