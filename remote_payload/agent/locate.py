@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Callable, Optional
 
 from remote_payload.agent import root, store
-from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, fingerprint
+from remote_payload.agent.digests import DigestCache, OutOfTimeError, digest_of, state_of_file
 from remote_payload.agent.failure import AgentError
 from remote_payload.wire.folders import folder_fingerprint
 from remote_payload.wire.layout import NodeLayout, is_part
@@ -57,11 +57,11 @@ def _in_place(layout: NodeLayout, request: LocateRequest, wanted: str, cache: Di
                 f"{path} is a checkpoint that has not arrived in full",
                 "Name the checkpoint where it was sent from: what is missing on this node is sent then.",
             )
-        found = fingerprint(path)
+        found = state_of_file(path)
         digest = store.digest_of_path(layout, path)
         if digest is not None:
             store.find(layout, digest, found.size, request.run_id)
-        return Located(True, "in_place", path, cache.get(found), found.size, found.mtime_ns, found.inode)
+        return Located(True, "in_place", path, cache.get(path, found), found.size, found.mtime_ns, found.inode)
     return _NOWHERE
 
 

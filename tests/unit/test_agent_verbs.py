@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from orchestrator.transfer.upload import upload_file
-from remote_payload.agent import files, machine
+from remote_payload.agent import digests, files, machine
 from remote_payload.agent.__main__ import answer
 from remote_payload.agent.failure import AgentError
 from remote_payload.agent.hello import hello
@@ -32,8 +31,6 @@ from remote_payload.wire.layout import MARKER_NAME, NodeLayout, attempt_at
 from remote_payload.wire.messages import HelloRequest, LocateRequest, UnpackRequest
 from remote_payload.wire.names import WireError
 from tests.support.agent_streams import ThreadOpener
-
-DAY_S = 86_400
 
 
 @pytest.fixture
@@ -334,7 +331,11 @@ def by_content(node: NodeLayout, path: Path, *roots: Path, **changes: Any) -> Lo
     )
 
 
-def test_a_copy_is_found_by_content_and_its_digest_remembered(node: NodeLayout, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keeps_time", [False, True])
+def test_a_copy_is_found_by_content_and_its_digest_remembered_until_it_is_written_to(
+    node: NodeLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps_time: bool
+) -> None:
+    monkeypatch.setattr(digests, "_SETTLED_S", 0.0)
     original = tmp_path / "original.pt"
     original.write_bytes(os.urandom(300_000))
     data = tmp_path / "data"
@@ -343,11 +344,13 @@ def test_a_copy_is_found_by_content_and_its_digest_remembered(node: NodeLayout, 
     os.mkfifo(data / "pipe")
     copy = data / "deep" / "er" / "copy.pt"
     copy.write_bytes(original.read_bytes())
-    os.utime(copy, (time.time() - DAY_S, time.time() - DAY_S))
     found = locate(by_content(node, original, data))
     assert (found.how, found.path) == ("by_content", str(copy))
     assert locate(LocateRequest(node.root, path=str(copy))).digest == digest_of(original)
+    before = copy.stat()
     copy.write_bytes(b"changed" + copy.read_bytes()[7:])
+    if keeps_time:
+        os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert locate(LocateRequest(node.root, path=str(copy))).digest is None
     assert not locate(by_content(node, original, data)).found
 
