@@ -37,7 +37,8 @@ class Recorder:
 
 
 class JobRun:
-    """Runs one job to its end. `wants_stop` is asked several times a second; True stops the job as cancelled."""
+    """Runs one job to its end. `wants_stop` is asked several times a second; True stops the job as cancelled. `problem`
+    is asked of a job that ended well: in words, why it counts as failed all the same."""
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class JobRun:
         environment: Mapping[str, str],
         keep_open: Sequence[int],
         wants_stop: Callable[[], bool],
+        problem: Callable[[], str],
     ) -> None:
         self._name = spec.name
         self._policy = policy
@@ -54,6 +56,7 @@ class JobRun:
         self._environment = environment
         self._keep_open = keep_open
         self._wants_stop = wants_stop
+        self._problem = problem
         self._clock = PhaseClock(policy.budgets_s, time.monotonic())
         self._lines = LineReader()
         self._reported_error: Optional[str] = None
@@ -93,7 +96,8 @@ class JobRun:
         if stopped is not None:
             return self._end(stopped[0], returncode, stopped[1])
         if returncode == 0:
-            return self._end(JobState.SUCCEEDED, 0, None)
+            problem = self._problem()
+            return self._end(JobState.FAILED if problem else JobState.SUCCEEDED, 0, problem or None)
         words = self._reported_error or "; ".join(
             part for part in (describe_exit(returncode), last_line(self._to.stderr.tail)) if part
         )

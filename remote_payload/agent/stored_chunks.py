@@ -72,6 +72,11 @@ class StoredChunks:
         """Whether every file is, and a folder holds no others."""
         return self._has_no_others and all(map(self._is_file_believed, range(len(self._paths))))
 
+    @property
+    def states(self) -> tuple[Optional[FileState], ...]:
+        """How each file stood when it was verified; None for one that is not believed."""
+        return tuple(self._verified)
+
     def verify(self, tell: Callable[[], None] = lambda: None) -> bool:
         """Whether every file is what its digest says, and a folder holds no others. What is not believed is read in
         full for that, and is from then on. `tell` is called as it gets on."""

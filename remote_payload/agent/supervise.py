@@ -16,6 +16,7 @@ from remote_payload.agent.failure import AgentError
 from remote_payload.agent.job_run import JobRun, Recorder
 from remote_payload.agent.manifest import Inventory, take_inventory
 from remote_payload.agent.record import EventLog, OutputLog, TruthFile
+from remote_payload.agent.unchanged import Unchanged
 from remote_payload.jobs.rest import Rest, RestNeverCameError
 from remote_payload.wire.codec import to_json
 from remote_payload.wire.layout import AttemptLayout, attempt_at
@@ -119,11 +120,17 @@ class Supervisor:
             OutputLog(self._attempt.stderr_log),
         )
         inherited = environment.for_job(os.environ)
+        layout, _, _ = attempt_at(self._attempt.folder)
+        checkpoint = Unchanged(layout, plan, lambda: self._truth.tick(time.monotonic()))
         held: Optional[gpus.GpuChoice] = None
         refusal = ""
         for spec in plan.jobs:
             if self._wants_stop():
                 break
+            problem = checkpoint.problem()
+            if problem:
+                self._fail(spec.name, problem)
+                continue
             rest = Rest(plan.checkpoint_path, functools.partial(self._tell_waiting, spec.name))
             is_arriving = not spec.reads_weights_only and rest.is_awaited()
             if is_arriving:
@@ -140,7 +147,9 @@ class Supervisor:
                 break
             given = {} if choice.visible is None else {gpus.VISIBLE_VARIABLE: choice.visible}
             variables = {**inherited, **given}
-            JobRun(spec, plan.overrun, recorder, variables, leases.descriptors, self._wants_stop).run()
+            JobRun(
+                spec, plan.overrun, recorder, variables, leases.descriptors, self._wants_stop, checkpoint.problem
+            ).run()
         self._give_up_remaining(plan)
         for name, log in (("stdout.log", recorder.stdout), ("stderr.log", recorder.stderr)):
             log.close()
@@ -164,11 +173,14 @@ class Supervisor:
                 if self._wants_stop():
                     return False
         except RestNeverCameError as error:
-            words = printable(f"{type(error).__name__}: {error}")
-            self._truth.set_job(job, state=JobState.FAILED, error=words, ended_at=time.time())
-            self._events.add("job_ended", job=job, state=JobState.FAILED.value, exit_status=None, error=words)
+            self._fail(job, printable(f"{type(error).__name__}: {error}"))
             return False
         return True
+
+    def _fail(self, job: str, words: str) -> None:
+        """For a job that has not begun."""
+        self._truth.set_job(job, state=JobState.FAILED, error=words, ended_at=time.time())
+        self._events.add("job_ended", job=job, state=JobState.FAILED.value, exit_status=None, error=words)
 
     def _give_up_remaining(self, plan: NodePlan) -> None:
         for spec in plan.jobs:
