@@ -135,7 +135,7 @@ def test_a_preflight_that_fails_ends_what_went_on_beside_it_and_the_next_try_tak
     # Its digest is remembered by then, which must not keep the next try from what went without it.
     time.sleep(SETTLED_NS / 1e9)
     slow.torch_does("raise ImportError('libcudart.so.12: cannot open')")
-    slow.world.edit_profile(bandwidth_limit_mbps=80)
+    slow.world.edit_profile(bandwidth_limit_mbps=20)
     client = slow.world.start(*RUN)
     until(lambda: slow.draft_bytes() > 0)
     slow.go.touch()

@@ -143,7 +143,7 @@ def test_a_copy_that_is_cut_has_brought_header_and_weights_before_anything_else(
     write_trained(local, 224)
     manifest, classes = chunks_of(local)
     order = sorted(range(len(classes)), key=lambda index: (classes[index], index))
-    edit_far(world, bandwidth_limit_mbps=40, pack_floats=False)
+    edit_far(world, bandwidth_limit_mbps=8, pack_floats=False)
     client = world.start("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "count")
     journal = Path(NodeLayout(str(far / "root of ours")).checkpoint_journal(manifest.digest))
 
@@ -171,7 +171,7 @@ def test_a_client_killed_amid_the_copy_goes_on_without_the_profile_and_sends_not
     world: World, far: Path
 ) -> None:
     content = make_large(world)
-    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
+    edit_far(world, bandwidth_limit_mbps=24, pack_floats=False)
     client = world.start(*RUN)
     until(lambda: durable(world, far) >= 16 * 1024 * 1024)
     client.kill()
@@ -182,7 +182,7 @@ def test_a_client_killed_amid_the_copy_goes_on_without_the_profile_and_sends_not
         world.profile.with_name(name).unlink()
     until(lambda: not agents_of(world))
     before = durable(world, far)
-    world.json("resume", run_id)
+    world.json("resume", run_id, "--bandwidth-limit", "1000")
     assert [path.read_bytes() for path in stored(far)] == [content]
     sent = provenance(world, run_id)["bytes_sent"]
     assert sent == len(content) - before
