@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from orchestrator.errors import IntegrityError, UsageError
+from orchestrator.errors import IntegrityError, Owner, UsageError
 from orchestrator.transfer.channel import FrameChannel
 
 
 class LocalFileChangedError(IntegrityError):
     """The local file is no longer what its manifest says."""
+
+    owner = Owner.YOU
 
 
 class Source(Protocol):

@@ -32,6 +32,7 @@ import dataclasses
 from typing import Any, Optional
 
 from remote_payload.wire.chunks import ChunkManifest
+from remote_payload.wire.codec import WireError
 from remote_payload.wire.members import Member
 
 
@@ -140,6 +141,10 @@ class ListedFile:
     size: int
     mtime_ns: int
     inode: int
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or not -(2**63) <= self.mtime_ns < 2**63:
+            raise WireError(f"no file has {self.size} bytes of the time {self.mtime_ns} ns")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -321,7 +321,7 @@ def test_a_run_s_checkpoint_comes_straight_and_a_second_node_that_is_lost_is_wai
 ) -> None:
     torch.save({"w": torch.frombuffer(bytearray(CONTENT[: 40 * MIB]), dtype=torch.float32)}, tmp_path / "best.pt")
     (tmp_path / "best.pt").replace(world.node / "data" / "best.pt")
-    edit_profile(world, "other", bandwidth_limit_mbps=60)
+    edit_profile(world, "other", bandwidth_limit_mbps=40)
     client = world.start("--cluster", "other", "--checkpoint", "lab:best.pt", "--jobs", "count")
     until(lambda: durable(world, tmp_path) >= 8 * MIB)
     servers[1].kill_sessions()
@@ -334,7 +334,7 @@ def test_a_run_s_checkpoint_comes_straight_and_a_second_node_that_is_lost_is_wai
 
 
 def test_a_login_that_dies_in_the_middle_leaves_the_rest_to_us(world: World, tmp_path: Path, own_ssh: OwnSsh) -> None:
-    client = world.start(*COPY, "--bandwidth-limit", "60")
+    client = world.start(*COPY, "--bandwidth-limit", "40")
     until(lambda: durable(world, tmp_path) >= 8 * MIB)
     assert own_ssh.kill()
     output, _ = client.communicate(timeout=100)
@@ -347,7 +347,7 @@ def test_a_login_that_dies_in_the_middle_leaves_the_rest_to_us(world: World, tmp
 def test_a_lost_connection_to_the_first_node_is_made_again_and_the_way_stays(
     world: World, tmp_path: Path, near_link: Relay
 ) -> None:
-    client = world.start(*COPY, "--bandwidth-limit", "60")
+    client = world.start(*COPY, "--bandwidth-limit", "40")
     until(lambda: durable(world, tmp_path) >= 8 * MIB)
     near_link.cut()
     output, _ = client.communicate(timeout=100)
@@ -361,7 +361,7 @@ def test_a_lost_connection_to_the_first_node_is_made_again_and_the_way_stays(
 def test_a_killed_client_ends_the_nodes_logins_and_the_next_sends_the_rest(
     world: World, tmp_path: Path, own_ssh: OwnSsh
 ) -> None:
-    client = world.start(*COPY, "--bandwidth-limit", "60")
+    client = world.start(*COPY, "--bandwidth-limit", "40")
     until(lambda: durable(world, tmp_path) >= 8 * MIB)
     client.kill()
     client.communicate(timeout=30)
@@ -395,7 +395,7 @@ def test_a_node_that_says_what_is_not_so_is_not_believed(world: World, tmp_path:
 
 
 def test_a_file_that_changes_on_the_way_is_an_error(world: World, tmp_path: Path) -> None:
-    client = world.start(*COPY, "--bandwidth-limit", "60")
+    client = world.start(*COPY, "--bandwidth-limit", "40")
     until(lambda: durable(world, tmp_path) >= 8 * MIB)
     with (world.node / "data" / "best.pt").open("r+b") as file:
         file.write(b"changed")

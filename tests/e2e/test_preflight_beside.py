@@ -184,7 +184,7 @@ def test_of_a_file_that_is_known_here_a_preflight_that_fails_leaves_a_part_that_
 ) -> None:
     digest = slow.remember()
     slow.torch_does("raise ImportError('libcudart.so.12: cannot open')")
-    slow.world.edit_profile(bandwidth_limit_mbps=80)
+    slow.world.edit_profile(bandwidth_limit_mbps=20)
     client = slow.world.start(*RUN)
     until(lambda: slow.draft_bytes(digest) > 0)
     slow.go.touch()

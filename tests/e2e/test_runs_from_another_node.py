@@ -190,7 +190,7 @@ def test_a_client_killed_amid_the_copy_goes_on_without_the_profile_and_sends_not
 
 def test_a_file_that_changes_while_it_is_copied_is_an_error_and_runs_nothing(world: World, far: Path) -> None:
     make_large(world)
-    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
+    edit_far(world, bandwidth_limit_mbps=24, pack_floats=False)
     client = world.start(*RUN)
     until(lambda: durable(world, far) > 0)
     with (world.node / "data" / "best.pt").open("r+b") as file:
@@ -253,7 +253,7 @@ def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_p
     near = start_sshd(tmp_path / "near-sshd")
     keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
     world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
-    edit_far(world, bandwidth_limit_mbps=60, pack_floats=False)
+    edit_far(world, bandwidth_limit_mbps=24, pack_floats=False)
     client = world.start(*RUN)
     until(lambda: durable(world, far) >= 16 * 1024 * 1024)
     cut_off(near)
@@ -263,7 +263,7 @@ def test_a_source_that_is_lost_amid_the_copy_is_gone_on_with(world: World, tmp_p
     before = durable(world, far)
     near = start_sshd(near.folder, port=near.port)
     try:
-        world.json("resume", run_id)
+        world.json("resume", run_id, "--bandwidth-limit", "1000")
     finally:
         near.stop()
     assert [path.read_bytes() for path in stored(far)] == [content]
@@ -279,7 +279,7 @@ def test_a_job_that_began_early_waits_for_a_source_that_is_lost_and_ends_as_one_
     near = start_sshd(tmp_path / "near-sshd")
     keys = {"identity_files": [str(near.client_key)], "known_hosts_file": str(near.known_hosts)}
     world.edit_profile(port=near.port, retry={"patience_s": 1}, **keys)
-    edit_far(world, bandwidth_limit_mbps=80, pack_floats=False)
+    edit_far(world, bandwidth_limit_mbps=40, pack_floats=False)
     run = ("--cluster", "other", "--checkpoint", "lab:trained.pt", "--jobs", "health")
     client = world.start(*run)
     until(lambda: durable_bytes(far / "root of ours", [world.node / "data" / "trained.pt"]) >= 16 * 1024 * 1024)

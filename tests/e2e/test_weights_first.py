@@ -31,7 +31,7 @@ BOTH = ("--config", "eval.yaml", "--jobs", "health,reconstruct", "--num-samples"
 HEALTH = ("--checkpoint", "trained.pt", "--config", "eval.yaml", "--jobs", "health")
 LAUNCHED = 9
 """The number of the journal's entry that says so, in a run that begins with the weights."""
-SLOW_MBPS = 2.4
+SLOW_MBPS = 1.0
 """Fast enough to wait for, slow enough to be killed in the middle."""
 
 
@@ -203,9 +203,8 @@ def test_clients_that_are_killed_while_either_share_is_sent_go_on_where_they_wer
         client.communicate(timeout=60)
         assert not trained.stored.exists()
         left = trained.local.stat().st_size - sum(trained.lengths[index] for index in trained.journalled())
-        world.edit_profile(bandwidth_limit_mbps=1000)
         run_id = world.run_ids()[-1]
-        done = world.cli("resume", run_id, "--json")
+        done = world.cli("resume", run_id, "--bandwidth-limit", "1000", "--json")
         assert done.returncode in (0, 1), f"{done.stdout}\n{done.stderr}"
         assert provenance(world, run_id)["bytes_sent"] <= left
     assert trained.stored.read_bytes() == trained.local.read_bytes()

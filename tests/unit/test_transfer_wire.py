@@ -19,7 +19,8 @@ from remote_payload.wire.chunk_table import (
     page_chunk_count,
 )
 from remote_payload.wire.chunks import CHUNK_BYTES, file_digest
-from remote_payload.wire.codec import WireError
+from remote_payload.wire.codec import WireError, from_json
+from remote_payload.wire.messages import ListedFile
 from remote_payload.wire.stream import (
     HEADER_BYTES,
     MAX_CONTROL_BYTES,
@@ -53,6 +54,12 @@ def read_control(data: bytes) -> tuple[FrameHeader, bytes]:
     reader = reader_of(data)
     header = reader.header()
     return header, reader.body(header)
+
+
+@pytest.mark.parametrize(("size", "mtime_ns"), [(-1, 0), (1, 2**63), (1, -(2**63) - 1)])
+def test_a_listed_file_that_no_disk_could_hold_is_malformed(size: int, mtime_ns: int) -> None:
+    with pytest.raises(WireError):
+        from_json(ListedFile, {"name": "a", "size": size, "mtime_ns": mtime_ns, "inode": 1})
 
 
 @given(CONTROL_KINDS, st.integers(0, 2**64 - 1), st.binary(max_size=2000))
