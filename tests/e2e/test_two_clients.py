@@ -62,7 +62,7 @@ def test_a_file_that_two_send_at_once_is_sent_once_in_sum(e2e_sshd: Sshd, checkp
 
 
 def test_the_second_takes_over_where_the_first_was_killed(e2e_sshd: Sshd, checkpoint: Path, tmp_path: Path) -> None:
-    first = start(e2e_sshd, checkpoint, tmp_path / "root", 8e6)
+    first = start(e2e_sshd, checkpoint, tmp_path / "root", 5e6)
     await_done(first, 4 * MIB)
     second = start(e2e_sshd, checkpoint, tmp_path / "root", 200e6)
     assert next_line(second)["bytes_done"] < SIZE
