@@ -116,11 +116,11 @@ def make_large(world: World, written: Written, elsewhere: Path | None = None) ->
 
 @pytest.fixture
 def relay(world: World) -> Iterator[Relay]:
-    """Between the client and the node."""
+    """Between the client and the node. Over one stream, which such a limit leaves, chunks arrive in their order."""
     with relay_to(world.sshd.port) as relay:
         known = world.home / "known_hosts"
         known.write_text(world.sshd.known_hosts.read_text().replace(str(world.sshd.port), str(relay.port)))
-        world.edit_profile(port=relay.port, known_hosts_file=str(known))
+        world.edit_profile(port=relay.port, known_hosts_file=str(known), bandwidth_limit_mbps=64)
         yield relay
 
 
