@@ -58,7 +58,7 @@ def fetch(
         listed = node.call("list_files", ListRequest(node.root, there), FileList, timeout_s=_LIST_TIMEOUT_S)
         check_names(file.name for file in listed.files if listed.is_folder)
         base = target_of(listed, local)
-        _refuse_too_little_room(base, sum(file.size for file in listed.files))
+        _refuse_too_little_room(base, sum(max(0, file.size) for file in listed.files))
         files = [
             RemoteFile(posixpath.join(listed.path, file.name), file, base.joinpath(*file.name.split("/")))
             if listed.is_folder

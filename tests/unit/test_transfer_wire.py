@@ -56,10 +56,10 @@ def read_control(data: bytes) -> tuple[FrameHeader, bytes]:
     return header, reader.body(header)
 
 
-@pytest.mark.parametrize(("size", "mtime_ns"), [(-1, 0), (1, 2**63), (1, -(2**63) - 1)])
-def test_a_listed_file_that_no_disk_could_hold_is_malformed(size: int, mtime_ns: int) -> None:
+@pytest.mark.parametrize("mtime_ns", [2**63, -(2**63) - 1])
+def test_a_listed_file_with_a_time_that_no_disk_could_hold_is_malformed(mtime_ns: int) -> None:
     with pytest.raises(WireError):
-        from_json(ListedFile, {"name": "a", "size": size, "mtime_ns": mtime_ns, "inode": 1})
+        from_json(ListedFile, {"name": "a", "size": 1, "mtime_ns": mtime_ns, "inode": 1})
 
 
 @given(CONTROL_KINDS, st.integers(0, 2**64 - 1), st.binary(max_size=2000))
